@@ -1,0 +1,89 @@
+"""Every error that qdm-deploy raises for a reason a user can act on.
+
+    QdmError                          exit code
+    ├── InputError (ValueError)       2   an argument that cannot be used: unknown sampler, steps out of range, output folder exists
+    ├── ModelError                    2   the model folder cannot be used: missing, truncated, unknown block, pickle weights
+    ├── CalibrationError              2   calibration data or statistics that cannot be used: empty, NaN/Inf, unvisited layer
+    ├── ExportError                   70  the exported graph is not what the plan asked for
+    ├── EngineError                   4   a TensorRT engine could not be built
+    ├── BundleError                   3   a bundle is damaged, incomplete, too new, or leaves its folder
+    ├── EnvironmentProblem            4   something this machine lacks: a module, a GPU, a writable cache
+    ├── ResourceProblem               5   disk or memory ran out
+    └── CheckFailed                   1   everything ran, and a check found a problem
+
+A message says what was given, what is allowed and what to do. Wrong use of the Python API by a programmer stays
+``TypeError``/``ValueError``.
+"""
+
+__all__ = [
+    "BundleError",
+    "CalibrationError",
+    "CheckFailed",
+    "EngineError",
+    "EnvironmentProblem",
+    "ExportError",
+    "InputError",
+    "ModelError",
+    "QdmError",
+    "ResourceProblem",
+]
+
+
+class QdmError(Exception):
+    """Base of all errors above; ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 70
+
+
+class InputError(QdmError, ValueError):
+    """An argument cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(QdmError):
+    """The model folder cannot be used."""
+
+    exit_code = 2
+
+
+class CalibrationError(QdmError):
+    """Calibration data or statistics cannot be used."""
+
+    exit_code = 2
+
+
+class ExportError(QdmError):
+    """The exported graph is not what the plan asked for."""
+
+    exit_code = 70
+
+
+class EngineError(QdmError):
+    """A TensorRT engine could not be built."""
+
+    exit_code = 4
+
+
+class BundleError(QdmError):
+    """A bundle is damaged, incomplete, too new, or leaves its folder."""
+
+    exit_code = 3
+
+
+class EnvironmentProblem(QdmError):
+    """This machine lacks something that the command needs."""
+
+    exit_code = 4
+
+
+class ResourceProblem(QdmError):
+    """Disk or memory ran out."""
+
+    exit_code = 5
+
+
+class CheckFailed(QdmError):
+    """Everything ran, and a check found a problem."""
+
+    exit_code = 1
