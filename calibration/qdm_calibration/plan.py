@@ -1,0 +1,265 @@
+"""From statistics to decisions.
+
+Each factor of the separable scale is decided on its own and says why: the branch factors k where a skip concatenation
+joins tensors of different range, the step gains r where nothing normalizes an input whose range moves with the timestep,
+then one scale s and one offset z for what is left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
+from qdm_deploy.artifacts.topology import Layer, Topology
+from qdm_deploy.errors import InputError
+from qdm_deploy.progress import SILENT, Progress
+from torch import nn
+
+from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_scale
+
+__all__ = ["PlanOptions", "make_plan"]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the plan may use.
+
+    Attributes:
+        ranges: how activation and weight ranges are chosen.
+        zero_offset: allow z (off: symmetric grids).
+        concat_scales: "branch" gives each skip branch its own factor k, "none" shares one scale.
+        step_bins: K, equal bins over the timestep for the gains r; 1 switches them off.
+        branch_ratio: branches whose ranges differ by less than this factor share one scale.
+        gain_ratio: an input whose range moves by less than this factor over the bins stays static.
+    """
+
+    ranges: RangeMethod = "lp"
+    zero_offset: bool = True
+    concat_scales: Literal["none", "branch"] = "branch"
+    step_bins: int = 4
+    branch_ratio: float = 1.25
+    gain_ratio: float = 1.15
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.ranges not in METHODS:
+            raise InputError(f"range method {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
+        if self.concat_scales not in ("none", "branch"):
+            raise InputError(f"concat scales {self.concat_scales!r} are not known; choose 'none' or 'branch'")
+        if not 1 <= self.step_bins <= 32:
+            raise InputError(f"{self.step_bins} step bins were asked for; allowed are 1 to 32")
+        if self.branch_ratio < 1 or self.gain_ratio < 1:
+            raise InputError(f"branch ratio {self.branch_ratio} and gain ratio {self.gain_ratio} must be at least 1")
+
+
+def make_plan(
+    network: nn.Module,
+    topology: Topology,
+    statistics: ActivationStatistics,
+    options: PlanOptions = PlanOptions(),  # noqa: B008 - frozen
+    *,
+    submodule_prefix: str = "unet.",
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> QuantizationPlan:
+    """Decide the precision and the numbers of every layer.
+
+    Args:
+        network: holds the weights, under ``submodule_prefix`` + layer name.
+        topology: the layers in execution order.
+        statistics: ranges of every activation.
+        options: which factors may be used.
+        submodule_prefix: where the U-Net sits inside ``network``.
+        provenance: what to remember.
+        progress: where to report.
+
+    Raises:
+        InputError: more step bins than timestep bins were calibrated.
+    """
+    edges = _gain_edges(statistics.timestep_edges, options.step_bins)
+    bin_of = np.searchsorted(edges, statistics.timestep_edges[:-1], side="right") - 1  # gain bin of each timestep bin
+    groups = topology.groups()
+    plans: dict[str, LayerPlan] = {}
+    with progress.task("Searching scales", len(groups)) as advance:
+        for name, layers in groups.items():
+            decision = _decide_input(layers[0], statistics.inputs[name], bin_of, options)
+            for layer in layers:
+                weight = network.get_submodule(submodule_prefix + layer.name).weight.detach().numpy()  # type: ignore[union-attr,operator]
+                plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
+            advance()
+    for layer in topology:
+        if layer.float_reason is not None:
+            plans[layer.name] = LayerPlan(layer, "float", reason=layer.float_reason)
+    return QuantizationPlan(
+        layers=tuple(plans[layer.name] for layer in topology),
+        timestep_edges=edges,
+        options=asdict(options),
+        provenance={**(provenance or {}), "statistics": dict(statistics.provenance)},
+    )
+
+
+@dataclass(frozen=True)
+class _Input:
+    """The decided grid of one shared input tensor."""
+
+    scale: float
+    zero_offset: int
+    inverse_k: NDArray[np.float32] | None
+    inverse_r: NDArray[np.float32] | None
+    notes: Mapping[str, str]
+
+
+def _gain_edges(fine: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
+    """K equal bins over [0, T), moved to the nearest edge between calibrated timesteps."""
+    if bins > len(fine) - 1:
+        raise InputError(
+            f"{bins} step bins were asked for, but the calibration set only tells {len(fine) - 1} timestep ranges apart; "
+            "calibrate with more steps or use fewer bins"
+        )
+    total = int(fine[-1])
+    inner = [int(fine[1:-1][np.abs(fine[1:-1] - total * j / bins).argmin()]) for j in range(1, bins)]
+    edges = np.array([0, *inner, total], dtype=np.int64)
+    if len(np.unique(edges)) != len(edges):
+        raise InputError(
+            f"{bins} equal step bins cannot be told apart by the calibrated timesteps, which lie too close together; "
+            "calibrate over the whole trajectory or use fewer bins"
+        )
+    return edges
+
+
+def _merged(tensor: TensorStatistics, time_bins: Sequence[int], branch: int) -> Histogram:
+    merged = tensor.histogram(time_bins[0], branch)
+    for time_bin in time_bins[1:]:
+        merged = merged + tensor.histogram(time_bin, branch)
+    return merged
+
+
+def _decide_input(layer: Layer, tensor: TensorStatistics, bin_of: NDArray[np.int64], options: PlanOptions) -> _Input:
+    everything = list(range(len(bin_of)))
+    whole = [_merged(tensor, everything, branch) for branch in range(tensor.branches)]
+    notes: dict[str, str] = {}
+    factors = _branch_factors(layer, whole, options, notes)
+    gains = _step_gains(layer, tensor, factors, bin_of, options, notes)
+    if gains is None:
+        seen = list(zip(whole, factors, strict=True))
+    else:
+        seen = [
+            (_merged(tensor, np.flatnonzero(bin_of == j).tolist(), branch), factors[branch] * gain)
+            for j, gain in enumerate(gains)
+            for branch in range(tensor.branches)
+        ]
+    grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
+    notes["s"] = f"{options.ranges} range over {len(everything)} timestep ranges"
+    if not options.zero_offset:
+        notes["z"] = "switched off: symmetric grid"
+    else:
+        notes["z"] = f"the grid covers {(grid.zero_offset - 128) * grid.scale:.3g} to {(grid.zero_offset + 127) * grid.scale:.3g}"
+    inverse_k = None
+    if any(factor != 1.0 for factor in factors):
+        inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
+    inverse_r = None if gains is None else np.array([1.0 / gain for gain in gains], dtype=np.float32)
+    return _Input(grid.scale, grid.zero_offset, inverse_k, inverse_r, notes)
+
+
+def _branch_factors(
+    layer: Layer, whole: Sequence[Histogram], options: PlanOptions, notes: dict[str, str]
+) -> tuple[float, ...]:
+    """k per branch; 1 / k is exact in float16."""
+    ones = (1.0,) * len(whole)
+    if not layer.reads_concat:
+        return ones
+    if options.concat_scales == "none":
+        notes["k"] = "switched off: the skip branches share one scale"
+        return ones
+    scales = [activation_scale([(branch, 1.0)], options.ranges, zero_offset=options.zero_offset).scale for branch in whole]
+    ratio = max(scales) / min(scales)
+    if ratio < options.branch_ratio:
+        notes["k"] = f"left out: the branches' ranges differ by {ratio:.2f}, less than {options.branch_ratio}"
+        return ones
+    # The widest branch keeps its range, the others are stretched to it: all use the whole grid, and the ratio goes
+    # into the weight columns, so it is still one integer kernel.
+    factors = tuple(1.0 / float(np.float16(max(scales) / scale)) for scale in scales)
+    notes["k"] = "branch factors " + ", ".join(f"{factor:.3g}" for factor in factors) + " from ranges that differ " + f"{ratio:.2f}-fold"
+    return factors
+
+
+def _step_gains(
+    layer: Layer,
+    tensor: TensorStatistics,
+    factors: Sequence[float],
+    bin_of: NDArray[np.int64],
+    options: PlanOptions,
+    notes: dict[str, str],
+) -> tuple[float, ...] | None:
+    """r per gain bin, at least 1 so that nothing in float16 grows; 1 / r is exact in float16. None: static."""
+    if options.step_bins == 1:
+        notes["r"] = "switched off: one step bin"
+        return None
+    if layer.normalized:
+        notes["r"] = "static: a normalization stands before this input, and a multiply here would part it from the quantize"
+        return None
+    scales = []
+    for j in range(options.step_bins):
+        time_bins = np.flatnonzero(bin_of == j).tolist()
+        seen = [(_merged(tensor, time_bins, branch), factor) for branch, factor in enumerate(factors)]
+        scales.append(activation_scale(seen, options.ranges, zero_offset=options.zero_offset).scale)
+    ratio = max(scales) / min(scales)
+    if ratio < options.gain_ratio:
+        notes["r"] = f"static: the range moves {ratio:.2f}-fold over the timestep bins, less than {options.gain_ratio}"
+        return None
+    gains = tuple(1.0 / float(np.float16(min(scales) / scale)) for scale in scales)
+    notes["r"] = f"gains {', '.join(f'{gain:.3g}' for gain in gains)}: the range moves {ratio:.2f}-fold over the timestep bins"
+    return gains
+
+
+def _plan_layer(
+    layer: Layer,
+    weight: NDArray[np.float32],
+    decision: _Input,
+    statistics: ActivationStatistics,
+    bin_of: NDArray[np.int64],
+    options: PlanOptions,
+) -> LayerPlan:
+    if decision.inverse_k is not None:
+        weight = weight / decision.inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
+    scale = weight_scale(weight, options.ranges)
+    codes = quantize_weight(weight, scale)
+    dequantized = codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))
+    noise = float(((weight - dequantized) ** 2).sum())
+    output_scale, output_zero_point = _output_grid(layer, decision, statistics, bin_of, options)
+    return LayerPlan(
+        layer=layer,
+        precision="int8",
+        scale=decision.scale,
+        zero_offset=decision.zero_offset,
+        inverse_k=decision.inverse_k,
+        inverse_r=decision.inverse_r,
+        weight_codes=codes,
+        weight_scale=scale,
+        output_scale=output_scale,
+        output_zero_point=output_zero_point,
+        notes=decision.notes,
+        weight_sqnr_db=10 * float(np.log10(float((weight**2).sum()) / noise)) if noise else None,
+    )
+
+
+def _output_grid(
+    layer: Layer, decision: _Input, statistics: ActivationStatistics, bin_of: NDArray[np.int64], options: PlanOptions
+) -> tuple[float | None, int | None]:
+    """Grid of what the integer kernel returns: with its bias, or, under gains, before the gain and the bias."""
+    if layer.kind != "conv":
+        return None, None
+    everything = list(range(len(bin_of)))
+    if decision.inverse_r is None:
+        seen = [(_merged(statistics.outputs[layer.name], everything, 0), 1.0)]
+    else:
+        tensor = statistics.products[layer.name]
+        seen = [
+            (_merged(tensor, np.flatnonzero(bin_of == j).tolist(), 0), 1.0 / float(inverse))
+            for j, inverse in enumerate(decision.inverse_r)
+        ]
+    grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
+    return grid.scale, 128 - grid.zero_offset

@@ -1,0 +1,143 @@
+"""Scales from histograms and weights.
+
+Every scale is rounded to float16 before its error is measured, so what was searched is what is deployed. Activations use the
+whole grid [-128, 127]; weights use [-127, 127], so that a code and its negative both exist and no product of codes can
+saturate a 16-bit pair sum on CPUs without VNNI.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from qdm_deploy.artifacts.statistics import Histogram
+from qdm_deploy.errors import InputError
+
+__all__ = ["METHODS", "ActivationScale", "RangeMethod", "activation_scale", "float16_exact", "quantize_weight", "weight_scale"]
+
+RangeMethod = Literal["minmax", "percentile", "mse", "lp"]
+METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp")
+_POWERS = {"mse": 2.0, "lp": 2.4}  # PTQ4DM, table 5: Lp with p = 2.4 beats MSE, KL, cosine and L1
+_PERCENTILE = 99.99
+# The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.
+_SMALLEST_SCALE = 2.0**-14
+_QMIN, _QMAX = -128, 127
+_WEIGHT_QMAX = 127
+
+
+@dataclass(frozen=True)
+class ActivationScale:
+    """A grid and the error it makes: mean |x - x_hat|**p over the histogram (p of the method; 2 for the ranges that do not search)."""
+
+    scale: float
+    zero_offset: int
+    error: float
+
+
+def float16_exact(value: float) -> float:
+    """The nearest normal float16 to a positive value."""
+    return max(float(np.float16(value)), _SMALLEST_SCALE)
+
+
+def activation_scale(
+    histograms: Sequence[tuple[Histogram, float]], method: RangeMethod, *, zero_offset: bool
+) -> ActivationScale:
+    """Choose s and z for values that are known by histograms.
+
+    Args:
+        histograms: (histogram of x, factor): the grid sees x / factor, and errors count in units of x.
+        method: "minmax", "percentile" (99.99 % of the mass on each side), "mse", or "lp" (p = 2.4).
+        zero_offset: whether z may differ from 0.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    if method not in METHODS:
+        raise InputError(f"range method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    points, counts, factors = _points(histograms)
+    power = _POWERS.get(method, 2.0)
+    low, high = float(points[0]), float(points[-1])
+    if method == "percentile":
+        mass = np.cumsum(counts) / counts.sum()
+        tail = (100 - _PERCENTILE) / 100
+        low, high = float(points[np.searchsorted(mass, tail)]), float(points[np.searchsorted(mass, 1 - tail)])
+    weights = counts * factors**power / counts.sum()
+
+    def measured(lo: float, hi: float) -> ActivationScale:
+        scale, offset = _grid(lo, hi, zero_offset)
+        codes = np.clip(np.rint(points / scale) - offset, _QMIN, _QMAX)
+        error = np.abs(points - (codes + offset) * scale) ** power
+        return ActivationScale(scale, offset, float((weights * error).sum()))
+
+    if method not in _POWERS:
+        return measured(low, high)
+    # Two passes over how much of each tail to clip: a coarse grid, then a fine one around its best cell.
+    best, best_cell = measured(low, high), (1.0, 1.0)
+    step = 0.08
+    for _ in range(3):
+        center = best_cell
+        for i in range(-8 if step < 0.08 else -10, 9 if step < 0.08 else 1):
+            for j in range(-8 if step < 0.08 else -10, 9 if step < 0.08 else 1) if zero_offset else (i,):
+                cell = (center[0] + i * step, center[1] + j * step)
+                if min(cell) <= 0.02 or max(cell) > 1.0:
+                    continue
+                candidate = measured(low * cell[0], high * cell[1])
+                if candidate.error < best.error:
+                    best, best_cell = candidate, cell
+        step /= 6
+    return best
+
+
+def weight_scale(weight: NDArray[np.float32], method: RangeMethod) -> NDArray[np.float32]:
+    """w per output channel, [O] float32 exact in float16, for a weight [O, ...].
+
+    "minmax" and "percentile" use the largest magnitude; the others search how far to clip it.
+    """
+    flat = weight.reshape(len(weight), -1).astype(np.float64)
+    amax = np.abs(flat).max(axis=1)
+    full = _float16(amax / _WEIGHT_QMAX)
+    if method not in _POWERS:
+        return full
+    best, best_error = full, np.full(len(flat), np.inf)
+    for fraction in np.linspace(1.0, 0.6, 41):
+        scale = _float16(fraction * amax / _WEIGHT_QMAX)
+        codes = np.clip(np.rint(flat / scale[:, None]), -_WEIGHT_QMAX, _WEIGHT_QMAX)
+        error = (np.abs(flat - codes * scale[:, None]) ** _POWERS[method]).sum(axis=1)
+        better = error < best_error
+        best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
+    return best.astype(np.float32)
+
+
+def quantize_weight(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Nearest codes (half to even) of a weight [O, ...] on a scale per output channel."""
+    shaped = scale.reshape(-1, *([1] * (weight.ndim - 1)))
+    return np.clip(np.rint(weight / shaped), -_WEIGHT_QMAX, _WEIGHT_QMAX).astype(np.int8)
+
+
+def _points(
+    histograms: Sequence[tuple[Histogram, float]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Distinct grid inputs in ascending order, how often each occurred, and the factor that takes each back to x."""
+    points, counts, factors = [], [], []
+    for histogram, factor in histograms:
+        filled = histogram.counts > 0
+        points.append(histogram.centers[filled] / factor)
+        counts.append(histogram.counts[filled].astype(np.float64))
+        factors.append(np.full(int(filled.sum()), factor))
+    order = np.argsort(np.concatenate(points), kind="stable")
+    return np.concatenate(points)[order], np.concatenate(counts)[order], np.concatenate(factors)[order]
+
+
+def _grid(low: float, high: float, zero_offset: bool) -> tuple[float, int]:
+    """s and z of the grid that spans [low, high], which always holds 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if not zero_offset:
+        return float16_exact(max(-low, high) / _QMAX), 0
+    scale = float16_exact((high - low) / (_QMAX - _QMIN))
+    offset = round(low / scale) - _QMIN
+    return scale, int(np.clip(offset, _QMIN + 1, _QMAX + 1))
+
+
+def _float16(scale: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.maximum(scale.astype(np.float16).astype(np.float32), np.float32(_SMALLEST_SCALE))

@@ -1,0 +1,102 @@
+"""The float32 step graph as ONNX: exported once per model, the source of every target graph.
+
+Nodes keep the module path they came from (metadata ``pkg.torch.onnx.name_scopes``), which is how later stages find the
+layer of a convolution; weight initializer names are no help, since the exporter shares equal tensors and renames folded ones.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from qdm_deploy.errors import ExportError
+
+from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
+from qdm_export.unet import Checkpoint
+
+__all__ = ["OPSET", "example_inputs", "export_float_graph", "save_graph"]
+
+# TensorRT 10.2+ and TensorRT-RTX read opset 21, which has the float16 QuantizeLinear and GroupNormalization we need.
+OPSET = 21
+# Tensors below this size stay inside the .onnx file: shapes and scalars should be readable without the data file.
+_EXTERNAL_THRESHOLD_BYTES = 1024
+
+
+def example_inputs(checkpoint: Checkpoint, batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Random but valid inputs for the step graph, in its input order."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = checkpoint.spec
+    values: dict[str, torch.Tensor] = {}
+    for item in step_inputs(spec):
+        shape = (batch, *item.shape)
+        if item.name == "timestep":
+            values[item.name] = torch.randint(0, spec.num_train_timesteps, shape, generator=generator)
+        elif item.name == "class_labels":
+            values[item.name] = torch.randint(0, spec.num_classes or 1, shape, generator=generator)
+        elif item.name in ("unconditional_row", "owner_row"):
+            values[item.name] = torch.arange(batch)
+        elif item.name == "coefficients":
+            row = [1.1, -0.4, 1.0, 0.6, 0.3, 0.1, 0.2, -9.0, -8.0][: spec.num_coefficients]
+            values[item.name] = torch.tensor([row] * batch)
+        else:
+            values[item.name] = torch.randn(shape, generator=generator)
+    return tuple(values[item.name] for item in step_inputs(spec))
+
+
+def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
+    """Export the step graph of ``checkpoint`` in float32 with a dynamic batch.
+
+    Raises:
+        ExportError: the exporter failed, or the graph lost its dynamic batch axis.
+    """
+    module = StepGraph(checkpoint.unet).eval()
+    names = [item.name for item in step_inputs(checkpoint.spec)]
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    # Batch 2: torch.export specialises an example size of 1 to a constant.
+    inputs = example_inputs(checkpoint, batch=2)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=((tuple({0: batch} for _ in names)),),
+                input_names=names,
+                output_names=list(OUTPUTS),
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"torch could not export the step graph of {checkpoint.source}: {error}") from error
+    if program is None:
+        raise ExportError(f"torch exported nothing for {checkpoint.source}")
+    model = program.model
+    model.graph.name = "step"
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise ExportError(f"{value.name} lost its dynamic batch in the export: shape {value.shape}")
+    return model
+
+
+def save_graph(model: ir.Model, path: Path, *, weights: str | None = None) -> None:
+    """Write ``model`` to ``path``; with ``weights`` its larger tensors go to that file beside it (bare name)."""
+    if weights is None:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=weights, size_threshold_bytes=_EXTERNAL_THRESHOLD_BYTES)
+
+
+@contextlib.contextmanager
+def _quiet():  # type: ignore[no-untyped-def]
+    """Keep the exporter's progress lines and notes about packages we do not use off the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,296 @@
+"""A diffusers U-Net from a local folder: closed configuration, safetensors only, checked before anything is computed.
+
+Two layouts are read, both as diffusers writes them: a pipeline folder (``model_index.json``, ``unet/``, ``scheduler/``)
+and a bare U-Net folder (``config.json`` and its weights, with ``scheduler_config.json`` beside them).
+"""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.errors import ModelError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+__all__ = ["Checkpoint", "UNet", "load_checkpoint"]
+
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+# The blocks that read a skip by torch.cat and keep the resolution of `sample_size`; the FIR "Skip" and the "K" blocks of
+# other families are refused until somebody has calibrated one.
+_BLOCKS = {
+    "UNet2DModel": {
+        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
+        "UNetMidBlock2D",
+    },
+    "UNet2DConditionModel": {
+        "DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "CrossAttnUpBlock2D",
+        "ResnetUpsampleBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2D",
+    },
+}  # fmt: skip
+
+
+class UNet(nn.Module):
+    """One signature for every diffusers U-Net: sample, timestep and the model's conditioning, all positional-free tensors."""
+
+    def __init__(self, unet: nn.Module, spec: ModelSpec) -> None:
+        """Wrap ``unet``; ``spec`` says which conditioning inputs it takes."""
+        super().__init__()
+        self.unet = unet
+        self.spec = spec
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """Model output [B, C or 2C, H, W] float32 for ``sample`` [B, C, H, W] and ``timestep`` [B] int64."""
+        conditioning: dict[str, Tensor] = {}
+        if class_labels is not None:
+            conditioning["class_labels"] = class_labels
+        if encoder_hidden_states is not None:
+            conditioning["encoder_hidden_states"] = encoder_hidden_states
+        output: Tensor = self.unet(sample, timestep, return_dict=False, **conditioning)[0]
+        return output
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model: the float32 U-Net in eval mode, what a runtime must know of it, and where it came from."""
+
+    unet: UNet
+    spec: ModelSpec
+    scheduler_config: Mapping[str, Any]
+    model_index: Mapping[str, Any]
+    weights_sha256: str
+    source: str
+
+
+def load_checkpoint(source: str | Path) -> Checkpoint:
+    """Load a local diffusers folder, or a Hugging Face repository by its id ("owner/name").
+
+    Raises:
+        ModelError: the folder is missing, has no safetensors weights, is truncated, or names a block we do not know.
+    """
+    folder = _local_folder(str(source))
+    unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = _read_json(unet_dir / "config.json", "a diffusers U-Net folder has one")
+    model_class = _model_class(config, unet_dir / "config.json")
+    scheduler = _read_first(
+        [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"],
+        "the sampler's noise schedule is read from it",
+    )
+    model_index = _read_json(folder / "model_index.json", "") if (folder / "model_index.json").is_file() else {}
+    files = _weight_files(unet_dir)
+    module = _build(model_class, config, unet_dir)
+    _load_weights(module, files, unet_dir)
+    spec = _model_spec(folder, module, config, scheduler, model_index)
+    return Checkpoint(
+        unet=UNet(module.eval().requires_grad_(False), spec),
+        spec=spec,
+        scheduler_config=scheduler,
+        model_index=model_index,
+        weights_sha256=_sha256(files),
+        source=str(source),
+    )
+
+
+def _local_folder(source: str) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{source} is a file; give the folder of a diffusers model (it holds model_index.json and unet/)")
+    if not _REPO_ID.fullmatch(source):
+        raise ModelError(
+            f"there is no model folder {source!r}; give a local diffusers folder or a Hugging Face id like 'owner/name'"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json", "*.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{source!r} is no local folder, and downloading it from the Hugging Face hub failed "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the network, or download it and give the folder"
+        ) from error
+
+
+def _read_json(path: Path, why: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: {why}")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); copy the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}; a configuration is a JSON object")
+    return value
+
+
+def _read_first(paths: list[Path], why: str) -> dict[str, Any]:
+    for path in paths:
+        if path.is_file():
+            return _read_json(path, why)
+    raise ModelError(f"{paths[0]} is missing: {why}")
+
+
+def _model_class(config: Mapping[str, Any], path: Path) -> str:
+    name = config.get("_class_name")
+    if name not in _BLOCKS:
+        raise ModelError(f"{path} describes a {name!r}; supported are {', '.join(sorted(_BLOCKS))}")
+    used = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    if config.get("mid_block_type") is not None:
+        used.append(config["mid_block_type"])
+    for block in used:
+        if block not in _BLOCKS[name]:
+            raise ModelError(f"{path} has an unknown block {block!r}; a {name} may use {', '.join(sorted(_BLOCKS[name]))}")
+    return str(name)
+
+
+def _weight_files(unet_dir: Path) -> list[Path]:
+    for name in _WEIGHTS:
+        if (unet_dir / name).is_file():
+            return [unet_dir / name]
+    if (unet_dir / _INDEX).is_file():
+        names = sorted(set(_read_json(unet_dir / _INDEX, "")["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or not (unet_dir / name).is_file():
+                raise ModelError(f"{unet_dir / _INDEX} names a shard {name!r} that is not a file of that folder")
+        return [unet_dir / name for name in names]
+    pickled = sorted(p.name for p in unet_dir.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickled:
+        raise ModelError(
+            f"{unet_dir} has only pickled weights ({', '.join(pickled)}), which can run code when loaded; convert them once, in an "
+            "environment you trust, with diffusers: pipeline.save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    raise ModelError(f"{unet_dir} has no {_WEIGHTS[0]}; copy the model again")
+
+
+def _build(model_class: str, config: Mapping[str, Any], unet_dir: Path) -> nn.Module:
+    import diffusers
+
+    kind = getattr(diffusers, model_class)
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ModelError(f"{unet_dir / 'config.json'} has options that {model_class} does not know: {', '.join(unknown)}")
+    try:
+        with torch.device("meta"):
+            module: nn.Module = kind(**arguments)
+    except (TypeError, ValueError, KeyError, IndexError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"{unet_dir / 'config.json'} does not describe a working {model_class}: {error}") from error
+    return module
+
+
+def _load_weights(module: nn.Module, files: list[Path], unet_dir: Path) -> None:
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not iterable
+                    state[name] = tensors.get_tensor(name).to(torch.float32)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read as safetensors ({error}); it may be truncated: copy it again") from error
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or extra:
+        raise ModelError(
+            f"the weights in {unet_dir} do not fit its config.json: {len(missing)} missing (first: {missing[:1]}), "
+            f"{len(extra)} unexpected (first: {extra[:1]})"
+        )
+    for name, value in state.items():
+        if tuple(value.shape) != expected[name]:
+            raise ModelError(f"{name} in {unet_dir} has shape {tuple(value.shape)}; its config.json asks for {expected[name]}")
+        if not torch.isfinite(value).all():
+            raise ModelError(f"{name} in {unet_dir} holds NaN or infinite values; the checkpoint is broken")
+    module.load_state_dict(state, assign=True)
+    # Parameters came from the file; anything still on "meta" is a buffer that the class computes (none of ours has one).
+    left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
+    if left:
+        raise ModelError(f"{unet_dir}: {len(left)} tensors were not initialised by the weights (first: {left[0]})")
+
+
+def _model_spec(
+    folder: Path,
+    module: nn.Module,
+    config: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    model_index: Mapping[str, Any],
+) -> ModelSpec:
+    channels, out_channels = int(config["in_channels"]), int(config["out_channels"])
+    if out_channels not in (channels, 2 * channels):
+        raise ModelError(
+            f"the U-Net has {channels} input and {out_channels} output channels; qdm-deploy runs models whose output is the noise "
+            f"({channels} channels) or the noise and a learned variance ({2 * channels})"
+        )
+    size = config.get("sample_size")
+    if size is None:
+        raise ModelError(f"the U-Net in {folder} has no sample_size; engines need a fixed height and width: set it in config.json")
+    height, width = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    conditioning: list[ConditioningInput] = []
+    labels, num_classes, null_label = None, None, None
+    if getattr(module, "class_embedding", None) is not None:
+        if config.get("class_embed_type") is not None or not config.get("num_class_embeds"):
+            raise ModelError(f"class_embed_type {config.get('class_embed_type')!r} is not supported; supported is a table of num_class_embeds")
+        conditioning.append(ConditioningInput(name="class_labels", dtype="int64", shape=()))
+        labels, num_classes, null_label = _labels(folder, int(config["num_class_embeds"]))
+    if config["_class_name"] == "UNet2DConditionModel":
+        width_of_states = config.get("cross_attention_dim") or 1280
+        conditioning.append(
+            ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(_TEXT_TOKENS, int(width_of_states)))
+        )
+    return ModelSpec(
+        name=folder.resolve().name,
+        sample_shape=(channels, height, width),
+        sample_kind="latents" if "vae" in model_index or "vqvae" in model_index else "pixels",
+        num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
+        conditioning=tuple(conditioning),
+        num_classes=num_classes,
+        labels=labels,
+        null_label=null_label,
+        learned_variance=out_channels == 2 * channels,
+    )
+
+
+# CLIP's text length, which every Stable Diffusion text encoder uses; the token axis of the exported graph is static.
+_TEXT_TOKENS = 77
+
+
+def _labels(folder: Path, embeddings: int) -> tuple[tuple[str, ...] | None, int, int | None]:
+    """Names, number of classes and the null label: one embedding more than there are names is the "no class" of guidance."""
+    path = folder / "labels.json"
+    if not path.is_file():
+        return None, embeddings, None
+    names = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{path} must hold a JSON list of label names")
+    if len(names) not in (embeddings, embeddings - 1):
+        raise ModelError(f"{path} names {len(names)} labels; the U-Net has {embeddings} class embeddings")
+    return tuple(names), len(names), embeddings - 1 if len(names) == embeddings - 1 else None
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

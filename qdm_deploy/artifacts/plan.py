@@ -1,0 +1,191 @@
+"""The quantization plan: every decision, as data, before any graph is touched.
+
+A quantized layer computes, per output channel o (T: timestep bin, c: input channel)::
+
+    x_c  ~  r_T * k_c * s * (q_c + z)          q in [-128, 127]
+    y_o  =  r_T * w_o * s * sum_c Q_oc (q_c + z)  +  b_o
+
+Scales are exact in float16, so that a float16 engine and a float32 runtime use the same numbers and the same codes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.files import canonical_json, new_file
+from qdm_deploy.artifacts.record import read_record, write_record
+from qdm_deploy.artifacts.topology import Layer, Topology
+from qdm_deploy.errors import InputError
+
+__all__ = ["TARGETS", "LayerPlan", "QuantizationPlan", "Target"]
+
+Target = Literal["onnxruntime", "openvino", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
+
+_KIND = "qdm-quantization-plan"
+_VERSION = 1
+_ARRAYS = ("inverse_k", "inverse_r", "weight_codes", "weight_scale")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer, and why.
+
+    Attributes:
+        layer: the layer's place in the network.
+        precision: "int8" or "float".
+        reason: why it stays in floating point; empty for "int8".
+        scale: s, the activation scale; > 0, exact in float16.
+        zero_offset: z, the grid's offset in steps of s, in [-127, 128]; 0 for a symmetric grid.
+        inverse_k: 1 / k per input channel, [C] float32, exact in float16; None where k is 1.
+        inverse_r: 1 / r per timestep bin, [K] float32 in (0, 1], exact in float16; None where the layer is static.
+        weight_codes: Q, int8 in [-127, 127], in PyTorch's layout; of W * k.
+        weight_scale: w, [O] float32, exact in float16.
+        output_scale, output_zero_point: of the layer's result before r and the bias that follows it; u8, only where a
+            target quantizes outputs (convolutions).
+        notes: one sentence per factor ("s", "z", "k", "r") on what was decided and why.
+        weight_sqnr_db: of the dequantized weight against the float one.
+    """
+
+    layer: Layer
+    precision: Literal["int8", "float"]
+    reason: str = ""
+    scale: float = 0.0
+    zero_offset: int = 0
+    inverse_k: NDArray[np.float32] | None = None
+    inverse_r: NDArray[np.float32] | None = None
+    weight_codes: NDArray[np.int8] | None = None
+    weight_scale: NDArray[np.float32] | None = None
+    output_scale: float | None = None
+    output_zero_point: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    weight_sqnr_db: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Module path of the layer."""
+        return self.layer.name
+
+    @property
+    def zero_point_u8(self) -> int:
+        """The zero point of the same grid on unsigned codes: u8 = s8 + 128."""
+        return 128 - self.zero_offset
+
+    @property
+    def codes(self) -> NDArray[np.int8]:
+        """The weight codes of an INT8 layer."""
+        if self.weight_codes is None:
+            raise ValueError(f"{self.name} is planned in {self.precision}; it has no weight codes")
+        return self.weight_codes
+
+    @property
+    def weight_scales(self) -> NDArray[np.float32]:
+        """The weight scales of an INT8 layer."""
+        if self.weight_scale is None:
+            raise ValueError(f"{self.name} is planned in {self.precision}; it has no weight scales")
+        return self.weight_scale
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The plan of a whole U-Net.
+
+    Attributes:
+        layers: one entry per layer, float ones included, in execution order.
+        timestep_edges: [K + 1] int64; gain bin j covers timesteps edges[j] .. edges[j + 1] - 1, from 0 to T.
+        options: the options it was made with (JSON values).
+        provenance: what it was made from (JSON values).
+    """
+
+    layers: tuple[LayerPlan, ...]
+    timestep_edges: NDArray[np.int64]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        """The INT8 layers."""
+        return tuple(layer for layer in self.layers if layer.precision == "int8")
+
+    @property
+    def topology(self) -> Topology:
+        """The layers' places in the network."""
+        return Topology(tuple(plan.layer for plan in self.layers))
+
+    @property
+    def num_step_bins(self) -> int:
+        """Number of gain bins K."""
+        return len(self.timestep_edges) - 1
+
+    def bin_of_timestep(self) -> NDArray[np.int64]:
+        """Gain bin of every timestep, [T] int64."""
+        return np.repeat(np.arange(self.num_step_bins, dtype=np.int64), np.diff(self.timestep_edges))
+
+    def layer(self, name: str) -> LayerPlan:
+        """The entry of that layer; KeyError where there is none."""
+        for plan in self.layers:
+            if plan.name == name:
+                return plan
+        raise KeyError(name)
+
+    def summary(self) -> dict[str, int]:
+        """How many layers do what."""
+        quantized = self.quantized
+        return {
+            "layers": len(self.layers),
+            "int8": len(quantized),
+            "float": len(self.layers) - len(quantized),
+            "zero_offset": sum(plan.zero_offset != 0 for plan in quantized),
+            "branch_factors": sum(plan.inverse_k is not None for plan in quantized),
+            "step_gains": sum(plan.inverse_r is not None for plan in quantized),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` (readable) and ``plan.safetensors`` (codes and factors, and the same document) into ``folder``."""
+        document = self._document()
+        arrays: dict[str, NDArray[Any]] = {"timestep_edges": self.timestep_edges}
+        for plan in self.layers:
+            for name in _ARRAYS:
+                value = getattr(plan, name)
+                if value is not None:
+                    arrays[f"{plan.name}/{name}"] = value
+        with new_file(folder / "plan.json") as path:
+            path.write_bytes(json.dumps(json.loads(canonical_json(document)), indent=1).encode())
+        write_record(folder / "plan.safetensors", kind=_KIND, version=_VERSION, document=document, arrays=arrays)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InputError: a file is missing, truncated, newer than this version, or the two do not belong together.
+        """
+        document, arrays = read_record(folder / "plan.safetensors", kind=_KIND, version=_VERSION)
+        try:
+            readable = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{folder / 'plan.json'} cannot be read ({error}); copy the plan again") from error
+        if readable != document:
+            raise InputError(f"{folder / 'plan.json'} and plan.safetensors beside it are not of the same plan; copy both again")
+        layers = []
+        for entry in readable["layers"]:
+            values = {name: arrays.get(f"{entry['layer']['name']}/{name}") for name in _ARRAYS}
+            place = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.pop("layer").items()}
+            layers.append(LayerPlan(layer=Layer(**place), **entry, **values))
+        return cls(tuple(layers), arrays["timestep_edges"], readable["options"], readable["provenance"])
+
+    def _document(self) -> dict[str, Any]:
+        layers = []
+        for plan in self.layers:
+            entry = {
+                key: value for key, value in vars(plan).items() if key not in (*_ARRAYS, "layer", "notes")
+            }
+            layers.append({**entry, "layer": asdict(plan.layer), "notes": dict(plan.notes)})
+        document = {"layers": layers, "options": dict(self.options), "provenance": dict(self.provenance)}
+        plain: dict[str, Any] = json.loads(canonical_json(document))
+        return plain
