@@ -1,7 +1,8 @@
 """The float32 step graph as ONNX: exported once per model, the source of every target graph.
 
-Nodes keep the module path they came from (metadata ``pkg.torch.onnx.name_scopes``), which is how later stages find the
-layer of a convolution; weight initializer names are no help, since the exporter shares equal tensors and renames folded ones.
+Nodes keep the module path they came from (metadata ``qdm.module``), which is how later stages find the layer of a
+convolution; weight initializer names are no help, since the exporter shares equal tensors and renames folded ones. The rest
+of the exporter's metadata goes: it holds stack traces with paths of the machine that ran it.
 """
 
 import contextlib
@@ -15,12 +16,14 @@ import torch
 from qdm_deploy.errors import ExportError
 
 from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
+from qdm_export.topology import MODULE_KEY
 from qdm_export.unet import Checkpoint
 
 __all__ = ["OPSET", "example_inputs", "export_float_graph", "save_graph"]
 
 # TensorRT 10.2+ and TensorRT-RTX read opset 21, which has the float16 QuantizeLinear and GroupNormalization we need.
 OPSET = 21
+_SCOPES = "pkg.torch.onnx.name_scopes"
 # Tensors below this size stay inside the .onnx file: shapes and scalars should be readable without the data file.
 _EXTERNAL_THRESHOLD_BYTES = 1024
 
@@ -74,10 +77,25 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
         raise ExportError(f"torch exported nothing for {checkpoint.source}")
     model = program.model
     model.graph.name = "step"
+    for node in model.graph:
+        module = _module_path(node)
+        node.metadata_props.clear()
+        if module:
+            node.metadata_props[MODULE_KEY] = module
+    for value in ir.convenience.create_value_mapping(model.graph).values():
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(f"{value.name} lost its dynamic batch in the export: shape {value.shape}")
     return model
+
+
+def _module_path(node: ir.Node) -> str:
+    """The innermost module a node was traced in, such as "net.unet.conv_in"; "" for the sampler update."""
+    scopes = [part.strip(" '\"") for part in node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
+    return max((scope for scope in scopes if scope.split(".")[0] == "net"), key=len, default="")
 
 
 def save_graph(model: ir.Model, path: Path, *, weights: str | None = None) -> None:

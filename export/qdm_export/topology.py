@@ -12,9 +12,10 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 
-__all__ = ["LayerNode", "layer_nodes", "topology_of"]
+__all__ = ["MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+# Node metadata: the module a node was exported from.
+MODULE_KEY = "qdm.module"
 _PREFIX = "net.unet."
 # Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them too).
 _MIN_CHANNELS = 16
@@ -49,7 +50,7 @@ def layer_nodes(model: ir.Model) -> list[LayerNode]:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
         data, weight = node.inputs[0], node.inputs[1]
-        if data is None or weight is None or not weight.is_initializer():
+        if data is None or weight is None or not _is_weight(weight):
             continue
         name = _module_path(node)
         if node.op_type == "MatMul":
@@ -63,6 +64,11 @@ def layer_nodes(model: ir.Model) -> list[LayerNode]:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ExportError(f"these layers run more than once per step, which a per-layer plan cannot describe: {', '.join(twice)}")
     return found
+
+
+def weight_is_transposed(node: ir.Node) -> bool:
+    """Whether the node reads its weight as [I, O] where PyTorch stores [O, I]."""
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and _int(node, "transB", 0) == 0)
 
 
 def topology_of(model: ir.Model) -> Topology:
@@ -93,12 +99,20 @@ def topology_of(model: ir.Model) -> Topology:
     return Topology(tuple(layers))
 
 
+def _is_weight(value: ir.Value) -> bool:
+    """A constant, or the dequantized codes of one."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        codes = producer.inputs[0]
+        return codes is not None and codes.is_initializer()
+    return value.is_initializer()
+
+
 def _module_path(node: ir.Node) -> str:
-    scopes = [part.strip(" '\"") for part in node.metadata_props.get(_SCOPES, "").strip("[]").split(",")]
-    paths = [scope for scope in scopes if scope.startswith(_PREFIX)]
-    if not paths:
+    path = node.metadata_props.get(MODULE_KEY, "")
+    if not path.startswith(_PREFIX):
         raise ExportError(f"node {node.name!r} ({node.op_type}) does not say which module it came from; was the graph edited?")
-    return max(paths, key=len).removeprefix(_PREFIX)
+    return path.removeprefix(_PREFIX)
 
 
 def _bias_add(matmul: ir.Node) -> ir.Node | None:
@@ -114,8 +128,7 @@ def _bias_add(matmul: ir.Node) -> ir.Node | None:
 def _weight_shape(item: LayerNode) -> tuple[int, ...]:
     assert item.weight.shape is not None  # noqa: S101 - initializers always have a shape
     shape = tuple(int(size) for size in item.weight.shape)
-    transposed = item.node.op_type == "MatMul" or (item.node.op_type == "Gemm" and _int(item.node, "transB", 0) == 0)
-    return (shape[1], shape[0]) if transposed else shape
+    return (shape[1], shape[0]) if weight_is_transposed(item.node) else shape
 
 
 def _trace(value: ir.Value, channels: int) -> tuple[tuple[int, ...], bool]:

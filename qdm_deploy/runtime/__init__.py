@@ -1,0 +1,19 @@
+"""Running step graphs: sessions on the CPU backends, the timestep loop, pictures, and what this machine can run."""
+
+from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, open_session
+from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
+from qdm_deploy.runtime.openvino_session import OpenVinoSession
+from qdm_deploy.runtime.session import StepOutput, StepSession
+
+__all__ = [
+    "BACKENDS",
+    "Conditioning",
+    "OnnxRuntimeSession",
+    "OpenVinoSession",
+    "StepOutput",
+    "StepSession",
+    "automatic_backend",
+    "denoise",
+    "open_session",
+]

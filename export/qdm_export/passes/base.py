@@ -1,0 +1,96 @@
+"""What every pass shares: it runs once per graph, checks what it did, and inserts nodes that can be traced to their layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.errors import ExportError
+
+from qdm_export.topology import LayerNode, layer_nodes
+
+__all__ = ["PlanPass", "constant", "insert_after", "insert_before", "layer_groups"]
+
+_APPLIED = "qdm.passes"
+
+
+class PlanPass(ir.passes.InPlacePass):
+    """Applies one part of a plan to a graph, in place; running it twice changes nothing the second time."""
+
+    def __init__(self, plan: QuantizationPlan) -> None:
+        """Apply decisions of ``plan``."""
+        super().__init__()
+        self.plan = plan
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite ``model`` unless this pass already has."""
+        applied = model.metadata_props.get(_APPLIED, "").split()
+        if type(self).__name__ in applied:
+            return ir.passes.PassResult(model, modified=False)
+        modified = self.rewrite(model, self._planned(model))
+        model.metadata_props[_APPLIED] = " ".join([*applied, type(self).__name__])
+        return ir.passes.PassResult(model, modified=modified)
+
+    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+        """Change the graph; ``layers`` are the INT8 layers with their nodes. Returns whether anything changed."""
+        raise NotImplementedError
+
+    def _planned(self, model: ir.Model) -> list[tuple[LayerPlan, LayerNode]]:
+        nodes = {item.name: item for item in layer_nodes(model)}
+        missing = [plan.name for plan in self.plan.layers if plan.name not in nodes]
+        if missing:
+            raise ExportError(f"the plan is not of this graph: {len(missing)} of its layers are not in it (first: {missing[0]})")
+        return [(plan, nodes[plan.name]) for plan in self.plan.quantized]
+
+
+def layer_groups(layers: Sequence[tuple[LayerPlan, LayerNode]]) -> list[list[tuple[LayerPlan, LayerNode]]]:
+    """The layers by the input tensor they share, in execution order."""
+    groups: dict[str, list[tuple[LayerPlan, LayerNode]]] = {}
+    for plan, node in layers:
+        groups.setdefault(plan.layer.input_group, []).append((plan, node))
+    return list(groups.values())
+
+
+def constant(model: ir.Model, name: str, values: NDArray[Any]) -> ir.Value:
+    """The initializer ``name`` with these values, added if the graph has none of that name."""
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    tensor = ir.tensor(np.array(values, order="C"), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert_before(layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any) -> ir.Node:
+    """A node that takes the layer's data input and ``operands``; the caller wires its output."""
+    node = _node(layer, op_type, [layer.node.inputs[0], *operands], label, attributes)
+    _graph(layer.node).insert_before(layer.node, node)
+    return node
+
+
+def insert_after(layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any) -> ir.Node:
+    """A node between the kernel's output and everything that read it."""
+    output = layer.node.outputs[0]
+    readers = list(output.uses())
+    node = _node(layer, op_type, [output, *operands], label, attributes)
+    node.outputs[0].shape = output.shape
+    _graph(layer.node).insert_after(layer.node, node)
+    for reader in readers:
+        reader.node.replace_input_with(reader.idx, node.outputs[0])
+    return node
+
+
+def _node(layer: LayerNode, op_type: str, inputs: Sequence[ir.Value | None], label: str, attributes: dict[str, Any]) -> ir.Node:
+    name = f"{layer.name}/{label}"
+    output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+    first = inputs[0]
+    output.shape = None if first is None else first.shape
+    return ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(layer.node.metadata_props))
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    if not isinstance(node.graph, ir.Graph):
+        raise ExportError(f"node {node.name!r} is in no graph")
+    return node.graph

@@ -1,0 +1,91 @@
+"""Float16 for the part of the U-Net that works on the sample, for strongly typed TensorRT networks.
+
+Types are settled here once: the builder of a strongly typed network follows them and inserts no casts of its own. The time
+embedding and the sampler update stay float32; a Cast stands at each border, none between a quantize and its kernel.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qdm_export.topology import MODULE_KEY
+
+__all__ = ["HalfPrecision"]
+
+# Inputs that ONNX wants in float32 whatever the data is.
+_FLOAT32_INPUTS = {"Resize": (1, 2)}
+_HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+
+
+class HalfPrecision(ir.passes.InPlacePass):
+    """Retypes the nodes between the sample and the model's output."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Retype in place; a graph that has been retyped is left as it is."""
+        region = self._region(model)
+        if not region or any(value.dtype == _HALF for node in region for value in node.outputs):
+            return ir.passes.PassResult(model, modified=False)
+        inside = {value for node in region for value in node.outputs}
+        casts: dict[ir.Value, ir.Value] = {}
+        for node in region:
+            for index, value in enumerate(node.inputs):
+                if value is None or value in inside or value.dtype != _FLOAT or index in _FLOAT32_INPUTS.get(node.op_type, ()):
+                    continue
+                if value not in casts:
+                    casts[value] = _half_constant(model, value) if value.is_initializer() else _cast(node, value, _HALF)
+                node.replace_input_with(index, casts[value])
+            if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
+                node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
+            for value in node.outputs:
+                if value.dtype in (_FLOAT, None):
+                    value.type = ir.TensorType(_HALF)  # not value.dtype: clones share the type object
+        self._leave(model, region)
+        return ir.passes.PassResult(model, modified=True)
+
+    def _region(self, model: ir.Model) -> list[ir.Node]:
+        """Nodes of the U-Net whose values depend on the sample, and the gains and weights that multiply them."""
+        on_sample = {value for value in model.graph.inputs if value.name == "sample"}
+        region = []
+        for node in model.graph:
+            reads_sample = node.op_type != "Shape" and any(value in on_sample for value in node.inputs)
+            if reads_sample:
+                on_sample.update(node.outputs)
+            if MODULE_KEY in node.metadata_props and (reads_sample or _feeds_only(node, "DequantizeLinear", "Gather")):
+                region.append(node)
+        return region
+
+    def _leave(self, model: ir.Model, region: list[ir.Node]) -> None:
+        inside = set(region)
+        for node in region:
+            for value in node.outputs:
+                outside = [use for use in value.uses() if use.node not in inside and value.dtype == _HALF]
+                if outside:
+                    back = _cast(node, value, _FLOAT, after=True)
+                    for use in outside:
+                        use.node.replace_input_with(use.idx, back)
+
+
+def _feeds_only(node: ir.Node, *kinds: str) -> bool:
+    """A weight's DequantizeLinear or a gain's Gather: they read no sample but what they make multiplies one."""
+    return node.op_type in kinds and node.inputs[0] is not None and node.inputs[0].is_initializer() and node.name is not None and "/" in node.name
+
+
+def _half_constant(model: ir.Model, value: ir.Value) -> ir.Value:
+    assert value.const_value is not None  # noqa: S101 - an initializer
+    name = f"{value.name}/float16"
+    tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)
+    half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)
+    model.graph.register_initializer(half)
+    return half
+
+
+def _cast(node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:
+    name = f"{value.name}/{'float32' if to == _FLOAT else 'float16'}"
+    output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
+    cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
+    graph = node.graph
+    assert graph is not None  # noqa: S101 - nodes of a model are in its graph
+    if after:
+        graph.insert_after(node, cast)
+    else:
+        graph.insert_before(node, cast)
+    return output

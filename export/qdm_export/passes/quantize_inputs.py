@@ -1,0 +1,43 @@
+"""QuantizeLinear and DequantizeLinear on the inputs of the planned layers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+
+from qdm_export.passes.base import PlanPass, constant, insert_before, layer_groups
+from qdm_export.topology import LayerNode
+
+__all__ = ["QuantizeInputs"]
+
+
+class QuantizeInputs(PlanPass):
+    """One grid per shared input tensor.
+
+    Signed: zero point 0 and one QuantizeLinear per tensor with a DequantizeLinear per reader, as TensorRT fuses best.
+    Unsigned: u8 codes with zero point 128 - z, and a QuantizeLinear per reader, which is what ONNX Runtime fuses.
+    """
+
+    def __init__(self, plan: QuantizationPlan, *, unsigned: bool) -> None:
+        """Choose the codes: u8 with a zero point, or s8."""
+        super().__init__(plan)
+        self.unsigned = unsigned
+
+    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+        """Insert the pairs."""
+        for group in layer_groups(layers):
+            plan, first = group[0]
+            scale = constant(model, f"{first.name}/scale", np.float32(plan.scale))
+            code = np.uint8(plan.zero_point_u8) if self.unsigned else np.int8(0)
+            zero_point = constant(model, f"{first.name}/zero_point", code)
+            codes: ir.Value | None = None
+            for _, layer in group:
+                if codes is None or self.unsigned:
+                    quantize = insert_before(layer, "QuantizeLinear", [scale, zero_point], "quantize")
+                    codes = quantize.outputs[0]
+                    codes.dtype = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
+                dequantize = insert_before(layer, "DequantizeLinear", [scale, zero_point], "dequantize")
+                dequantize.replace_input_with(0, codes)
+                layer.node.replace_input_with(0, dequantize.outputs[0])
+        return bool(layers)

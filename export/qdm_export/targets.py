@@ -1,0 +1,67 @@
+"""From one float graph and one plan to the graph each target runs fastest.
+
+=============  ==================  ==========================  =======  ==========================
+target         activation codes    outputs of convolutions     rest     zero offset
+=============  ==================  ==========================  =======  ==========================
+onnxruntime    u8                  quantized too               float32  the zero point, 128 - z
+openvino       s8                  not quantized               float32  subtracted, constant map
+tensorrt       s8                  not quantized               float16  subtracted, constant map
+=============  ==================  ==========================  =======  ==========================
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
+from qdm_deploy.errors import InputError
+
+from qdm_export.passes.branch_factors import BranchFactors
+from qdm_export.passes.half_precision import HalfPrecision
+from qdm_export.passes.quantize_inputs import QuantizeInputs
+from qdm_export.passes.quantize_outputs import QuantizeOutputs
+from qdm_export.passes.quantize_weights import QuantizeWeights
+from qdm_export.passes.step_gains import StepGains
+from qdm_export.passes.zero_offsets import ZeroOffsets
+
+__all__ = ["FORMS", "TargetForm", "emit"]
+
+
+@dataclass(frozen=True)
+class TargetForm:
+    """How a target wants its graph."""
+
+    unsigned: bool
+    quantized_outputs: bool
+    float16: bool
+
+
+FORMS: dict[Target, TargetForm] = {
+    "onnxruntime": TargetForm(unsigned=True, quantized_outputs=True, float16=False),
+    "openvino": TargetForm(unsigned=False, quantized_outputs=False, float16=False),
+    "tensorrt": TargetForm(unsigned=False, quantized_outputs=False, float16=True),
+}
+
+
+def emit(graph: ir.Model, plan: QuantizationPlan, target: Target) -> ir.Model:
+    """A copy of the float step graph that runs ``plan`` in the form of ``target``.
+
+    Raises:
+        InputError: an unknown target.
+        ExportError: the plan is not of this graph.
+    """
+    if target not in TARGETS:
+        raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    form = FORMS[target]
+    passes: list[ir.passes.PassBase] = [BranchFactors(plan), StepGains(plan), QuantizeWeights(plan)]
+    if not form.unsigned:
+        passes.append(ZeroOffsets(plan))
+    passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
+    if form.quantized_outputs:
+        passes.append(QuantizeOutputs(plan))
+    if form.float16:
+        passes.append(HalfPrecision())
+    passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
+    model = graph.clone()
+    model.graph.name = f"step_{target}"
+    return ir.passes.Sequential(*passes)(model).model

@@ -1,0 +1,244 @@
+"""The timestep loop: from seeds to samples, on any session.
+
+The whole set of samples takes a step before any of it takes the next one, so an observer sees every sample after each
+step. All inputs are allocated once; a batch is a slice of them. A guided sample holds two rows side by side, its own
+and its unconditional twin's, and the step graph keeps both in the same state.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.errors import CheckFailed, InputError
+from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.runtime.session import StepSession
+from qdm_deploy.samplers.columns import COEFFICIENTS
+from qdm_deploy.samplers.noise import initial_noise, step_noise
+from qdm_deploy.samplers.table import StepTable
+
+__all__ = ["Conditioning", "denoise"]
+
+_NOISE_COLUMN = COEFFICIENTS.index("d")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What each sample should show, and what "nothing in particular" means to the model.
+
+    Attributes:
+        class_labels: [N] integers, or None.
+        encoder_hidden_states: [N, L, D] float32, or None.
+        null_label: class label of the unconditional twin; None takes the model's own.
+        null_hidden_states: [L, D] float32 text states of the unconditional twin (those of the empty prompt).
+    """
+
+    class_labels: NDArray[np.integer[Any]] | None = None
+    encoder_hidden_states: NDArray[np.float32] | None = None
+    null_label: int | None = None
+    null_hidden_states: NDArray[np.float32] | None = None
+
+
+def denoise(
+    session: StepSession,
+    table: StepTable,
+    seeds: Sequence[int],
+    model: ModelSpec,
+    *,
+    conditioning: Conditioning | None = None,
+    guidance: float = 1.0,
+    batch_size: int = 16,
+    on_step: Callable[[int, NDArray[np.float32]], None] | None = None,
+    progress: Progress = SILENT,
+) -> NDArray[np.float32]:
+    """Denoise one sample per seed. A sample depends on its own seed and conditioning, not on the batch it is in.
+
+    Args:
+        session: the step graph of ``model`` on some backend.
+        table: the sampler's steps.
+        seeds: N seeds, 0 .. 2**63 - 1; equal seeds give equal samples.
+        model: shapes and conditioning of the model.
+        conditioning: needed by a conditional model, refused by another.
+        guidance: scale of classifier-free guidance (Ho and Salimans 2022, eq. 6, with scale = w + 1); 1 is none and
+            runs one row per sample, any other value runs two.
+        batch_size: samples in one run of the session; fewer where its ``max_batch`` rows do not hold so many.
+        on_step: called after each step with its index and a copy of the samples, [N, C, H, W] float32.
+        progress: advances by one for each run of the session.
+
+    Returns:
+        [N, C, H, W] float32 samples, in the order of the seeds; the caller owns them.
+
+    Raises:
+        InputError: seeds, conditioning, guidance, batch size, table or session do not fit the model or each other.
+        CheckFailed: a sample became NaN or infinite.
+    """
+    seeds = list(seeds)
+    _check(session, table, seeds, model, guidance, batch_size)
+    twin = guidance != 1.0
+    rows_each = 2 if twin else 1
+    rows = len(seeds) * rows_each
+    own = slice(None, None, rows_each)
+
+    sample = np.zeros((rows, *model.sample_shape), np.float32)
+    noise = np.zeros_like(sample)
+    timestep = np.zeros(rows, np.int64)
+    coefficients = np.zeros((rows, model.num_coefficients), np.float32)
+    inputs: dict[str, NDArray[Any]] = {
+        "sample": sample,
+        "timestep": timestep,
+        "coefficients": coefficients,
+        "noise": noise,
+        "previous_x0": np.zeros_like(sample),
+        **_conditioning_rows(model, conditioning, len(seeds), twin),
+    }
+    if model.conditional:
+        inputs["guidance"] = np.full(rows, guidance, np.float32)
+        inputs.update(_row_links(rows, rows_each))
+    if set(inputs) != set(session.input_names):
+        raise InputError(
+            f"the step graph takes {', '.join(session.input_names)}, and the model {model.name!r} gives "
+            f"{', '.join(inputs)}: the session is of another model"
+        )
+
+    at_once = _samples_at_once(session.max_batch, rows_each, batch_size)
+    batches = [_batch(inputs, seeds, first, at_once, rows_each) for first in range(0, len(seeds), at_once)]
+    sample[:] = np.repeat(initial_noise(seeds, model.sample_shape), rows_each, axis=0)
+    steps = len(table.timesteps)
+    with progress.task("denoising", steps * len(batches)) as advance:
+        for step in range(steps):
+            timestep[:] = table.timesteps[step]
+            coefficients[:] = table.coefficients[step]
+            noisy = table.coefficients[step, _NOISE_COLUMN] != 0
+            for batch_seeds, batch in batches:
+                if noisy:
+                    # A twin takes its owner's state after the step, so its own noise is never used.
+                    batch["noise"][own] = step_noise(batch_seeds, step, model.sample_shape)
+                result = session.run(batch)
+                np.copyto(batch["sample"], result.next_sample)
+                np.copyto(batch["previous_x0"], result.x0)
+                advance()
+            if on_step is not None:
+                on_step(step, sample[own].copy())
+    samples = np.ascontiguousarray(sample[own])
+    _check_finite(samples, seeds, session)
+    return samples
+
+
+def _check(
+    session: StepSession, table: StepTable, seeds: Sequence[int], model: ModelSpec, guidance: float, batch_size: int
+) -> None:
+    if not seeds:
+        raise InputError("no seeds were given; give one seed for each sample")
+    if batch_size < 1:
+        raise InputError(f"the batch size is {batch_size}; give at least 1")
+    if not np.isfinite(guidance):
+        raise InputError(f"the guidance scale is {guidance}; give a finite number, 1 for none")
+    if guidance != 1.0 and not model.conditional:
+        raise InputError(
+            f"the model {model.name!r} is unconditional, so a guidance scale of {guidance} means nothing; leave it at 1"
+        )
+    width = table.coefficients.shape[1]
+    if width != model.num_coefficients:
+        raise InputError(
+            f"the sampler table has {width} coefficients a step and the model {model.name!r} takes "
+            f"{model.num_coefficients}: make it with learned_variance={model.learned_variance}"
+        )
+    if table.timesteps.min() < 0 or table.timesteps.max() >= model.num_train_timesteps:
+        raise InputError(
+            f"the sampler table holds timesteps {table.timesteps.min()} .. {table.timesteps.max()}; the model "
+            f"{model.name!r} knows 0 .. {model.num_train_timesteps - 1}"
+        )
+    if guidance != 1.0 and session.max_batch == 1:
+        raise InputError("guidance takes two rows a sample and this session runs one row at a time; set guidance to 1")
+
+
+def _samples_at_once(max_batch: int | None, rows_each: int, batch_size: int) -> int:
+    return batch_size if max_batch is None else min(batch_size, max_batch // rows_each)
+
+
+def _row_links(rows: int, rows_each: int) -> dict[str, NDArray[np.int64]]:
+    """Where each row finds its unconditional twin and its owner, counted from the start of the batch that holds it."""
+    index = np.arange(rows)
+    owner = index - index % rows_each
+    return {"unconditional_row": owner + rows_each - 1, "owner_row": owner}
+
+
+def _batch(
+    inputs: dict[str, NDArray[Any]], seeds: Sequence[int], first: int, count: int, rows_each: int
+) -> tuple[Sequence[int], dict[str, NDArray[Any]]]:
+    """One batch: its seeds and its slice of every input; links between rows are relative, so batches share them."""
+    batch_seeds = seeds[first : first + count]
+    here = slice(first * rows_each, (first + len(batch_seeds)) * rows_each)
+    start = slice(0, here.stop - here.start)
+    links = ("unconditional_row", "owner_row")
+    return batch_seeds, {name: values[start if name in links else here] for name, values in inputs.items()}
+
+
+def _conditioning_rows(
+    model: ModelSpec, conditioning: Conditioning | None, count: int, twin: bool
+) -> dict[str, NDArray[Any]]:
+    """Conditioning inputs of all rows: the samples' own, and after each its unconditional twin's when guided."""
+    given = conditioning or Conditioning()
+    wanted = {item.name: item.shape for item in model.conditioning}
+    for name in ("class_labels", "encoder_hidden_states"):
+        value = getattr(given, name)
+        if value is not None and name not in wanted:
+            raise InputError(
+                f"the model {model.name!r} takes no {name}; it takes {', '.join(wanted) or 'no conditioning'}"
+            )
+        if value is None and name in wanted:
+            raise InputError(f"the model {model.name!r} needs {name} for each of the {count} samples")
+        if value is not None and value.shape != (count, *wanted[name]):
+            raise InputError(f"{name} has the shape {list(value.shape)}; {count} samples need {[count, *wanted[name]]}")
+    rows: dict[str, NDArray[Any]] = {}
+    if given.class_labels is not None:
+        null = given.null_label if given.null_label is not None else model.null_label
+        labels = _labels(given.class_labels, model, null)
+        if twin and null is None:
+            raise InputError(
+                f"the model {model.name!r} has no label for 'no class', so it cannot be guided; set guidance to 1"
+            )
+        rows["class_labels"] = _with_twin(labels, np.int64(null or 0)) if twin else labels
+    if given.encoder_hidden_states is not None:
+        states = np.ascontiguousarray(given.encoder_hidden_states, np.float32)
+        null_states = given.null_hidden_states
+        if twin and (null_states is None or null_states.shape != states.shape[1:]):
+            shape = None if null_states is None else list(null_states.shape)
+            raise InputError(
+                "guidance needs null_hidden_states (the text states of the empty prompt) of shape "
+                f"{list(states.shape[1:])}; given: {shape}"
+            )
+        rows["encoder_hidden_states"] = states if null_states is None or not twin else _with_twin(states, null_states)
+    return rows
+
+
+def _labels(labels: NDArray[np.integer[Any]], model: ModelSpec, null: int | None) -> NDArray[np.int64]:
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"class_labels are {labels.dtype}; give integers")
+    classes = model.num_classes or 0
+    for label in labels.tolist():
+        if not 0 <= label < classes and label != null:
+            also = "" if null is None else f", or {null} for no class"
+            raise InputError(
+                f"the class label {label} is unknown to the model {model.name!r}; it knows 0 .. {classes - 1}{also}"
+            )
+    return np.ascontiguousarray(labels, np.int64)
+
+
+def _with_twin(own: NDArray[Any], null: Any) -> NDArray[Any]:
+    rows = np.empty((2 * len(own), *own.shape[1:]), own.dtype)
+    rows[0::2] = own
+    rows[1::2] = null
+    return rows
+
+
+def _check_finite(samples: NDArray[np.float32], seeds: Sequence[int], session: StepSession) -> None:
+    broken = [seed for seed, sample in zip(seeds, samples, strict=True) if not np.isfinite(sample).all()]
+    if broken:
+        raise CheckFailed(
+            f"{len(broken)} of {len(seeds)} samples became NaN or infinite (first seed: {broken[0]}) on the backend "
+            f"{session.describe()['backend']}: run it with precision float to see whether quantization is the cause"
+        )
