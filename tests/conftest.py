@@ -1,7 +1,11 @@
-"""What every test may use: where the repository is, the rule for GPU tests, hypothesis without a clock."""
+"""What every test may use: where the repository is, the rule for GPU tests, hypothesis without a clock, tiny U-Nets."""
 
+import functools
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -20,3 +24,130 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).parents[1]
+
+
+TINY = ("labels", "rgb", "text", "variance")
+
+
+class TinyModels:
+    """Four U-Nets of diffusers with random weights, and what the pipeline makes of them; each stage runs once.
+
+    labels: class labels with a null label, attention, two levels; its skips and steps differ enough for k and r.
+    rgb: unconditional, not square, its upper level too narrow for INT8.
+    text: cross attention.
+    variance: class labels without a null label, learned variance.
+    """
+
+    def __init__(self, root: Path) -> None:
+        import torch
+
+        # One thread: the same bits on every machine, and no time lost where the other cores are busy.
+        torch.set_num_threads(1)
+        self.root = root
+
+    @functools.cache
+    def folder(self, name: str) -> Path:
+        import torch
+        from diffusers import DDPMScheduler
+
+        torch.manual_seed(TINY.index(name))
+        unet = _unet(name)
+        with torch.no_grad():
+            # Skips of different range, and an output of the size of the noise it predicts.
+            unet.conv_in.weight.mul_(4)
+            unet.down_blocks[0].resnets[0].conv2.weight.mul_(8)
+            unet.conv_out.weight.mul_(3)
+        folder = self.root / name
+        unet.save_pretrained(folder / "unet")
+        variance = "learned_range" if name == "variance" else "fixed_small"
+        DDPMScheduler(timestep_spacing="leading", variance_type=variance).save_pretrained(folder / "scheduler")
+        (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+        if name == "labels":
+            (folder / "labels.json").write_text(json.dumps(["shirt", "bag", "boot"]))
+        return folder
+
+    @functools.cache
+    def checkpoint(self, name: str) -> Any:
+        from qdm_export.unet import load_checkpoint
+
+        return load_checkpoint(self.folder(name))
+
+    @functools.cache
+    def float_graph(self, name: str) -> Any:
+        """The exported float graph; clone it before you change it."""
+        from qdm_export.float_graph import export_float_graph
+
+        return export_float_graph(self.checkpoint(name))
+
+    @functools.cache
+    def topology(self, name: str) -> Any:
+        from qdm_export.topology import topology_of
+
+        return topology_of(self.float_graph(name))
+
+    @functools.cache
+    def table(self, name: str, steps: int = 12) -> Any:
+        from qdm_deploy.samplers import NoiseSchedule, step_table
+
+        schedule = NoiseSchedule.from_config(self.checkpoint(name).scheduler_config)
+        sampler = "ddim" if name == "rgb" else "ddpm"
+        return step_table(schedule, sampler, steps, learned_variance=name == "variance")
+
+    @functools.cache
+    def calibration(self, name: str) -> Any:
+        from qdm_calibration.collect import collect_calibration_set
+        from qdm_calibration.timesteps import SamplingPlan
+
+        states = {"encoder_hidden_states": np.random.default_rng(0).normal(size=(4, 77, 16)).astype(np.float32)}
+        guided = name == "labels"
+        return collect_calibration_set(
+            self.checkpoint(name).unet, self.checkpoint(name).spec, self.table(name), SamplingPlan(samples=4, steps=12),
+            guidance=1.5 if guided else 1.0, conditioning=states if name == "text" else None,
+        )  # fmt: skip
+
+    @functools.cache
+    def statistics(self, name: str) -> Any:
+        from qdm_calibration.statistics import collect_statistics
+
+        return collect_statistics(self.checkpoint(name).unet, self.topology(name), self.calibration(name), 1000)
+
+    @functools.cache
+    def plan(self, name: str, **options: Any) -> Any:
+        """A plan with every factor in use: thresholds low, ranges without a search unless ``options`` say otherwise."""
+        from qdm_calibration.plan import PlanOptions, make_plan
+
+        chosen = PlanOptions(**{"ranges": "minmax", "gain_ratio": 1.02, "branch_ratio": 1.1, "step_bins": 3, **options})
+        return make_plan(self.checkpoint(name).unet, self.topology(name), self.statistics(name), chosen)
+
+
+def _unet(name: str) -> Any:
+    from diffusers import UNet2DConditionModel, UNet2DModel
+
+    down, up = "DownBlock2D", "UpBlock2D"
+    common = {"layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    if name == "labels":
+        return UNet2DModel(
+            sample_size=10, in_channels=1, out_channels=1, block_out_channels=(16, 32), num_class_embeds=4,
+            down_block_types=(down, "AttnDownBlock2D"), up_block_types=(up, up), **common,
+        )  # fmt: skip
+    if name == "rgb":
+        return UNet2DModel(
+            sample_size=(8, 12), in_channels=3, out_channels=3, block_out_channels=(8, 16),
+            down_block_types=(down, down), up_block_types=(up, up), add_attention=False, **common,
+        )  # fmt: skip
+    if name == "text":
+        return UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock2D",), mid_block_type="UNetMidBlock2D",
+            up_block_types=("CrossAttnUpBlock2D",), **common,
+        )  # fmt: skip
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=2, block_out_channels=(16,), num_class_embeds=3,
+        down_block_types=(down,), up_block_types=(up,), add_attention=False, **common,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """The tiny U-Nets and the stages made of them."""
+    return TinyModels(tmp_path_factory.mktemp("models"))

@@ -100,6 +100,7 @@ def conditioning_rows(
     spec: ModelSpec, samples: int, conditioning: Mapping[str, NDArray[Any]] | None
 ) -> dict[str, NDArray[Any]]:
     """The conditioning of each sample: as given, or all class labels in turn."""
+    _refuse_unknown(spec, conditioning)
     rows: dict[str, NDArray[Any]] = {}
     for item in spec.conditioning:
         if conditioning is not None and item.name in conditioning:
@@ -116,12 +117,29 @@ def conditioning_rows(
             )
         if rows[item.name].shape[1:] != item.shape:
             raise InputError(f"{item.name} has rows of shape {rows[item.name].shape[1:]}; {spec.name} takes {item.shape}")
+        if item.name == "class_labels":
+            _refuse_unknown_labels(spec, rows[item.name])
     return rows
+
+
+def _refuse_unknown(spec: ModelSpec, conditioning: Mapping[str, NDArray[Any]] | None) -> None:
+    known = [item.name for item in spec.conditioning]
+    for name in conditioning or {}:
+        if name not in known:
+            raise InputError(f"{spec.name} has no conditioning input {name!r}; it takes {', '.join(known) or 'none'}")
+
+
+def _refuse_unknown_labels(spec: ModelSpec, labels: NDArray[Any]) -> None:
+    embeddings = (spec.num_classes or 0) + (spec.null_label is not None)
+    outside = labels[(labels < 0) | (labels >= embeddings)]
+    if len(outside):
+        raise InputError(f"class_labels holds {outside[0]}; {spec.name} has labels 0 .. {embeddings - 1}")
 
 
 def _unconditional_rows(
     spec: ModelSpec, samples: int, unconditional: Mapping[str, NDArray[Any]] | None
 ) -> dict[str, NDArray[Any]]:
+    _refuse_unknown(spec, unconditional)
     rows: dict[str, NDArray[Any]] = {}
     for item in spec.conditioning:
         if unconditional is not None and item.name in unconditional:
@@ -130,6 +148,10 @@ def _unconditional_rows(
             value = np.asarray(spec.null_label, dtype=np.int64)
         else:
             raise InputError(f"guidance needs an unconditional {item.name}, and {spec.name} has none; give one, or use guidance 1")
+        if value.shape != item.shape:
+            raise InputError(f"the unconditional {item.name} has shape {value.shape}; {spec.name} takes {item.shape}")
+        if item.name == "class_labels":
+            _refuse_unknown_labels(spec, value[None])
         rows[item.name] = np.repeat(value[None], samples, axis=0)
     if not rows:
         raise InputError(f"{spec.name} is unconditional, so there is nothing to guide; use guidance 1")

@@ -36,7 +36,7 @@ class PlanOptions:
         gain_ratio: an input whose range moves by less than this factor over the bins stays static.
     """
 
-    ranges: RangeMethod = "lp"
+    ranges: RangeMethod = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
     step_bins: int = 4

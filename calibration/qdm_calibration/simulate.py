@@ -4,8 +4,7 @@ Every INT8 layer is replaced by one that computes the codes the target computes,
 floating point: a product of codes is at most 2**14, and sums stay exact below 2**24 in float32, 2**53 in float64) and
 scales the result. What stays float in the plan stays float32 here; a float16 engine adds its own rounding on top.
 
-``onnxruntime`` works on unsigned codes and also quantizes the bias and the output of its convolutions; ``openvino`` and
-``tensorrt`` do neither.
+``onnxruntime`` also quantizes the bias and the output of its convolutions; ``openvino`` and ``tensorrt`` do not.
 """
 
 import copy
@@ -104,7 +103,7 @@ class _QuantizedLayer(nn.Module):
             x = x * self.inverse_k
         if self.inverse_r is not None:
             x = x * self._gain(self.inverse_r, x)
-        if self.target == "onnxruntime":
+        if self.target != "tensorrt":  # u8 codes with a zero point; the same grid, and the same codes but for rounding ties
             return (torch.round(x / plan.scale) - plan.zero_offset).clamp(-128, 127)
         shift = np.float32(plan.zero_offset) * np.float32(plan.scale)
         return torch.round((x - float(shift)) / plan.scale).clamp(-128, 127)

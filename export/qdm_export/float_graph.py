@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from qdm_deploy.errors import ExportError
 
+from qdm_export.passes.time_table import TimeTable
 from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
 from qdm_export.topology import MODULE_KEY
 from qdm_export.unet import Checkpoint
@@ -55,7 +56,7 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
     Raises:
         ExportError: the exporter failed, or the graph lost its dynamic batch axis.
     """
-    module = StepGraph(checkpoint.unet).eval()
+    module = StepGraph(checkpoint.unet, checkpoint.spec).eval()
     names = [item.name for item in step_inputs(checkpoint.spec)]
     batch = torch.export.Dim("batch", min=1, max=1024)
     # Batch 2: torch.export specialises an example size of 1 to a constant.
@@ -86,6 +87,7 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
+    TimeTable(checkpoint.spec.num_train_timesteps)(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(f"{value.name} lost its dynamic batch in the export: shape {value.shape}")

@@ -11,8 +11,6 @@ import torch
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from torch import Tensor, nn
 
-from qdm_export.unet import UNet
-
 __all__ = ["OUTPUTS", "StepGraph", "StepInput", "step_inputs"]
 
 OUTPUTS = ("next_sample", "x0")
@@ -53,12 +51,12 @@ class StepGraph(nn.Module):
     the noise by exp of half the interpolated log-variance (Nichol and Dhariwal 2021, eq. 15).
     """
 
-    def __init__(self, unet: UNet) -> None:
-        """Build the step around ``unet``."""
+    def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
+        """Build the step around ``net``, which takes (sample, timestep, **conditioning): a ``UNet`` or a simulation of one."""
         super().__init__()
-        self.net = unet
-        self.spec = unet.spec
-        self.input_names = tuple(item.name for item in step_inputs(unet.spec))
+        self.net = net
+        self.spec = spec
+        self.input_names = tuple(item.name for item in step_inputs(spec))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step on the inputs in the order of ``input_names``."""

@@ -1,12 +1,12 @@
 """From one float graph and one plan to the graph each target runs fastest.
 
-=============  ==================  ==========================  =======  ==========================
-target         activation codes    outputs of convolutions     rest     zero offset
-=============  ==================  ==========================  =======  ==========================
-onnxruntime    u8                  quantized too               float32  the zero point, 128 - z
-openvino       s8                  not quantized               float32  subtracted, constant map
-tensorrt       s8                  not quantized               float16  subtracted, constant map
-=============  ==================  ==========================  =======  ==========================
+===========  ================  =======================  =======  ========================  =====================
+target       activation codes  outputs of convolutions  rest     zero offset               norms
+===========  ================  =======================  =======  ========================  =====================
+onnxruntime  u8                quantized too            float32  the zero point, 128 - z   InstanceNormalization
+openvino     u8                not quantized            float32  the zero point, 128 - z   GroupNormalization
+tensorrt     s8                not quantized            float16  subtracted, constant map  GroupNormalization
+===========  ================  =======================  =======  ========================  =====================
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from qdm_deploy.errors import InputError
 
 from qdm_export.passes.branch_factors import BranchFactors
 from qdm_export.passes.half_precision import HalfPrecision
+from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.step_gains import StepGains
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
-__all__ = ["FORMS", "TargetForm", "emit"]
+__all__ = ["FORMS", "TargetForm", "emit", "emit_float"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ class TargetForm:
     unsigned: bool
     quantized_outputs: bool
     float16: bool
+    instance_norm: bool
 
 
 FORMS: dict[Target, TargetForm] = {
-    "onnxruntime": TargetForm(unsigned=True, quantized_outputs=True, float16=False),
-    "openvino": TargetForm(unsigned=False, quantized_outputs=False, float16=False),
-    "tensorrt": TargetForm(unsigned=False, quantized_outputs=False, float16=True),
+    "onnxruntime": TargetForm(unsigned=True, quantized_outputs=True, float16=False, instance_norm=True),
+    "openvino": TargetForm(unsigned=True, quantized_outputs=False, float16=False, instance_norm=False),
+    "tensorrt": TargetForm(unsigned=False, quantized_outputs=False, float16=True, instance_norm=False),
 }
 
 
@@ -59,9 +61,18 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target) -> ir.Model:
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
+    if form.instance_norm:
+        passes.append(InstanceNormForm())
     if form.float16:
         passes.append(HalfPrecision())
     passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
     model = graph.clone()
     model.graph.name = f"step_{target}"
     return ir.passes.Sequential(*passes)(model).model
+
+
+def emit_float(graph: ir.Model) -> ir.Model:
+    """A copy of the float step graph in the form that ONNX Runtime runs fastest: the reference, and what INT8 must beat."""
+    model = graph.clone()
+    model.graph.name = "step_float"
+    return ir.passes.Sequential(InstanceNormForm(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(model).model

@@ -126,17 +126,22 @@ class ActivationStatistics:
 
         Raises:
             InputError: the file holds something else, is truncated, or is newer than this version.
+            CalibrationError: a part of the statistics is missing, or one is not known.
         """
         document, arrays = read_record(path, kind=_KIND, version=_VERSION)
         sections: dict[str, dict[str, dict[str, NDArray[Any]]]] = {"inputs": {}, "outputs": {}, "products": {}}
-        for key, value in arrays.items():
-            if key != "timestep_edges":
+        provenance = document.get("provenance")
+        try:
+            edges = arrays.pop("timestep_edges")
+            for key, value in arrays.items():
                 section, name, part = key.split("/")
                 sections[section].setdefault(name, {})[part] = value
-        provenance = document.get("provenance")
-        if "timestep_edges" not in arrays or not isinstance(provenance, dict):
-            raise CalibrationError(f"{path} is not a whole set of activation statistics; make it again")
-        tensors = {
-            section: {name: TensorStatistics(**parts) for name, parts in found.items()} for section, found in sections.items()
-        }
-        return cls(arrays["timestep_edges"], **tensors, provenance=provenance)
+            tensors = {
+                section: {name: TensorStatistics(**parts) for name, parts in found.items()}
+                for section, found in sections.items()
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path} is not a whole set of activation statistics ({error}); make it again") from error
+        if not isinstance(provenance, dict):
+            raise CalibrationError(f"{path} is not a whole set of activation statistics (no provenance); make it again")
+        return cls(edges, **tensors, provenance=provenance)

@@ -1,0 +1,56 @@
+"""The Python API: checkpoint to bundle, bundle to pictures. Importing it loads no stage; calling it does."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult, build
+    from qdm_deploy.pipeline.comparison import Comparison, compare
+    from qdm_deploy.pipeline.engine import EngineResult, build_engine
+    from qdm_deploy.pipeline.images_from_bundle import GenerateResult, generate
+    from qdm_deploy.pipeline.inspection import Inspection, inspect
+    from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
+    from qdm_deploy.pipeline.verification import Verification, verify
+
+__all__ = [
+    "BuildOptions",
+    "BuildResult",
+    "CompareOptions",
+    "Comparison",
+    "EngineResult",
+    "GenerateOptions",
+    "GenerateResult",
+    "Inspection",
+    "Verification",
+    "build",
+    "build_engine",
+    "compare",
+    "generate",
+    "inspect",
+    "verify",
+]
+
+_HOME = {
+    "BuildOptions": "options",
+    "BuildResult": "bundle_from_checkpoint",
+    "CompareOptions": "options",
+    "Comparison": "comparison",
+    "EngineResult": "engine",
+    "GenerateOptions": "options",
+    "GenerateResult": "images_from_bundle",
+    "Inspection": "inspection",
+    "Verification": "verification",
+    "build": "bundle_from_checkpoint",
+    "build_engine": "engine",
+    "compare": "comparison",
+    "generate": "images_from_bundle",
+    "inspect": "inspection",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

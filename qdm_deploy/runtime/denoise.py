@@ -51,6 +51,7 @@ def denoise(
     conditioning: Conditioning | None = None,
     guidance: float = 1.0,
     batch_size: int = 16,
+    initial: NDArray[np.float32] | None = None,
     on_step: Callable[[int, NDArray[np.float32]], None] | None = None,
     progress: Progress = SILENT,
 ) -> NDArray[np.float32]:
@@ -65,6 +66,7 @@ def denoise(
         guidance: scale of classifier-free guidance (Ho and Salimans 2022, eq. 6, with scale = w + 1); 1 is none and
             runs one row per sample, any other value runs two.
         batch_size: samples in one run of the session; fewer where its ``max_batch`` rows do not hold so many.
+        initial: [N, C, H, W] float32 to start from; None starts from the seeds' unit Gaussian noise.
         on_step: called after each step with its index and a copy of the samples, [N, C, H, W] float32.
         progress: advances by one for each run of the session.
 
@@ -77,6 +79,9 @@ def denoise(
     """
     seeds = list(seeds)
     _check(session, table, seeds, model, guidance, batch_size)
+    start = initial_noise(seeds, model.sample_shape) if initial is None else initial
+    if start.shape != (len(seeds), *model.sample_shape):
+        raise InputError(f"initial has the shape {list(start.shape)}; give {[len(seeds), *model.sample_shape]}")
     twin = guidance != 1.0
     rows_each = 2 if twin else 1
     rows = len(seeds) * rows_each
@@ -105,7 +110,7 @@ def denoise(
 
     at_once = _samples_at_once(session.max_batch, rows_each, batch_size)
     batches = [_batch(inputs, seeds, first, at_once, rows_each) for first in range(0, len(seeds), at_once)]
-    sample[:] = np.repeat(initial_noise(seeds, model.sample_shape), rows_each, axis=0)
+    sample[:] = np.repeat(start, rows_each, axis=0)
     steps = len(table.timesteps)
     with progress.task("denoising", steps * len(batches)) as advance:
         for step in range(steps):

@@ -1,0 +1,93 @@
+"""``qdm-deploy generate``: images from a bundle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdm_deploy.cli.output import Output
+from qdm_deploy.cli.progress import duration
+from qdm_deploy.cli.verb import Verb, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["generate"]
+
+
+@click.command(
+    "generate",
+    cls=Verb,
+    short_help="Generate images with a bundle.",
+    examples=(
+        "qdm-deploy generate fashion.qdm -n 16 --out images",
+        "qdm-deploy generate fashion.qdm -n 4 --label sneaker --steps 20 --sampler dpmpp-2m --out sneakers",
+        "qdm-deploy generate fashion.qdm --precision float --seed 7 --out reference",
+    ),
+)
+@click.argument("bundle", type=click.Path(path_type=Path), help="Bundle made by `qdm-deploy build`.")
+@option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the images; it must not exist, except with --force.",
+)
+@option("-n", "--count", type=int, default=16, help="How many images.")
+@option("--sampler", default="ddim", metavar="NAME", help="ddpm, ddim, dpmpp-2m or euler.")
+@option("--steps", type=int, default=50, help="Denoising steps.")
+@option("--eta", type=float, default=0.0, help="Noise of the ddim sampler: 0 (none) to 1 (as much as ddpm).")
+@option("--seed", type=int, default=0, help="Seed of the first image; the others count up from it.")
+@option("--label", metavar="NAME|NUMBER", help="Class to generate.  [default: all classes in turn]")
+@option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
+@option(
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    help="Safetensors file with encoder_hidden_states (and unconditional_hidden_states) for a text-conditional model.",
+)
+@option("--force", is_flag=True, help="Replace images of an earlier run.")
+@option(
+    "--backend",
+    default="auto",
+    metavar="NAME",
+    section="Runtime",
+    help="auto, onnxruntime or openvino; auto takes openvino where it is installed.",
+)
+@option(
+    "--precision",
+    type=click.Choice(["int8", "float"]),
+    default="int8",
+    section="Runtime",
+    help="Run the INT8 graph or the float reference.",
+)
+@option("--batch-size", type=int, default=16, section="Runtime", help="Images denoised together.")
+@option("--threads", type=int, section="Runtime", help="CPU threads.  [default: all cores]")
+@click.pass_obj
+def generate(output: Output, /, **options: Any) -> None:
+    """Denoise COUNT samples and write them as PNG files, with a contact sheet of all.
+
+    The same seed gives the same image on every backend, whatever the batch size.
+    """
+    from qdm_deploy.pipeline import GenerateOptions
+    from qdm_deploy.pipeline import generate as run
+
+    chosen = GenerateOptions(**options)
+    made = run(chosen, output.progress)
+
+    def text(console: "Console") -> None:
+        console.print(f"{len(made.images)} images in {chosen.out}, on one sheet: {made.sheet}")
+        speed = f"{duration(made.seconds)}, {made.images_per_second:.2f} images per second"
+        console.print(f"{speed} on {made.backend['backend']}, {chosen.precision}")
+
+    output.result(
+        {
+            "images": made.images,
+            "sheet": made.sheet,
+            "seeds": made.seeds,
+            "seconds": made.seconds,
+            "images_per_second": made.images_per_second,
+            "backend": made.backend,
+        },
+        text,
+        made.images,
+    )

@@ -1,0 +1,117 @@
+"""``qdm-deploy inspect``: what is in a bundle, layer by layer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qdm_deploy.cli.output import Output
+from qdm_deploy.cli.tables import db, print_table, size, span
+from qdm_deploy.cli.verb import Verb, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qdm_deploy.artifacts.model_spec import ModelSpec
+    from qdm_deploy.report.model import LayerRow
+
+__all__ = ["inspect"]
+
+
+@click.command(
+    "inspect",
+    cls=Verb,
+    short_help="Show a bundle's model, files and quantization plan.",
+    examples=(
+        "qdm-deploy inspect fashion.qdm",
+        "qdm-deploy inspect fashion.qdm -v             why each layer is as it is",
+        "qdm-deploy inspect fashion.qdm | grep float   the layers that stay in floating point",
+    ),
+)
+@click.argument("bundle", type=click.Path(path_type=Path), help="Bundle made by `qdm-deploy build`.")
+@option("-v", "--verbose", is_flag=True, help="Add what was decided for each layer, and why.")
+@click.pass_obj
+def inspect(output: Output, bundle: Path, verbose: bool) -> None:
+    """Print what a bundle is and how each of its layers is quantized.
+
+    s is the scale of a layer's input, z its zero offset in steps of s, k the factors of its concatenation branches, r
+    its gains over the timestep, and SQNR the signal to quantization noise of its weight.
+    """
+    from qdm_deploy.pipeline import inspect as run
+    from qdm_deploy.report.model import LayerRow
+
+    found = run(bundle)
+    layers = [LayerRow.from_plan(plan) for plan in found.plan.layers]
+    summary = found.plan.summary()
+    manifest = found.manifest
+
+    def text(console: "Console") -> None:
+        console.print(manifest.name, style="bold", end="")
+        console.print(f"  {found.bundle_id}")
+        console.print(
+            f"created {manifest.created} for {', '.join(manifest.targets)}; opset {manifest.compatibility.opset}"
+        )
+        console.print(_model_line(found.model))
+        print_table(
+            console,
+            "files",
+            (">size", "file", "role"),
+            ((size(entry.size), entry.path, entry.role) for entry in manifest.files),
+        )
+        print_table(
+            console,
+            f"layers: {summary['int8']} of {summary['layers']} in INT8",
+            ("layer", "precision", ">s", ">z", ">k", ">r", ">weight SQNR", "reason"),
+            (_cells(row) for row in layers),
+        )
+        if verbose:
+            _print_notes(console, layers)
+
+    output.result(
+        {
+            "bundle_id": found.bundle_id,
+            "model": found.model,
+            "manifest": manifest,
+            "plan_summary": summary,
+            "plan_options": found.plan.options,
+            "timestep_edges": found.plan.timestep_edges,
+            "layers": layers,
+        },
+        text,
+        [found.bundle_id],
+    )
+
+
+def _model_line(model: "ModelSpec") -> str:
+    channels, height, width = model.sample_shape
+    parts = [
+        f"{model.name}: {channels} x {height} x {width} {model.sample_kind}, {model.num_train_timesteps} timesteps"
+    ]
+    if model.num_classes is not None:
+        names = f" ({', '.join(model.labels)})" if model.labels else ""
+        parts.append(f"{model.num_classes} classes{names}")
+    return ", ".join(parts)
+
+
+def _cells(row: "LayerRow") -> tuple[str, ...]:
+    if row.precision == "float":
+        return (row.name, row.precision, "-", "-", "-", "-", "-", row.reason)
+    gains = (span(row.branch_factors), span(row.step_gains))
+    return (
+        row.name,
+        row.precision,
+        f"{row.scale:.4g}",
+        str(row.zero_offset),
+        *gains,
+        db(row.weight_sqnr_db),
+        row.reason,
+    )
+
+
+def _print_notes(console: "Console", layers: list["LayerRow"]) -> None:
+    console.print("\ndecisions", style="bold")
+    for row in layers:
+        if row.notes:
+            console.print(row.name)
+        for factor, note in row.notes.items():
+            console.print(f"  {factor}: {note}")

@@ -1,0 +1,254 @@
+"""From a checkpoint to a verified bundle: the stages in order, each a typed value made from the one before.
+
+Everything is written into a folder beside the bundle's final name and renamed at the end, so an interrupted or failed build
+leaves nothing behind.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.bundle import BundleWriter
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.engines.flavour import FLAVOURS, target_of
+from qdm_deploy.errors import EnvironmentProblem, InputError
+from qdm_deploy.pipeline.conditioning import read_hidden_states
+from qdm_deploy.pipeline.engine import audit_row
+from qdm_deploy.pipeline.measure import measure
+from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.pipeline.publish import publish
+from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.report.model import EngineRow, Report
+from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from qdm_export.unet import Checkpoint
+
+__all__ = ["EMBEDDED_MODEL", "BuildResult", "build"]
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "data" / "ddpm-fashion-mnist"
+_DEFAULT_ENGINES = ("8.9",)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle and what was measured on the way."""
+
+    bundle: Path
+    bundle_id: str
+    report: Report
+
+
+@dataclass
+class Stages:
+    """Wall seconds of every stage, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
+    """Quantize a model and write a bundle.
+
+    Raises:
+        QdmError: see ``qdm_deploy.errors``; whatever is raised, nothing is left at ``options.out``.
+    """
+    _require_build_extra()
+    engines = _engines(options, progress)
+    stages = Stages()
+    with BundleWriter(options.out, force=options.force) as writer, ExitStack() as cleanup:
+        scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qdm-deploy-")))
+        checkpoint, table, verify_table = _load(options, stages, progress)
+        with stages.stage("export"):
+            progress.say(f"Exporting {checkpoint.spec.name} to ONNX")
+            from qdm_export.float_graph import export_float_graph
+
+            float_graph = export_float_graph(checkpoint)
+        calibration, plan = _plan(options, checkpoint, table, float_graph, stages, progress)
+        graphs = _emit(options, plan, float_graph, writer.root / "unet", stages, progress)
+        rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
+        measured = measure(
+            options, checkpoint, plan, verify_table, graphs, writer.root / "unet", scratch, stages.stage, progress
+        )
+        return publish(options, writer, checkpoint, calibration, plan, measured, rows, stages.seconds)
+
+
+def _require_build_extra() -> None:
+    missing = [name for name in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"building needs {', '.join(missing)}, which this environment lacks; install them with pip install 'qdm-deploy[build]'"
+        )
+
+
+def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
+    """Compute capabilities to build for; the default gives way where the module is missing, a wish does not."""
+    wanted = _DEFAULT_ENGINES if options.engines is None else options.engines
+    if not wanted or "tensorrt" not in options.targets:
+        return ()
+    for sm in wanted:
+        target_of(FLAVOURS["tensorrt-rtx"], sm)  # refuses what the library cannot build for
+    if find_spec("tensorrt_rtx") is None:
+        if options.engines is not None:
+            raise EnvironmentProblem(
+                "engines were asked for, and the module tensorrt_rtx is missing; install it with "
+                "pip install 'qdm-deploy[tensorrt-rtx]', or build with --no-engines"
+            )
+        progress.say("No TensorRT-RTX here, so no engine is built (pip install 'qdm-deploy[tensorrt-rtx]')")
+        return ()
+    return wanted
+
+
+def _load(
+    options: BuildOptions, stages: Stages, progress: Progress
+) -> tuple["Checkpoint", StepTable, StepTable]:
+    with stages.stage("load"):
+        progress.say("Loading the model")
+        import torch
+        from qdm_export.unet import load_checkpoint
+
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        checkpoint = load_checkpoint(options.model if options.model is not None else EMBEDDED_MODEL)
+        schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+        learned = checkpoint.spec.learned_variance
+        table = step_table(schedule, options.sampler, options.steps, learned_variance=learned)
+        verify_table = step_table(schedule, options.sampler, options.verify_steps, learned_variance=learned)
+    return checkpoint, table, verify_table
+
+
+def _plan(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    table: StepTable,
+    float_graph: "ir.Model",
+    stages: Stages,
+    progress: Progress,
+) -> tuple[CalibrationSet, QuantizationPlan]:
+    from qdm_calibration.collect import collect_calibration_set
+    from qdm_calibration.plan import PlanOptions, make_plan
+    from qdm_calibration.statistics import collect_statistics
+    from qdm_calibration.timesteps import SamplingPlan
+    from qdm_export.topology import topology_of
+
+    spec = checkpoint.spec
+    with stages.stage("calibrate"):
+        if options.calibration_file is not None:
+            calibration = CalibrationSet.load(options.calibration_file)
+            _check_fits(calibration, checkpoint, options.calibration_file)
+        else:
+            states = read_hidden_states(options.conditioning_file) or {}
+            calibration = collect_calibration_set(
+                checkpoint.unet,
+                spec,
+                table,
+                SamplingPlan(
+                    strategy=options.strategy,
+                    samples=options.calibration_samples,
+                    steps=options.calibration_steps,
+                    count=options.ndtc_count,
+                    mean=options.ndtc_mean,
+                    spread=options.ndtc_spread,
+                ),
+                seed=options.seed,
+                guidance=options.guidance,
+                conditioning=_renamed(states, "encoder_hidden_states"),
+                unconditional=_renamed(states, "unconditional_hidden_states"),
+                provenance={"model": spec.name, "weights_sha256": checkpoint.weights_sha256},
+                progress=progress,
+            )
+        topology = topology_of(float_graph)
+        statistics = collect_statistics(
+            checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
+        )
+    with stages.stage("plan"):
+        plan = make_plan(
+            checkpoint.unet,
+            topology,
+            statistics,
+            PlanOptions(
+                ranges=options.ranges,
+                zero_offset=options.zero_offset,
+                concat_scales=options.concat_scales,
+                step_bins=options.step_bins,
+            ),
+            provenance={"weights_sha256": checkpoint.weights_sha256},
+            progress=progress,
+        )
+    return calibration, plan
+
+
+def _renamed(states: dict[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
+    return {"encoder_hidden_states": states[name]} if name in states else {}
+
+
+def _check_fits(calibration: CalibrationSet, checkpoint: "Checkpoint", path: Path) -> None:
+    spec = checkpoint.spec
+    made_from = calibration.provenance.get("weights_sha256")
+    if made_from is not None and made_from != checkpoint.weights_sha256:
+        raise InputError(f"{path} was sampled from other weights than those of {checkpoint.source}; leave --calibration out")
+    if calibration.sample.shape[1:] != spec.sample_shape:
+        raise InputError(f"{path} has samples of shape {calibration.sample.shape[1:]}; {spec.name} takes {spec.sample_shape}")
+    names = {item.name for item in spec.conditioning}
+    if set(calibration.conditioning) != names:
+        raise InputError(
+            f"{path} has the conditioning {sorted(calibration.conditioning)}; {spec.name} takes {sorted(names)}"
+        )
+    if int(calibration.timestep.min()) < 0 or int(calibration.timestep.max()) >= spec.num_train_timesteps:
+        raise InputError(f"{path} has timesteps outside 0 to {spec.num_train_timesteps - 1}, which {spec.name} was trained with")
+
+
+def _emit(
+    options: BuildOptions,
+    plan: QuantizationPlan,
+    float_graph: "ir.Model",
+    folder: Path,
+    stages: Stages,
+    progress: Progress,
+) -> dict[Target, "ir.Model"]:
+    """Write the graphs; returns the emitted models, whose weights are in ``weights.bin`` now."""
+    from qdm_export.check import check_onnx
+    from qdm_export.float_graph import save_graph
+    from qdm_export.shared_weights import save_with_shared_weights
+    from qdm_export.targets import emit, emit_float
+
+    with stages.stage("emit"):
+        folder.mkdir()
+        graphs: dict[Target, ir.Model] = {}
+        with progress.task("Writing graphs", len(options.targets) + 1) as advance:
+            for target in options.targets:
+                graphs[target] = emit(float_graph, plan, target)
+                advance()
+            save_with_shared_weights({folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin")
+            save_graph(emit_float(float_graph), folder / "float.onnx", weights="float.data")
+            advance()
+        for name in (*options.targets, "float"):
+            check_onnx(folder / f"{name}.onnx")
+        plan.save(folder)
+    return graphs
+
+
+def _build_engines(
+    engines: tuple[str, ...], graph: Path, plan: QuantizationPlan, stages: Stages, progress: Progress
+) -> tuple[EngineRow, ...]:
+    rows = []
+    with stages.stage("engines"):
+        for sm in engines:
+            row, _ = audit_row(graph, plan, backend="tensorrt-rtx", sm=sm, progress=progress)
+            rows.append(row)
+    return tuple(rows)

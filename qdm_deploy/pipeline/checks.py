@@ -1,0 +1,117 @@
+"""Checks of the emitted graphs against PyTorch, before anybody trusts them.
+
+A quantized network is chaotic: one activation that rounds the other way changes every code behind it, and two correct
+implementations of the same integers (the float32 and the float64 simulation, say) end up as far from each other as each
+is from the float model. So integers are compared layer by layer, each on the input its own layer really got.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.report.metrics import max_abs_difference, sqnr_db
+from qdm_deploy.report.model import CheckRow
+from qdm_deploy.runtime.openvino_session import import_openvino
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from qdm_export.unet import Checkpoint
+
+__all__ = ["check_float_graph", "check_integer_kernels", "check_layers", "run_graph"]
+
+Arrays = Mapping[str, NDArray[Any]]
+# What a correct float32 graph reaches; a wrong operator or weight does not come near it.
+_FLOAT_SQNR_DB = 90.0
+# How far below the quantization error itself an implementation error must be.
+_MARGIN_DB = 15.0
+
+
+def check_float_graph(outputs: Arrays, checkpoint: "Checkpoint", inputs: Arrays) -> CheckRow:
+    """The float step graph's outputs against PyTorch on the same inputs."""
+    import torch
+    from qdm_export.step_graph import OUTPUTS, StepGraph
+
+    step = StepGraph(checkpoint.unet, checkpoint.spec).eval()
+    with torch.inference_mode():
+        expected = [value.numpy() for value in step(*(torch.from_numpy(inputs[name]) for name in step.input_names))]
+    pairs = [(reference, outputs[name]) for name, reference in zip(OUTPUTS, expected, strict=True)]
+    sqnr = min(sqnr_db(reference, value) for reference, value in pairs)
+    largest = max(max_abs_difference(reference, value) for reference, value in pairs)
+    detail = f"{sqnr:.0f} dB, at most {largest:.1e} apart (needed: {_FLOAT_SQNR_DB:.0f} dB)"
+    return CheckRow(name="float graph computes what PyTorch does", ok=sqnr >= _FLOAT_SQNR_DB, detail=detail)
+
+
+def check_integer_kernels(plan: QuantizationPlan, optimized: Path) -> CheckRow:
+    """Every planned layer is an integer kernel in the graph that ONNX Runtime really runs."""
+    from qdm_export.check import integer_kernels
+
+    found = integer_kernels(optimized)
+    planned = Counter("conv" if item.layer.kind == "conv" else "linear" for item in plan.quantized)
+    convs, linears = found["QLinearConv"], sum(found.values()) - found["QLinearConv"]
+    ok = convs == planned["conv"] and linears == planned["linear"]
+    detail = f"{convs} of {planned['conv']} convolutions and {linears} of {planned['linear']} matrix products"
+    return CheckRow(name="ONNX Runtime runs integer kernels where planned", ok=ok, detail=detail)
+
+
+def check_layers(
+    checkpoint: "Checkpoint", plan: QuantizationPlan, target: Target, graph: "ir.Model", inputs: Arrays, folder: Path
+) -> CheckRow:
+    """Every INT8 layer of a target's graph against its simulation, on the input that layer got in that graph.
+
+    ``tensorrt`` graphs are executed by OpenVINO, which runs float16 graphs and signed codes on a CPU.
+    """
+    import torch
+    from qdm_calibration.simulate import quantized_layer
+    from qdm_export.check import layer_endpoints, with_outputs
+    from qdm_export.float_graph import save_graph
+
+    endpoints = layer_endpoints(graph, plan)
+    path = folder / f"{target}.check.onnx"
+    exposed = with_outputs(graph, [name for item in endpoints for name in (item.data, item.result)])
+    save_graph(exposed, path, weights=f"{target}.check.data")
+    values = run_graph("onnxruntime" if target == "onnxruntime" else "openvino", path, inputs)
+    bins = torch.from_numpy(plan.bin_of_timestep()[inputs["timestep"]])
+    worst, worst_name, failed = np.inf, "", 0
+    for item in endpoints:
+        module = checkpoint.unet.get_submodule("unet." + item.name)
+        data = torch.from_numpy(values[item.data].astype(np.float32))
+        simulated_module = quantized_layer(module, plan.layer(item.name), target)
+        simulated_module.time_bin = bins
+        with torch.inference_mode():
+            exact = module(data).numpy()
+            simulated = simulated_module(data).numpy()
+        result = values[item.result].astype(np.float32)
+        margin = sqnr_db(simulated, result) - sqnr_db(exact, simulated)
+        failed += margin < _MARGIN_DB
+        if margin < worst:
+            worst, worst_name = margin, item.name
+    detail = (
+        f"{len(endpoints) - failed} of {len(endpoints)} layers match their simulation; implementation error at least "
+        f"{worst:.0f} dB below the layer's quantization error (needed: {_MARGIN_DB:.0f} dB; least at {worst_name})"
+    )
+    return CheckRow(name=f"{target} graph computes the planned integers", ok=failed == 0, detail=detail)
+
+
+def run_graph(backend: str, path: Path, inputs: Arrays, *, optimized: Path | None = None) -> dict[str, NDArray[Any]]:
+    """All outputs of a graph on a CPU backend; ``optimized`` keeps the graph that ONNX Runtime made of it."""
+    if backend == "openvino":
+        openvino = import_openvino()
+        model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results = model(dict(inputs))
+        # A value may be several outputs' tensor, and has then several names.
+        return {name: results[port] for port in model.outputs for name in port.get_names()}
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_outputs()]
+    wanted = {item.name for item in session.get_inputs()}
+    return dict(zip(names, session.run(names, {key: value for key, value in inputs.items() if key in wanted}), strict=True))

@@ -1,0 +1,79 @@
+"""The same seeds through two bundles, backends or precisions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.artifacts.plan import Target
+from qdm_deploy.errors import InputError
+from qdm_deploy.pipeline.conditioning import conditioning_of
+from qdm_deploy.pipeline.options import CompareOptions
+from qdm_deploy.pipeline.quality import compare_with, reference_run
+from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.report.model import QualityRow
+from qdm_deploy.runtime import open_session
+from qdm_deploy.runtime.images import comparison_strip, save_png, to_pictures
+from qdm_deploy.samplers import NoiseSchedule, step_table
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far B is from A.
+
+    Attributes:
+        quality: per-step and final measurements, A being the reference.
+        backend_a, backend_b: ``StepSession.describe`` of each.
+        strip: the picture strip, where one was asked for.
+    """
+
+    quality: QualityRow
+    backend_a: dict[str, object]
+    backend_b: dict[str, object]
+    strip: Path | None
+
+
+def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
+    """Run both on the same seeds and measure the difference.
+
+    Raises:
+        InputError: the two do not run the same model, or are the same thing twice.
+    """
+    first, second = Bundle.open(options.a), Bundle.open(options.b)
+    if first.model.sample_shape != second.model.sample_shape or first.model.conditioning != second.model.conditioning:
+        raise InputError(
+            f"{options.a} makes {first.model.sample_shape} and {options.b} {second.model.sample_shape}, or their conditioning "
+            "differs: only bundles of the same kind of model can be compared"
+        )
+    if first.scheduler_config() != second.scheduler_config():
+        raise InputError(f"{options.a} and {options.b} have different schedulers, so the same seeds do not mean the same steps")
+    model = first.model
+    table = step_table(
+        NoiseSchedule.from_config(first.scheduler_config()),
+        options.sampler,
+        options.steps,
+        learned_variance=model.learned_variance,
+    )
+    seeds = range(options.seed, options.seed + options.samples)
+    conditioning = conditioning_of(model, options.samples)
+    with (
+        open_session(first, options.backend_a, precision=options.precision_a, threads=options.threads) as a,
+        open_session(second, options.backend_b, precision=options.precision_b, threads=options.threads) as b,
+    ):
+        reference = reference_run(
+            a, table, seeds, model, conditioning=conditioning, guidance=options.guidance, progress=progress
+        )
+        # A row is filed under the backend's own target; both CPU backends have one of their name.
+        backend = str(b.describe()["backend"])
+        row, samples = compare_with(
+            reference, b, model, target=cast(Target, backend), backend=backend, progress=progress
+        )
+        described = dict(a.describe()), dict(b.describe())
+    if options.out is not None:
+        names = (f"A {described[0]['backend']} {options.precision_a}", f"B {described[1]['backend']} {options.precision_b}")
+        strip = comparison_strip(to_pictures(reference.states[-1], model), to_pictures(samples, model), names=names)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        save_png(options.out, strip)
+    return Comparison(row, *described, options.out)

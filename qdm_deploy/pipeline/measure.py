@@ -1,0 +1,174 @@
+"""What a build measures on its own graphs before it publishes them: correctness, quality, speed."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.pipeline.checks import check_float_graph, check_integer_kernels, check_layers, run_graph
+from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
+from qdm_deploy.pipeline.simulation import TorchSession
+from qdm_deploy.pipeline.speed import measure_speed, random_inputs, speedup_of
+from qdm_deploy.progress import Progress
+from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
+from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, automatic_backend
+from qdm_deploy.samplers import StepTable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from qdm_export.unet import Checkpoint
+
+__all__ = ["Measured", "measure", "unseen_seeds"]
+
+# Far from any calibration seed, so that nobody is judged on what was calibrated.
+_UNSEEN = 2**40
+_SPEED_BATCHES = (4, 16)
+_CHECK_ROWS = 6
+
+Key = tuple[str, Literal["int8", "float"]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything a report needs of a set of graphs.
+
+    Attributes:
+        reference: the float run.
+        samples: finished samples per target, [N, C, H, W].
+        backend: what a user of this machine would get by default.
+        speedup: float over INT8 on it, at the smallest measured batch.
+    """
+
+    checks: tuple[CheckRow, ...]
+    quality: tuple[QualityRow, ...]
+    speed: tuple[SpeedRow, ...]
+    speedup: float | None
+    backend: str
+    reference: ReferenceRun
+    samples: Mapping[Target, NDArray[np.float32]]
+
+
+def unseen_seeds(options: BuildOptions) -> range:
+    """The seeds of the paired comparison."""
+    return range(_UNSEEN + options.seed, _UNSEEN + options.seed + options.verify_samples)
+
+
+def measure(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    plan: QuantizationPlan,
+    table: StepTable,
+    graphs: Mapping[Target, "ir.Model"],
+    folder: Path,
+    scratch: Path,
+    stage: Callable[[str], AbstractContextManager[None]],
+    progress: Progress,
+) -> Measured:
+    """Check, compare and time the graphs that were written into ``folder``."""
+    spec = checkpoint.spec
+    with ExitStack() as sessions:
+        open_sessions = {key: sessions.enter_context(session) for key, session in _sessions(options, folder)}
+        states = read_hidden_states(options.conditioning_file)
+        with stage("compare"):
+            progress.say("Comparing INT8 with float on unseen seeds")
+            reference = reference_run(
+                open_sessions["onnxruntime", "float"],
+                table,
+                unseen_seeds(options),
+                spec,
+                conditioning=conditioning_of(spec, options.verify_samples, hidden_states=states),
+                guidance=options.guidance,
+                progress=progress,
+            )
+            quality, samples = [], {}
+            for target in options.targets:
+                backend, session = _judge(target, open_sessions, checkpoint, plan)
+                row, samples[target] = compare_with(
+                    reference, session, spec, target=target, backend=backend, progress=progress
+                )
+                quality.append(row)
+        with stage("check"):
+            checks = _checks(checkpoint, plan, graphs, folder, scratch, reference, progress)
+        with stage("speed"):
+            speed = measure_speed(open_sessions, spec, _SPEED_BATCHES, progress=progress)
+    backend = automatic_backend(tuple(options.targets))
+    return Measured(
+        checks, tuple(quality), speed, speedup_of(speed, backend, _SPEED_BATCHES[0]), backend, reference, samples
+    )
+
+
+def _sessions(options: BuildOptions, folder: Path) -> list[tuple[Key, StepSession]]:
+    found: list[tuple[Key, StepSession]] = [
+        (("onnxruntime", "float"), OnnxRuntimeSession(folder / "float.onnx", threads=options.threads)),
+        (("onnxruntime", "int8"), OnnxRuntimeSession(folder / "onnxruntime.onnx", threads=options.threads)),
+    ]
+    if "openvino" in options.targets and find_spec("openvino") is not None:
+        found.append(
+            (("openvino", "float"), OpenVinoSession(folder / "float.onnx", threads=options.threads, precision="f32"))
+        )
+        found.append((("openvino", "int8"), OpenVinoSession(folder / "openvino.onnx", threads=options.threads)))
+    return found
+
+
+def _judge(
+    target: Target, sessions: Mapping[Key, StepSession], checkpoint: "Checkpoint", plan: QuantizationPlan
+) -> tuple[str, StepSession]:
+    """What runs a target on this machine: its own runtime, or the simulation of its integers."""
+    if (target, "int8") in sessions:
+        return target, sessions[target, "int8"]
+    from qdm_calibration.simulate import simulate
+    from qdm_export.step_graph import StepGraph
+
+    step = StepGraph(simulate(checkpoint.unet, plan, target), checkpoint.spec).eval()
+    return "simulation", TorchSession(step, target)
+
+
+def _checks(
+    checkpoint: "Checkpoint",
+    plan: QuantizationPlan,
+    graphs: Mapping[Target, "ir.Model"],
+    folder: Path,
+    scratch: Path,
+    reference: ReferenceRun,
+    progress: Progress,
+) -> tuple[CheckRow, ...]:
+    inputs = trajectory_inputs(checkpoint.spec, reference)
+    checks = []
+    with progress.task("Checking graphs", len(graphs) + 1) as advance:
+        random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=int(np.random.default_rng().integers(2**31)))
+        checks.append(check_float_graph(run_graph("onnxruntime", folder / "float.onnx", random), checkpoint, random))
+        optimized = scratch / "optimized.onnx"
+        run_graph("onnxruntime", folder / "onnxruntime.onnx", inputs, optimized=optimized)
+        checks.append(check_integer_kernels(plan, optimized))
+        advance()
+        for target, graph in graphs.items():
+            if target == "onnxruntime" or find_spec("openvino") is not None:
+                checks.append(check_layers(checkpoint, plan, target, graph, inputs, scratch))
+            advance()
+    return tuple(checks)
+
+
+def trajectory_inputs(spec: ModelSpec, reference: ReferenceRun, rows: int = _CHECK_ROWS) -> dict[str, NDArray[Any]]:
+    """Inputs of the step graph from the float run's own trajectory: one row per sample, each at another step."""
+    steps, count = reference.inputs.shape[:2]
+    picked = np.linspace(0, steps - 1, rows).round().astype(np.int64)
+    sample = np.arange(rows) % count
+    inputs = random_inputs(spec, rows)
+    inputs["sample"] = np.ascontiguousarray(reference.inputs[picked, sample])
+    inputs["timestep"] = reference.table.timesteps[picked].copy()
+    inputs["coefficients"] = reference.table.coefficients[picked].copy()
+    if reference.conditioning is not None:
+        for item in spec.conditioning:
+            values = getattr(reference.conditioning, item.name)
+            if values is not None:
+                inputs[item.name] = np.ascontiguousarray(values[sample])
+    return inputs

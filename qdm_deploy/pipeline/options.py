@@ -1,0 +1,207 @@
+"""What a user can ask of the pipeline; refused here, before any work starts, when it cannot be done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qdm_deploy.artifacts.plan import TARGETS, Target
+from qdm_deploy.errors import InputError
+from qdm_deploy.samplers import SAMPLERS
+
+__all__ = ["BuildOptions", "CompareOptions", "GenerateOptions", "one_of", "within"]
+
+_MAX_SEED = 2**63 - 1
+_MAX_IMAGES = 100_000
+_MAX_BATCH = 1024
+_MAX_STEPS = 10_000
+
+
+def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not in a list, and say which one was probably meant.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value in allowed:
+        return
+    from difflib import get_close_matches
+
+    close = get_close_matches(value.lower(), [name.lower() for name in allowed], n=1)
+    meant = next((name for name in allowed if close and name.lower() == close[0]), None)
+    hint = f" (did you mean {meant}?)" if meant else ""
+    raise InputError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(allowed)}")
+
+
+def within(what: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside [low, high].
+
+    Raises:
+        InputError: it is outside, or no number.
+    """
+    if not low <= value <= high:
+        raise InputError(f"{what} is {value}; it must be from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """From a checkpoint to a bundle.
+
+    Attributes:
+        out: the bundle's folder.
+        model: a diffusers folder or a Hugging Face id; None is the embedded Fashion-MNIST model.
+        targets: graphs to emit.
+        sampler, steps, guidance: what the model is calibrated for and judged with.
+        strategy, calibration_samples, calibration_steps, ndtc_*: how calibration rows are drawn (``SamplingPlan``).
+        calibration_file: use this calibration set instead of sampling one.
+        conditioning_file: safetensors with ``encoder_hidden_states`` [N, L, D] and, for guidance,
+            ``unconditional_hidden_states`` [L, D].
+        ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``).
+        seed: first seed of the calibration; the verdict uses seeds far from it.
+        engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
+            installed, () builds none.
+        float_graph: keep the unquantized step graph in the bundle.
+        verify_samples, verify_steps: size of the paired comparison.
+        min_psnr_db, min_eps_sqnr_db, min_speedup: thresholds of the verdict.
+        force: replace an existing bundle.
+        threads: CPU threads for the measurements; None: all.
+        command: the command line, for the record.
+    """
+
+    out: Path
+    model: str | None = None
+    targets: tuple[Target, ...] = TARGETS
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 1.0
+    strategy: Literal["uniform", "ndtc"] = "uniform"
+    calibration_samples: int = 16
+    calibration_steps: int = 20
+    ndtc_mean: float = 0.4
+    ndtc_spread: float = 0.4
+    ndtc_count: int = 320
+    calibration_file: Path | None = None
+    conditioning_file: Path | None = None
+    ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
+    zero_offset: bool = True
+    concat_scales: Literal["none", "branch"] = "branch"
+    step_bins: int = 4
+    seed: int = 0
+    engines: tuple[str, ...] | None = None
+    float_graph: bool = True
+    verify_samples: int = 16
+    verify_steps: int = 20
+    min_psnr_db: float = 30.0
+    min_eps_sqnr_db: float = 25.0
+    min_speedup: float = 1.0
+    force: bool = False
+    threads: int | None = None
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if not self.targets:
+            raise InputError(f"no target was given; choose from {', '.join(TARGETS)}")
+        for target in self.targets:
+            one_of("target", target, TARGETS)
+        if "onnxruntime" not in self.targets:
+            raise InputError("the target onnxruntime is part of every bundle (the CPU fallback); add it to the targets")
+        one_of("sampler", self.sampler, SAMPLERS)
+        one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
+        one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
+        one_of("concat scales", self.concat_scales, ("none", "branch"))
+        within("steps", self.steps, 1, _MAX_STEPS)
+        within("calibration samples", self.calibration_samples, 1, _MAX_IMAGES)
+        within("calibration steps", self.calibration_steps, 1, _MAX_STEPS)
+        within("ndtc count", self.ndtc_count, 1, _MAX_IMAGES)
+        within("ndtc mean", self.ndtc_mean, 0, 1)
+        within("ndtc spread", self.ndtc_spread, 0.001, 1)
+        within("step bins", self.step_bins, 1, 32)
+        within("guidance", self.guidance, 0, 100)
+        within("seed", self.seed, 0, _MAX_SEED)
+        within("verify samples", self.verify_samples, 1, 4096)
+        within("verify steps", self.verify_steps, 1, _MAX_STEPS)
+        within("the speed-up threshold", self.min_speedup, 0, 1000)
+        if self.threads is not None:
+            within("threads", self.threads, 1, 1024)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """From a bundle to pictures.
+
+    Attributes:
+        bundle: the bundle's folder.
+        out: folder of the pictures; must not exist, unless ``force``.
+        count: how many pictures; picture i has seed ``seed`` + i.
+        sampler, steps, eta: which steps.
+        label: name or number of a class; None: all classes in turn.
+        guidance: classifier-free guidance scale; 1 is none.
+        backend, precision, threads: what runs it.
+        batch_size: samples per step of the network.
+        conditioning_file: as in ``BuildOptions``.
+        force: replace pictures of an earlier run.
+    """
+
+    bundle: Path
+    out: Path
+    count: int = 16
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    seed: int = 0
+    label: str | None = None
+    guidance: float = 1.0
+    backend: str = "auto"
+    precision: Literal["int8", "float"] = "int8"
+    batch_size: int = 16
+    conditioning_file: Path | None = None
+    force: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        one_of("sampler", self.sampler, SAMPLERS)
+        within("the number of images", self.count, 1, _MAX_IMAGES)
+        within("steps", self.steps, 1, _MAX_STEPS)
+        within("batch size", self.batch_size, 1, _MAX_BATCH)
+        within("seed", self.seed, 0, _MAX_SEED - self.count)
+        within("guidance", self.guidance, 0, 100)
+        within("eta", self.eta, 0, 1)
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The same seeds through two bundles, backends or precisions; A is the reference.
+
+    Attributes:
+        a, b: bundle folders; they may be the same.
+        backend_a, backend_b, precision_a, precision_b: what runs each.
+        samples, steps, sampler, seed, guidance: what is run.
+        out: PNG file for the picture strip A | B | difference; None writes none.
+        force: replace an existing ``out``.
+    """
+
+    a: Path
+    b: Path
+    backend_a: str = "auto"
+    backend_b: str = "auto"
+    precision_a: Literal["int8", "float"] = "int8"
+    precision_b: Literal["int8", "float"] = "int8"
+    samples: int = 16
+    steps: int = 50
+    sampler: str = "ddim"
+    seed: int = 0
+    guidance: float = 1.0
+    out: Path | None = None
+    force: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        one_of("sampler", self.sampler, SAMPLERS)
+        within("samples", self.samples, 1, 4096)
+        within("steps", self.steps, 1, _MAX_STEPS)
+        within("seed", self.seed, 0, _MAX_SEED - self.samples)
+        within("guidance", self.guidance, 0, 100)
+        if self.out is not None and self.out.exists() and not self.force:
+            raise InputError(f"{self.out} exists; choose another file, or add --force to replace it")

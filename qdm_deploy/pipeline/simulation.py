@@ -1,0 +1,60 @@
+"""A step session that runs the plan in PyTorch: what a target without a runtime on this machine would compute."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.runtime.session import StepOutput
+
+if TYPE_CHECKING:
+    from qdm_export.step_graph import StepGraph
+
+__all__ = ["TorchSession"]
+
+
+class TorchSession:
+    """Runs a ``StepGraph`` module, float or simulated, behind the interface of the compiled backends."""
+
+    def __init__(self, step: "StepGraph", name: str) -> None:
+        """``step`` in eval mode; ``name`` says what it computes."""
+        self._step = step
+        self._name = name
+
+    @property
+    def max_batch(self) -> int | None:
+        """No limit of its own."""
+        return None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The step graph's inputs."""
+        return self._step.input_names
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
+        """One step."""
+        import torch
+
+        with torch.inference_mode():
+            next_sample, x0 = self._step(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names))
+        return StepOutput(next_sample.numpy(), x0.numpy())
+
+    def describe(self) -> dict[str, object]:
+        """What runs."""
+        import torch
+
+        return {"backend": "simulation", "graph": self._name, "version": torch.__version__, "threads": torch.get_num_threads()}
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def __enter__(self) -> Self:
+        """The session itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to free."""
