@@ -1,9 +1,9 @@
 """Every error that qdm-deploy raises for a reason a user can act on.
 
     QdmError                          exit code
-    ├── InputError (ValueError)       2   an argument that cannot be used: unknown sampler, steps out of range, output folder exists
-    ├── ModelError                    2   the model folder cannot be used: missing, truncated, unknown block, pickle weights
-    ├── CalibrationError              2   calibration data or statistics that cannot be used: empty, NaN/Inf, unvisited layer
+    ├── InputError (ValueError)       2   an argument that cannot be used: unknown sampler, steps out of range
+    ├── ModelError                    2   the model folder cannot be used: missing, truncated, unknown block
+    ├── CalibrationError              2   calibration data or statistics that cannot be used: empty, NaN, layer not met
     ├── ExportError                   70  the exported graph is not what the plan asked for
     ├── EngineError                   4   a TensorRT engine could not be built
     ├── BundleError                   3   a bundle is damaged, incomplete, too new, or leaves its folder

@@ -1,7 +1,7 @@
 """How long work reports its progress, without knowing who watches.
 
-Stages take a ``Progress`` and open one task per loop; the command line passes a rich progress bar, library users get the
-silent default.
+Stages take a ``Progress`` and open one task per loop; the command line passes a rich progress bar, library users get
+the silent default.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,9 @@ __all__ = ["SILENT", "Advance", "Progress"]
 class Advance(Protocol):
     """Moves one task forward by ``steps`` units of its total."""
 
-    def __call__(self, steps: int = 1) -> None: ...
+    def __call__(self, steps: int = 1) -> None:
+        """Move forward."""
+        ...
 
 
 class Progress(Protocol):

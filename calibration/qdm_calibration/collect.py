@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from qdm_calibration.timesteps import SamplingPlan, sampling_plan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import CalibrationError, InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
-
-from qdm_calibration.timesteps import SamplingPlan, sampling_plan
 
 __all__ = ["Network", "collect_calibration_set", "conditioning_rows"]
 
@@ -51,9 +51,10 @@ def collect_calibration_set(
         table: timesteps and coefficients of the sampler that will be deployed.
         plan: which rows to keep.
         seed: first request seed; trajectory i uses seed + i.
-        guidance: classifier-free guidance weight; with a value other than 1 the trajectory is guided and the unconditional
-            twin of every kept row is kept too, since the compiled network sees both.
-        conditioning: conditioning of each trajectory by input name, [samples, ...]; labels default to all classes in turn.
+        guidance: classifier-free guidance weight; with a value other than 1 the trajectory is guided and the
+            unconditional twin of every kept row is kept too, since the compiled network sees both.
+        conditioning: conditioning of each trajectory by input name, [samples, ...]; labels default to all classes in
+            turn.
         unconditional: the unconditional counterpart of one sample by input name; labels default to the null label.
         batch_size: rows per forward pass.
         provenance: what to remember about the model.
@@ -112,11 +113,13 @@ def conditioning_rows(
             rows[item.name] = np.arange(samples, dtype=np.int64) % spec.num_classes
         else:
             raise InputError(
-                f"{spec.name} is conditioned on {item.name} {list(item.shape)} and none were given; calibration needs them "
-                "(a safetensors file with one row per sample)"
+                f"{spec.name} is conditioned on {item.name} {list(item.shape)} and none were given; calibration needs "
+                "them (a safetensors file with one row per sample)"
             )
         if rows[item.name].shape[1:] != item.shape:
-            raise InputError(f"{item.name} has rows of shape {rows[item.name].shape[1:]}; {spec.name} takes {item.shape}")
+            raise InputError(
+                f"{item.name} has rows of shape {rows[item.name].shape[1:]}; {spec.name} takes {item.shape}"
+            )
         if item.name == "class_labels":
             _refuse_unknown_labels(spec, rows[item.name])
     return rows
@@ -147,7 +150,9 @@ def _unconditional_rows(
         elif item.name == "class_labels" and spec.null_label is not None:
             value = np.asarray(spec.null_label, dtype=np.int64)
         else:
-            raise InputError(f"guidance needs an unconditional {item.name}, and {spec.name} has none; give one, or use guidance 1")
+            raise InputError(
+                f"guidance needs an unconditional {item.name}, and {spec.name} has none; give one, or use guidance 1"
+            )
         if value.shape != item.shape:
             raise InputError(f"the unconditional {item.name} has shape {value.shape}; {spec.name} takes {item.shape}")
         if item.name == "class_labels":

@@ -1,8 +1,8 @@
 """From statistics to decisions.
 
 Each factor of the separable scale is decided on its own and says why: the branch factors k where a skip concatenation
-joins tensors of different range, the step gains r where nothing normalizes an input whose range moves with the timestep,
-then one scale s and one offset z for what is left.
+joins tensors of different range, the step gains r where nothing normalizes an input whose range moves with the
+timestep, then one scale s and one offset z for what is left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
+
+from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_scale
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
-from torch import nn
-
-from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_scale
 
 __all__ = ["PlanOptions", "make_plan"]
 
@@ -41,7 +41,7 @@ class PlanOptions:
     concat_scales: Literal["none", "branch"] = "branch"
     step_bins: int = 4
     branch_ratio: float = 1.25
-    gain_ratio: float = 1.15
+    gain_ratio: float = 1.3
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -59,7 +59,7 @@ def make_plan(
     network: nn.Module,
     topology: Topology,
     statistics: ActivationStatistics,
-    options: PlanOptions = PlanOptions(),  # noqa: B008 - frozen
+    options: PlanOptions = PlanOptions(),
     *,
     submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
@@ -87,7 +87,7 @@ def make_plan(
         for name, layers in groups.items():
             decision = _decide_input(layers[0], statistics.inputs[name], bin_of, options)
             for layer in layers:
-                weight = network.get_submodule(submodule_prefix + layer.name).weight.detach().numpy()  # type: ignore[union-attr,operator]
+                weight = network.get_parameter(f"{submodule_prefix}{layer.name}.weight").detach().numpy()
                 plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
             advance()
     for layer in topology:
@@ -116,8 +116,8 @@ def _gain_edges(fine: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
     """K equal bins over [0, T), moved to the nearest edge between calibrated timesteps."""
     if bins > len(fine) - 1:
         raise InputError(
-            f"{bins} step bins were asked for, but the calibration set only tells {len(fine) - 1} timestep ranges apart; "
-            "calibrate with more steps or use fewer bins"
+            f"{bins} step bins were asked for, but the calibration set only tells {len(fine) - 1} timestep ranges "
+            "apart; calibrate with more steps or use fewer bins"
         )
     total = int(fine[-1])
     inner = [int(fine[1:-1][np.abs(fine[1:-1] - total * j / bins).argmin()]) for j in range(1, bins)]
@@ -156,7 +156,8 @@ def _decide_input(layer: Layer, tensor: TensorStatistics, bin_of: NDArray[np.int
     if not options.zero_offset:
         notes["z"] = "switched off: symmetric grid"
     else:
-        notes["z"] = f"the grid covers {(grid.zero_offset - 128) * grid.scale:.3g} to {(grid.zero_offset + 127) * grid.scale:.3g}"
+        low, high = (grid.zero_offset - 128) * grid.scale, (grid.zero_offset + 127) * grid.scale
+        notes["z"] = f"the grid covers {low:.3g} to {high:.3g}"
     inverse_k = None
     if any(factor != 1.0 for factor in factors):
         inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
@@ -174,7 +175,9 @@ def _branch_factors(
     if options.concat_scales == "none":
         notes["k"] = "switched off: the skip branches share one scale"
         return ones
-    scales = [activation_scale([(branch, 1.0)], options.ranges, zero_offset=options.zero_offset).scale for branch in whole]
+    scales = [
+        activation_scale([(branch, 1.0)], options.ranges, zero_offset=options.zero_offset).scale for branch in whole
+    ]
     ratio = max(scales) / min(scales)
     if ratio < options.branch_ratio:
         notes["k"] = f"left out: the branches' ranges differ by {ratio:.2f}, less than {options.branch_ratio}"
@@ -182,7 +185,9 @@ def _branch_factors(
     # The widest branch keeps its range, the others are stretched to it: all use the whole grid, and the ratio goes
     # into the weight columns, so it is still one integer kernel.
     factors = tuple(1.0 / float(np.float16(max(scales) / scale)) for scale in scales)
-    notes["k"] = "branch factors " + ", ".join(f"{factor:.3g}" for factor in factors) + " from ranges that differ " + f"{ratio:.2f}-fold"
+    notes["k"] = (
+        f"branch factors {', '.join(f'{factor:.3g}' for factor in factors)} from ranges that differ {ratio:.2f}-fold"
+    )
     return factors
 
 
@@ -199,7 +204,9 @@ def _step_gains(
         notes["r"] = "switched off: one step bin"
         return None
     if layer.normalized:
-        notes["r"] = "static: a normalization stands before this input, and a multiply here would part it from the quantize"
+        notes["r"] = (
+            "static: a normalization stands before this input, and a multiply here would part it from the quantize"
+        )
         return None
     scales = []
     for j in range(options.step_bins):
@@ -211,7 +218,9 @@ def _step_gains(
         notes["r"] = f"static: the range moves {ratio:.2f}-fold over the timestep bins, less than {options.gain_ratio}"
         return None
     gains = tuple(1.0 / float(np.float16(min(scales) / scale)) for scale in scales)
-    notes["r"] = f"gains {', '.join(f'{gain:.3g}' for gain in gains)}: the range moves {ratio:.2f}-fold over the timestep bins"
+    notes["r"] = (
+        f"gains {', '.join(f'{gain:.3g}' for gain in gains)}: the range moves {ratio:.2f}-fold over the timestep bins"
+    )
     return gains
 
 

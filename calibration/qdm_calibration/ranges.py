@@ -1,8 +1,8 @@
 """Scales from histograms and weights.
 
-Every scale is rounded to float16 before its error is measured, so what was searched is what is deployed. Activations use the
-whole grid [-128, 127]; weights use [-127, 127], so that a code and its negative both exist and no product of codes can
-saturate a 16-bit pair sum on CPUs without VNNI.
+Every scale is rounded to float16 before its error is measured, so what was searched is what is deployed. Activations
+use the whole grid [-128, 127]; weights use [-127, 127], so that a code and its negative both exist and no product of
+codes can saturate a 16-bit pair sum on CPUs without VNNI.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,19 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qdm_deploy.artifacts.statistics import Histogram
 from qdm_deploy.errors import InputError
 
-__all__ = ["METHODS", "ActivationScale", "RangeMethod", "activation_scale", "float16_exact", "quantize_weight", "weight_scale"]
+__all__ = [
+    "METHODS",
+    "ActivationScale",
+    "RangeMethod",
+    "activation_scale",
+    "float16_exact",
+    "quantize_weight",
+    "weight_scale",
+]
 
 RangeMethod = Literal["minmax", "percentile", "mse", "lp"]
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp")
@@ -28,7 +37,10 @@ _WEIGHT_QMAX = 127
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """A grid and the error it makes: mean |x - x_hat|**p over the histogram (p of the method; 2 for the ranges that do not search)."""
+    """A grid and the error it makes: mean |x - x_hat|**p over the histogram.
+
+    p is the method's; 2 for the ranges that do not search.
+    """
 
     scale: float
     zero_offset: int
@@ -53,8 +65,7 @@ def activation_scale(
     Raises:
         InputError: an unknown method.
     """
-    if method not in METHODS:
-        raise InputError(f"range method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    _refuse_unknown(method)
     points, counts, factors = _points(histograms)
     power = _POWERS.get(method, 2.0)
     low, high = float(points[0]), float(points[-1])
@@ -93,7 +104,11 @@ def weight_scale(weight: NDArray[np.float32], method: RangeMethod) -> NDArray[np
     """w per output channel, [O] float32 exact in float16, for a weight [O, ...].
 
     "minmax" and "percentile" use the largest magnitude; the others search how far to clip it.
+
+    Raises:
+        InputError: an unknown method.
     """
+    _refuse_unknown(method)
     flat = weight.reshape(len(weight), -1).astype(np.float64)
     amax = np.abs(flat).max(axis=1)
     full = _float16(amax / _WEIGHT_QMAX)
@@ -112,7 +127,13 @@ def weight_scale(weight: NDArray[np.float32], method: RangeMethod) -> NDArray[np
 def quantize_weight(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
     """Nearest codes (half to even) of a weight [O, ...] on a scale per output channel."""
     shaped = scale.reshape(-1, *([1] * (weight.ndim - 1)))
-    return np.clip(np.rint(weight / shaped), -_WEIGHT_QMAX, _WEIGHT_QMAX).astype(np.int8)
+    codes: NDArray[np.int8] = np.clip(np.rint(weight / shaped), -_WEIGHT_QMAX, _WEIGHT_QMAX).astype(np.int8)
+    return codes
+
+
+def _refuse_unknown(method: str) -> None:
+    if method not in METHODS:
+        raise InputError(f"range method {method!r} is not known; choose one of {', '.join(METHODS)}")
 
 
 def _points(

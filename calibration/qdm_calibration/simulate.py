@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from qdm_deploy.artifacts.plan import TARGETS, LayerPlan, QuantizationPlan, Target
-from qdm_deploy.errors import InputError
 from torch import Tensor, nn
 from torch.nn import functional
+
+from qdm_deploy.artifacts.plan import TARGETS, LayerPlan, QuantizationPlan, Target
+from qdm_deploy.errors import InputError
 
 __all__ = ["Simulation", "quantized_layer", "simulate"]
 
 
 class Simulation(nn.Module):
     """A network whose INT8 layers run the plan: same signature and output as the network it was made from."""
+
+    bin_of_timestep: Tensor
 
     def __init__(self, network: nn.Module, bin_of_timestep: NDArray[np.int64]) -> None:
         """Wrap a network whose layers are already replaced."""
@@ -31,8 +34,8 @@ class Simulation(nn.Module):
         self.register_buffer("bin_of_timestep", torch.from_numpy(bin_of_timestep))
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
-        """Model output [B, C, H, W] for ``sample`` and ``timestep`` [B]; each row uses the gains of its own timestep."""
-        rows = self.bin_of_timestep[timestep]  # type: ignore[index]
+        """Output [B, C, H, W] for ``sample`` and ``timestep`` [B]; each row uses the gains of its own timestep."""
+        rows = self.bin_of_timestep[timestep]
         for module in self.network.modules():
             if isinstance(module, _QuantizedLayer):
                 module.time_bin = rows
@@ -75,26 +78,33 @@ def quantized_layer(
     module: nn.Module, plan: LayerPlan, target: Target, *, dtype: torch.dtype = torch.float32
 ) -> "_QuantizedLayer":
     """The layer that replaces ``module`` (Conv2d or Linear)."""
-    kind = _QuantizedConv if isinstance(module, nn.Conv2d) else _QuantizedLinear
-    return kind(module, plan, target, dtype)
+    if isinstance(module, nn.Conv2d):
+        return _QuantizedConv(module, plan, target, dtype)
+    return _QuantizedLinear(module, plan, target, dtype)
 
 
 class _QuantizedLayer(nn.Module):
     """Codes in, integer product, scales out."""
 
-    time_bin: Tensor | None = None
+    # Of each row; whoever runs a layer with gains sets it first.
+    time_bin: Tensor
+    weight_codes: Tensor
+    weight_scale: Tensor
+    inverse_k: Tensor | None
+    inverse_r: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, module: nn.Module, plan: LayerPlan, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
         self.plan, self.target, self.dtype = plan, target, dtype
-        self.float_dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
+        self.float_dtype = module.get_parameter("weight").dtype
         self.register_buffer("weight_codes", torch.from_numpy(plan.codes).to(dtype))
         self.register_buffer("weight_scale", self._per_channel(plan.weight_scales))
         self.register_buffer("inverse_k", None if plan.inverse_k is None else self._per_channel(plan.inverse_k))
         inverse_r = None if plan.inverse_r is None else torch.from_numpy(plan.inverse_r)
         self.register_buffer("inverse_r", inverse_r)
-        bias: Tensor | None = module.bias  # type: ignore[assignment]
-        self.register_buffer("bias", None if bias is None else self._per_channel(bias.detach().numpy()))
+        bias = module.bias
+        self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
 
     def codes(self, x: Tensor) -> Tensor:
         """Activation codes q in [-128, 127] for x, in the order of operations of the target."""
@@ -103,7 +113,8 @@ class _QuantizedLayer(nn.Module):
             x = x * self.inverse_k
         if self.inverse_r is not None:
             x = x * self._gain(self.inverse_r, x)
-        if self.target != "tensorrt":  # u8 codes with a zero point; the same grid, and the same codes but for rounding ties
+        if self.target != "tensorrt":
+            # u8 codes with a zero point; the same grid, and the same codes but for rounding ties
             return (torch.round(x / plan.scale) - plan.zero_offset).clamp(-128, 127)
         shift = np.float32(plan.zero_offset) * np.float32(plan.scale)
         return torch.round((x - float(shift)) / plan.scale).clamp(-128, 127)
@@ -111,9 +122,10 @@ class _QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's result for x, in x's dtype."""
         integers = self.product((self.codes(x) + self.plan.zero_offset).to(self.dtype))
-        unit = (self.weight_scale * np.float32(self.plan.scale)).to(self.dtype)
-        if self.target == "onnxruntime" and self.plan.output_scale is not None:
-            y = self._requantized(integers, unit)
+        unit = (self.weight_scale * float(np.float32(self.plan.scale))).to(self.dtype)
+        scale, zero_point = self.plan.output_scale, self.plan.output_zero_point
+        if self.target == "onnxruntime" and scale is not None and zero_point is not None:
+            y = self._requantized(integers, unit, scale, zero_point)
         else:
             y = integers * unit
             if self.inverse_r is None and self.bias is not None:
@@ -124,12 +136,10 @@ class _QuantizedLayer(nn.Module):
                 y = y + self.bias
         return y.to(self.float_dtype)
 
-    def _requantized(self, integers: Tensor, unit: Tensor) -> Tensor:
+    def _requantized(self, integers: Tensor, unit: Tensor, scale: float, zero_point: int) -> Tensor:
         """Bias as an integer in units of the product, then u8 codes of the result, as QLinearConv does."""
         if self.inverse_r is None and self.bias is not None:
             integers = integers + torch.round(self.bias / unit)
-        scale, zero_point = self.plan.output_scale, self.plan.output_zero_point
-        assert scale is not None and zero_point is not None  # noqa: S101 - planned together
         codes = (torch.round(integers * (unit / scale)) + zero_point).clamp(0, 255)
         return (codes - zero_point) * scale
 
@@ -140,18 +150,20 @@ class _QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _gain(self, inverse_r: Tensor, like: Tensor) -> Tensor:
-        assert self.time_bin is not None  # noqa: S101 - set by Simulation.forward
         return inverse_r[self.time_bin].reshape(-1, *([1] * (like.ndim - 1)))
 
 
 class _QuantizedConv(_QuantizedLayer):
-    def __init__(self, module: nn.Module, plan: LayerPlan, target: Target, dtype: torch.dtype) -> None:
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+
+    def __init__(self, module: nn.Conv2d, plan: LayerPlan, target: Target, dtype: torch.dtype) -> None:
         super().__init__(module, plan, target, dtype)
         self.stride, self.padding = module.stride, module.padding
 
     def product(self, integers: Tensor) -> Tensor:
         # Zero padding pads q + z with 0, which is the code of 0.0: the offset's border term is already in it.
-        return functional.conv2d(integers, self.weight_codes, None, self.stride, self.padding)  # type: ignore[arg-type]
+        return functional.conv2d(integers, self.weight_codes, None, self.stride, self.padding)
 
     def _per_channel(self, values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values).reshape(1, -1, 1, 1)
@@ -159,7 +171,7 @@ class _QuantizedConv(_QuantizedLayer):
 
 class _QuantizedLinear(_QuantizedLayer):
     def product(self, integers: Tensor) -> Tensor:
-        return functional.linear(integers, self.weight_codes)  # type: ignore[arg-type]
+        return functional.linear(integers, self.weight_codes)
 
     def _per_channel(self, values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values)

@@ -1,21 +1,23 @@
 """Statistics of every activation, streamed: memory depends on the network, never on the number of samples.
 
-One pass over the calibration set with hooks on the layers. A histogram starts at the range of the first batch and doubles
-when a value falls outside; since ranges are powers of two the counts move exactly, nothing is resampled.
+One pass over the calibration set with hooks on the layers. A histogram starts at the range of the first batch and
+doubles when a value falls outside; since ranges are powers of two the counts move exactly, nothing is resampled.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics, halved
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import CalibrationError
 from qdm_deploy.progress import SILENT, Progress
-from torch import Tensor, nn
 
 __all__ = ["TensorCollector", "collect_statistics", "timestep_edges"]
 
@@ -31,7 +33,7 @@ def timestep_edges(timesteps: NDArray[np.int64], num_train_timesteps: int) -> ND
     """
     distinct = np.unique(timesteps)
     groups = np.array_split(distinct, min(len(distinct), _MAX_TIMESTEP_BINS))
-    inner = [(int(left[-1]) + int(right[0]) + 1) // 2 for left, right in zip(groups[:-1], groups[1:], strict=True)]
+    inner = [(int(left[-1]) + int(right[0]) + 1) // 2 for left, right in pairwise(groups)]
     return np.array([0, *inner, num_train_timesteps], dtype=np.int64)
 
 
@@ -61,12 +63,15 @@ class TensorCollector:
         np.maximum(self.channel_max[time_bin], high, out=self.channel_max[time_bin])
         peak = np.maximum(np.abs(low), np.abs(high))
         start = 0
-        for branch, (width, part) in enumerate(zip(self.widths, values.split(self.widths, dim=channel_axis), strict=True)):
+        for branch, (width, part) in enumerate(
+            zip(self.widths, values.split_with_sizes(self.widths, dim=channel_axis), strict=True)
+        ):
             self._count(time_bin, branch, part, float(peak[start : start + width].max()))
             start += width
 
     def _count(self, time_bin: int, branch: int, values: Tensor, peak: float) -> None:
-        # The range is half open at the top; the nudge keeps an exact power of two inside it. 2**-40 stands for all zeros.
+        # The range is half open at the top; the nudge keeps an exact power of two inside it. 2**-40 stands for all
+        # zeros.
         exponent = int(np.ceil(np.log2(max(peak, 2.0**-40) * (1 + 1e-6))))
         current = int(self.exponents[time_bin, branch])
         if not self.counts[time_bin, branch].any():
@@ -121,7 +126,9 @@ def collect_statistics(
         try:
             collector.add(current, values, axis)
         except CalibrationError as error:
-            raise CalibrationError(f"{what} at timesteps {edges[current]}..{edges[current + 1] - 1}: {error}") from error
+            raise CalibrationError(
+                f"{what} at timesteps {edges[current]}..{edges[current + 1] - 1}: {error}"
+            ) from error
 
     def on_input(layer: Layer) -> Callable[[nn.Module, Any], None]:
         axis = 1 if layer.kind == "conv" else -1
@@ -132,7 +139,7 @@ def collect_statistics(
             record(outputs[layer.name], f"the output of {layer.name}", output, 1)
             if layer.name in products:
                 bias = module.bias
-                product = output if bias is None else output - bias.reshape(1, -1, 1, 1)
+                product = output - bias.reshape(1, -1, 1, 1) if isinstance(bias, Tensor) else output
                 record(products[layer.name], f"the output of {layer.name}", product, 1)
 
         return hook
@@ -140,13 +147,22 @@ def collect_statistics(
     handles = []
     try:
         for name, layers in groups.items():
-            handles.append(network.get_submodule(submodule_prefix + name).register_forward_pre_hook(on_input(layers[0])))
+            handles.append(
+                network.get_submodule(submodule_prefix + name).register_forward_pre_hook(on_input(layers[0]))
+            )
         for layer in convs:
             handles.append(network.get_submodule(submodule_prefix + layer.name).register_forward_hook(on_output(layer)))
         with progress.task("Measuring activations", len(calibration)) as advance, torch.inference_mode():
-            for current, rows in _batches(calibration.timestep, edges, batch_size):
-                conditioning = {name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()}
-                network(torch.from_numpy(calibration.sample[rows]), torch.from_numpy(calibration.timestep[rows]), **conditioning)
+            for time_bin, rows in _batches(calibration.timestep, edges, batch_size):
+                current = time_bin
+                conditioning = {
+                    name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()
+                }
+                network(
+                    torch.from_numpy(calibration.sample[rows]),
+                    torch.from_numpy(calibration.timestep[rows]),
+                    **conditioning,
+                )
                 advance(len(rows))
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers import StepTable
 
@@ -41,12 +42,16 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         """Refuse a plan that draws nothing."""
         if self.strategy not in STRATEGIES:
-            raise InputError(f"calibration strategy {self.strategy!r} is not known; choose one of {', '.join(STRATEGIES)}")
+            raise InputError(
+                f"calibration strategy {self.strategy!r} is not known; choose one of {', '.join(STRATEGIES)}"
+            )
         for name in ("samples", "steps", "count"):
             if getattr(self, name) < 1:
                 raise InputError(f"calibration {name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.mean <= 1 or not 0 < self.spread <= 1:
-            raise InputError(f"ndtc mean {self.mean} and spread {self.spread} are fractions of T: mean in [0, 1], spread in (0, 1]")
+            raise InputError(
+                f"ndtc mean {self.mean} and spread {self.spread} are fractions of T: mean in [0, 1], spread in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def sampling_plan(plan: SamplingPlan, table: StepTable, num_train_timesteps: int
         stride = max(1, total // plan.steps)
         chosen = np.arange(0, total, stride, dtype=np.int64)
         if chosen[-1] != total - 1:
-            # The last steps are the most sensitive ones; a stride that stops short of them would leave them uncalibrated.
+            # The last steps are the most sensitive ones; a stride that stops short of them would leave them
+            # uncalibrated.
             chosen = np.append(chosen, total - 1)
         step = np.repeat(chosen, plan.samples)
         sample = np.tile(np.arange(plan.samples, dtype=np.int64), len(chosen))

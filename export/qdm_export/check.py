@@ -1,4 +1,4 @@
-"""Checks of a written graph: valid ONNX, the same function as its source, and integer kernels where the plan says so."""
+"""Checks of a written graph: valid ONNX, and integer kernels where the plan says so; what to compare layers by."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from onnx import checker, shape_inference
+
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import ExportError
-
 from qdm_export.topology import LayerNode, layer_nodes
 
 __all__ = ["INTEGER_OPERATORS", "Endpoints", "check_onnx", "integer_kernels", "layer_endpoints", "with_outputs"]
@@ -35,7 +35,7 @@ def check_onnx(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where one planned layer begins and ends in a target's graph: its float input, and its result with gain and bias."""
+    """Where a planned layer begins and ends in a target's graph: its float input, its result with gain and bias."""
 
     name: str
     data: str
@@ -45,15 +45,16 @@ class Endpoints:
 def layer_endpoints(model: ir.Model, plan: QuantizationPlan) -> tuple[Endpoints, ...]:
     """The values to compare a quantized layer by: everything the passes inserted lies between them."""
     nodes = {item.name: item for item in layer_nodes(model)}
-    planned = {layer.name for layer in plan.quantized}
     endpoints = []
     for layer in plan.quantized:
         item = nodes[layer.name]
         data: ir.Value | None = item.node.inputs[0]
-        while data is not None and (before := data.producer()) is not None and _inserted_for(before, planned):
+        while data is not None and (before := data.producer()) is not None and _inserted_for(before, layer.name, layer.layer.input_group):
             data = before.inputs[0]
         result = item.node.outputs[0]
-        while (after := _only_reader(result)) is not None and (_inserted_for(after, planned) or _adds_bias(after, result, item)):
+        while (after := _only_reader(result)) is not None and (
+            _inserted_for(after, layer.name) or _adds_bias(after, result, item)
+        ):
             result = after.outputs[0]
         if data is None or data.name is None or result.name is None:
             raise ExportError(f"{layer.name} has no float input in the graph")
@@ -78,7 +79,7 @@ def integer_kernels(optimized: Path) -> Counter[str]:
     return Counter(node.op_type for node in graph.node if node.op_type in INTEGER_OPERATORS)
 
 
-def _inserted_for(node: ir.Node, layers: set[str]) -> bool:
+def _inserted_for(node: ir.Node, *layers: str) -> bool:
     return node.name is not None and node.name.rpartition("/")[0] in layers
 
 

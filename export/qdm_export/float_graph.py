@@ -1,20 +1,21 @@
 """The float32 step graph as ONNX: exported once per model, the source of every target graph.
 
 Nodes keep the module path they came from (metadata ``qdm.module``), which is how later stages find the layer of a
-convolution; weight initializer names are no help, since the exporter shares equal tensors and renames folded ones. The rest
-of the exporter's metadata goes: it holds stack traces with paths of the machine that ran it.
+convolution; weight initializer names are no help, since the exporter shares equal tensors and renames folded ones. The
+rest of the exporter's metadata goes: it holds stack traces with paths of the machine that ran it.
 """
 
 import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from qdm_deploy.errors import ExportError
 
+from qdm_deploy.errors import ExportError
 from qdm_export.passes.time_table import TimeTable
 from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
 from qdm_export.topology import MODULE_KEY
@@ -79,10 +80,10 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
     model = program.model
     model.graph.name = "step"
     for node in model.graph:
-        module = _module_path(node)
+        path = _module_path(node)
         node.metadata_props.clear()
-        if module:
-            node.metadata_props[MODULE_KEY] = module
+        if path:
+            node.metadata_props[MODULE_KEY] = path
     for value in ir.convenience.create_value_mapping(model.graph).values():
         value.metadata_props.clear()
     model.metadata_props.clear()
@@ -109,7 +110,7 @@ def save_graph(model: ir.Model, path: Path, *, weights: str | None = None) -> No
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """Keep the exporter's progress lines and notes about packages we do not use off the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
+
 from qdm_deploy.errors import ExportError
 
 __all__ = ["save_with_shared_weights"]
@@ -47,7 +48,7 @@ def save_with_shared_weights(graphs: Mapping[Path, ir.Model], weights: Path) -> 
                     offsets[key],
                     len(data),
                     tensor.dtype,
-                    shape=ir.Shape(tensor.shape),
+                    shape=ir.Shape(tensor.shape.numpy()),
                     name=value.name or "",
                     base_dir=weights.parent,
                 )

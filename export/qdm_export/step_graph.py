@@ -8,8 +8,9 @@ and with different samplers can share a batch; the rows of a guided request find
 from dataclasses import dataclass
 
 import torch
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from torch import Tensor, nn
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
 
 __all__ = ["OUTPUTS", "StepGraph", "StepInput", "step_inputs"]
 
@@ -52,7 +53,7 @@ class StepGraph(nn.Module):
     """
 
     def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
-        """Build the step around ``net``, which takes (sample, timestep, **conditioning): a ``UNet`` or a simulation of one."""
+        """Build the step around ``net``: a ``UNet`` or a simulation of one, (sample, timestep, **conditioning)."""
         super().__init__()
         self.net = net
         self.spec = spec

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common
-from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
-from qdm_deploy.errors import InputError
 
+from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
+from qdm_deploy.errors import InputError, QdmError
 from qdm_export.passes.branch_factors import BranchFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
@@ -45,8 +45,14 @@ FORMS: dict[Target, TargetForm] = {
 }
 
 
-def emit(graph: ir.Model, plan: QuantizationPlan, target: Target) -> ir.Model:
+def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool = True) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
+
+    Args:
+        graph: the float step graph.
+        plan: what to quantize, with which numbers.
+        target: whose form.
+        half: off keeps float32 where the target has float16, for checks of the integers alone.
 
     Raises:
         InputError: an unknown target.
@@ -63,16 +69,24 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target) -> ir.Model:
         passes.append(QuantizeOutputs(plan))
     if form.instance_norm:
         passes.append(InstanceNormForm())
-    if form.float16:
+    if form.float16 and half:
         passes.append(HalfPrecision())
     passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
     model = graph.clone()
     model.graph.name = f"step_{target}"
-    return ir.passes.Sequential(*passes)(model).model
+    try:
+        return ir.passes.Sequential(*passes)(model).model
+    except ir.passes.PassError as error:
+        # The sequence wraps what a pass raised; what we raised ourselves already says what to do.
+        if isinstance(error.__cause__, QdmError):
+            raise error.__cause__ from None
+        raise
 
 
 def emit_float(graph: ir.Model) -> ir.Model:
-    """A copy of the float step graph in the form that ONNX Runtime runs fastest: the reference, and what INT8 must beat."""
+    """A copy of the float step graph as ONNX Runtime runs it fastest: the reference, and what INT8 must beat."""
     model = graph.clone()
     model.graph.name = "step_float"
-    return ir.passes.Sequential(InstanceNormForm(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(model).model
+    return ir.passes.Sequential(InstanceNormForm(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(
+        model
+    ).model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
+
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 
@@ -17,7 +18,8 @@ __all__ = ["MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_t
 # Node metadata: the module a node was exported from.
 MODULE_KEY = "qdm.module"
 _PREFIX = "net.unet."
-# Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them too).
+# Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them
+# too).
 _MIN_CHANNELS = 16
 # Operators that keep every channel in its place; a skip branch stays recognisable through them.
 _CHANNELWISE = {"Resize", "Pad", "Identity", "Cast", "Dropout"}
@@ -55,14 +57,20 @@ def layer_nodes(model: ir.Model) -> list[LayerNode]:
         name = _module_path(node)
         if node.op_type == "MatMul":
             bias_add = _bias_add(node)
-            bias = None if bias_add is None else next(v for v in bias_add.inputs if v is not None and v.is_initializer())
+            bias = (
+                None if bias_add is None else next(v for v in bias_add.inputs if v is not None and v.is_initializer())
+            )
         else:
             bias_add, bias = None, node.inputs[2] if len(node.inputs) > 2 else None
-        found.append(LayerNode(name, node, "conv" if node.op_type == "Conv" else "linear", data, weight, bias, bias_add))
+        found.append(
+            LayerNode(name, node, "conv" if node.op_type == "Conv" else "linear", data, weight, bias, bias_add)
+        )
     names = [layer.name for layer in found]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ExportError(f"these layers run more than once per step, which a per-layer plan cannot describe: {', '.join(twice)}")
+        raise ExportError(
+            f"these layers run more than once per step, which a per-layer plan cannot describe: {', '.join(twice)}"
+        )
     return found
 
 
@@ -111,7 +119,9 @@ def _is_weight(value: ir.Value) -> bool:
 def _module_path(node: ir.Node) -> str:
     path = node.metadata_props.get(MODULE_KEY, "")
     if not path.startswith(_PREFIX):
-        raise ExportError(f"node {node.name!r} ({node.op_type}) does not say which module it came from; was the graph edited?")
+        raise ExportError(
+            f"node {node.name!r} ({node.op_type}) does not say which module it came from; was the graph edited?"
+        )
     return path.removeprefix(_PREFIX)
 
 
@@ -126,8 +136,10 @@ def _bias_add(matmul: ir.Node) -> ir.Node | None:
 
 
 def _weight_shape(item: LayerNode) -> tuple[int, ...]:
-    assert item.weight.shape is not None  # noqa: S101 - initializers always have a shape
-    shape = tuple(int(size) for size in item.weight.shape)
+    sizes = item.weight.shape
+    shape = () if sizes is None else tuple(size for size in sizes if isinstance(size, int))
+    if sizes is None or len(shape) != len(sizes):
+        raise ExportError(f"the weight of {item.name} has no static shape: {sizes}")
     return (shape[1], shape[0]) if weight_is_transposed(item.node) else shape
 
 

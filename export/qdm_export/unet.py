@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
-from qdm_deploy.errors import ModelError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.errors import ModelError
 
 __all__ = ["Checkpoint", "UNet", "load_checkpoint"]
 
@@ -26,12 +27,12 @@ _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# The blocks that read a skip by torch.cat and keep the resolution of `sample_size`; the FIR "Skip" and the "K" blocks of
-# other families are refused until somebody has calibrated one.
+# The blocks that read a skip by torch.cat and keep the resolution of `sample_size`; the FIR "Skip" and the "K" blocks
+# of other families are refused until somebody has calibrated one.
 _BLOCKS = {
     "UNet2DModel": {
-        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D",
-        "UNetMidBlock2D",
+        "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D",
+        "ResnetUpsampleBlock2D", "UNetMidBlock2D",
     },
     "UNet2DConditionModel": {
         "DownBlock2D", "CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "CrossAttnUpBlock2D",
@@ -41,7 +42,7 @@ _BLOCKS = {
 
 
 class UNet(nn.Module):
-    """One signature for every diffusers U-Net: sample, timestep and the model's conditioning, all positional-free tensors."""
+    """One signature for every diffusers U-Net: sample, timestep, and the model's conditioning by name."""
 
     def __init__(self, unet: nn.Module, spec: ModelSpec) -> None:
         """Wrap ``unet``; ``spec`` says which conditioning inputs it takes."""
@@ -98,7 +99,7 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
     _load_weights(module, files, unet_dir)
     spec = _model_spec(folder, module, config, scheduler, model_index)
     return Checkpoint(
-        unet=UNet(module.eval().requires_grad_(False), spec),
+        unet=UNet(module, spec).eval().requires_grad_(False),
         spec=spec,
         scheduler_config=scheduler,
         model_index=model_index,
@@ -112,7 +113,9 @@ def _local_folder(source: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelError(f"{source} is a file; give the folder of a diffusers model (it holds model_index.json and unet/)")
+        raise ModelError(
+            f"{source} is a file; give the folder of a diffusers model (it holds model_index.json and unet/)"
+        )
     if not _REPO_ID.fullmatch(source):
         raise ModelError(
             f"there is no model folder {source!r}; give a local diffusers folder or a Hugging Face id like 'owner/name'"
@@ -126,22 +129,27 @@ def _local_folder(source: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{source!r} is no local folder, and downloading it from the Hugging Face hub failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the network, or download it and give the folder"
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id and the network, "
+            "or download it and give the folder"
         ) from error
 
 
 def _read_json(path: Path, why: str) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path} is missing: {why}")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); copy the model again") from error
+    value = _parse_json(path)
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}; a configuration is a JSON object")
     return value
+
+
+def _parse_json(path: Path) -> Any:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ModelError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); copy the model again") from error
 
 
 def _read_first(paths: list[Path], why: str) -> dict[str, Any]:
@@ -153,14 +161,20 @@ def _read_first(paths: list[Path], why: str) -> dict[str, Any]:
 
 def _model_class(config: Mapping[str, Any], path: Path) -> str:
     name = config.get("_class_name")
-    if name not in _BLOCKS:
+    if not isinstance(name, str) or name not in _BLOCKS:
         raise ModelError(f"{path} describes a {name!r}; supported are {', '.join(sorted(_BLOCKS))}")
-    used = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    used = []
+    for key in ("down_block_types", "up_block_types"):
+        if not isinstance(config.get(key, []), list):
+            raise ModelError(f"{path} has {key} {config[key]!r}; it must be a list of block names")
+        used += config.get(key, [])
     if config.get("mid_block_type") is not None:
         used.append(config["mid_block_type"])
     for block in used:
-        if block not in _BLOCKS[name]:
-            raise ModelError(f"{path} has an unknown block {block!r}; a {name} may use {', '.join(sorted(_BLOCKS[name]))}")
+        if not isinstance(block, str) or block not in _BLOCKS[name]:
+            raise ModelError(
+                f"{path} has an unknown block {block!r}; a {name} may use {', '.join(sorted(_BLOCKS[name]))}"
+            )
     return str(name)
 
 
@@ -169,7 +183,14 @@ def _weight_files(unet_dir: Path) -> list[Path]:
         if (unet_dir / name).is_file():
             return [unet_dir / name]
     if (unet_dir / _INDEX).is_file():
-        names = sorted(set(_read_json(unet_dir / _INDEX, "")["weight_map"].values()))
+        weight_map = _read_json(unet_dir / _INDEX, "").get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise ModelError(f"{unet_dir / _INDEX} has no weight_map from tensor to shard; copy the model again")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name or not (unet_dir / name).is_file():
                 raise ModelError(f"{unet_dir / _INDEX} names a shard {name!r} that is not a file of that folder")
@@ -177,8 +198,9 @@ def _weight_files(unet_dir: Path) -> list[Path]:
     pickled = sorted(p.name for p in unet_dir.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         raise ModelError(
-            f"{unet_dir} has only pickled weights ({', '.join(pickled)}), which can run code when loaded; convert them once, in an "
-            "environment you trust, with diffusers: pipeline.save_pretrained(FOLDER, safe_serialization=True)"
+            f"{unet_dir} has only pickled weights ({', '.join(pickled)}), which can run code when loaded; convert "
+            "them once, in an environment you trust, with diffusers: "
+            "pipeline.save_pretrained(FOLDER, safe_serialization=True)"
         )
     raise ModelError(f"{unet_dir} has no {_WEIGHTS[0]}; copy the model again")
 
@@ -191,7 +213,9 @@ def _build(model_class: str, config: Mapping[str, Any], unet_dir: Path) -> nn.Mo
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = sorted(set(arguments) - known)
     if unknown:
-        raise ModelError(f"{unet_dir / 'config.json'} has options that {model_class} does not know: {', '.join(unknown)}")
+        raise ModelError(
+            f"{unet_dir / 'config.json'} has options that {model_class} does not know: {', '.join(unknown)}"
+        )
     try:
         with torch.device("meta"):
             module: nn.Module = kind(**arguments)
@@ -208,7 +232,9 @@ def _load_weights(module: nn.Module, files: list[Path], unet_dir: Path) -> None:
                 for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                     state[name] = tensors.get_tensor(name).to(torch.float32)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} cannot be read as safetensors ({error}); it may be truncated: copy it again") from error
+            raise ModelError(
+                f"{file} cannot be read as safetensors ({error}); it may be truncated: copy it again"
+            ) from error
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or extra:
@@ -218,11 +244,14 @@ def _load_weights(module: nn.Module, files: list[Path], unet_dir: Path) -> None:
         )
     for name, value in state.items():
         if tuple(value.shape) != expected[name]:
-            raise ModelError(f"{name} in {unet_dir} has shape {tuple(value.shape)}; its config.json asks for {expected[name]}")
+            raise ModelError(
+                f"{name} in {unet_dir} has shape {tuple(value.shape)}; its config.json asks for {expected[name]}"
+            )
         if not torch.isfinite(value).all():
             raise ModelError(f"{name} in {unet_dir} holds NaN or infinite values; the checkpoint is broken")
     module.load_state_dict(state, assign=True)
-    # Parameters came from the file; anything still on "meta" is a buffer that the class computes (none of ours has one).
+    # Parameters came from the file; anything still on "meta" is a buffer that the class computes (none of ours has
+    # one).
     left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
     if left:
         raise ModelError(f"{unet_dir}: {len(left)} tensors were not initialised by the weights (first: {left[0]})")
@@ -236,20 +265,20 @@ def _model_spec(
     model_index: Mapping[str, Any],
 ) -> ModelSpec:
     channels, out_channels = int(config["in_channels"]), int(config["out_channels"])
+    height, width = _sample_size(folder, config)
     if out_channels not in (channels, 2 * channels):
         raise ModelError(
-            f"the U-Net has {channels} input and {out_channels} output channels; qdm-deploy runs models whose output is the noise "
-            f"({channels} channels) or the noise and a learned variance ({2 * channels})"
+            f"the U-Net has {channels} input and {out_channels} output channels; qdm-deploy runs models whose "
+            f"output is the noise ({channels} channels) or the noise and a learned variance ({2 * channels})"
         )
-    size = config.get("sample_size")
-    if size is None:
-        raise ModelError(f"the U-Net in {folder} has no sample_size; engines need a fixed height and width: set it in config.json")
-    height, width = (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
     conditioning: list[ConditioningInput] = []
     labels, num_classes, null_label = None, None, None
     if getattr(module, "class_embedding", None) is not None:
         if config.get("class_embed_type") is not None or not config.get("num_class_embeds"):
-            raise ModelError(f"class_embed_type {config.get('class_embed_type')!r} is not supported; supported is a table of num_class_embeds")
+            raise ModelError(
+                f"class_embed_type {config.get('class_embed_type')!r} is not supported; supported is a table of "
+                "num_class_embeds"
+            )
         conditioning.append(ConditioningInput(name="class_labels", dtype="int64", shape=()))
         labels, num_classes, null_label = _labels(folder, int(config["num_class_embeds"]))
     if config["_class_name"] == "UNet2DConditionModel":
@@ -270,16 +299,28 @@ def _model_spec(
     )
 
 
+def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config.get("sample_size")
+    if size is None:
+        raise ModelError(
+            f"the U-Net in {folder} has no sample_size; engines need a fixed height and width: set it in config.json"
+        )
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ModelError(f"the U-Net in {folder} has sample_size {size!r}; it must be a size in pixels or [height, width]")
+    return int(sides[0]), int(sides[1])
+
+
 # CLIP's text length, which every Stable Diffusion text encoder uses; the token axis of the exported graph is static.
 _TEXT_TOKENS = 77
 
 
 def _labels(folder: Path, embeddings: int) -> tuple[tuple[str, ...] | None, int, int | None]:
-    """Names, number of classes and the null label: one embedding more than there are names is the "no class" of guidance."""
+    """Names, number of classes and the null label: one embedding more than names is the "no class" of guidance."""
     path = folder / "labels.json"
     if not path.is_file():
         return None, embeddings, None
-    names = json.loads(path.read_text(encoding="utf-8"))
+    names = _parse_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{path} must hold a JSON list of label names")
     if len(names) not in (embeddings, embeddings - 1):

@@ -54,8 +54,9 @@ class CalibrationSet:
         bad = np.flatnonzero(~np.isfinite(self.sample).all(axis=(1, 2, 3)))
         if len(bad):
             raise CalibrationError(
-                f"{len(bad)} of {rows} calibration samples hold NaN or infinity (first: row {bad[0]}, timestep {self.timestep[bad[0]]}); "
-                "the full-precision model diverges there: check the checkpoint and the sampler"
+                f"{len(bad)} of {rows} calibration samples hold NaN or infinity (first: row {bad[0]}, "
+                f"timestep {self.timestep[bad[0]]}); the full-precision model diverges there: check the checkpoint and "
+                "the sampler"
             )
 
     def __len__(self) -> int:
@@ -64,7 +65,12 @@ class CalibrationSet:
 
     def save(self, path: Path) -> None:
         """Write the set to one safetensors file, provenance in its metadata."""
-        arrays = {"sample": self.sample, "timestep": self.timestep, "seed": self.seed, "step": self.step}
+        arrays: dict[str, NDArray[Any]] = {
+            "sample": self.sample,
+            "timestep": self.timestep,
+            "seed": self.seed,
+            "step": self.step,
+        }
         arrays |= {_CONDITIONING + name: values for name, values in self.conditioning.items()}
         write_record(path, kind=_KIND, version=_VERSION, document={"provenance": dict(self.provenance)}, arrays=arrays)
 

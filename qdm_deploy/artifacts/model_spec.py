@@ -14,7 +14,9 @@ class ConditioningInput(BaseModel):
 
     name: Literal["class_labels", "encoder_hidden_states"]
     dtype: Literal["int64", "float32"]
-    shape: tuple[int, ...] = Field(description="Shape of one sample: () for a label, (tokens, channels) for text states.")
+    shape: tuple[int, ...] = Field(
+        description="Shape of one sample: () for a label, (tokens, channels) for text states."
+    )
 
 
 class ModelSpec(BaseModel):

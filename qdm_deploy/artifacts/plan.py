@@ -146,7 +146,7 @@ class QuantizationPlan:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``plan.json`` (readable) and ``plan.safetensors`` (codes and factors, and the same document) into ``folder``."""
+        """Write ``plan.json`` (readable) and ``plan.safetensors`` (codes, factors, the same document)."""
         document = self._document()
         arrays: dict[str, NDArray[Any]] = {"timestep_edges": self.timestep_edges}
         for plan in self.layers:
@@ -168,23 +168,25 @@ class QuantizationPlan:
         document, arrays = read_record(folder / "plan.safetensors", kind=_KIND, version=_VERSION)
         try:
             readable = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{folder / 'plan.json'} cannot be read ({error}); copy the plan again") from error
         if readable != document:
-            raise InputError(f"{folder / 'plan.json'} and plan.safetensors beside it are not of the same plan; copy both again")
+            raise InputError(
+                f"{folder / 'plan.json'} and plan.safetensors beside it are not of the same plan; copy both again"
+            )
         layers = []
         for entry in readable["layers"]:
-            values = {name: arrays.get(f"{entry['layer']['name']}/{name}") for name in _ARRAYS}
-            place = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.pop("layer").items()}
+            values: dict[str, Any] = {name: arrays.get(f"{entry['layer']['name']}/{name}") for name in _ARRAYS}
+            place: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in entry.pop("layer").items()
+            }
             layers.append(LayerPlan(layer=Layer(**place), **entry, **values))
         return cls(tuple(layers), arrays["timestep_edges"], readable["options"], readable["provenance"])
 
     def _document(self) -> dict[str, Any]:
         layers = []
         for plan in self.layers:
-            entry = {
-                key: value for key, value in vars(plan).items() if key not in (*_ARRAYS, "layer", "notes")
-            }
+            entry = {key: value for key, value in vars(plan).items() if key not in (*_ARRAYS, "layer", "notes")}
             layers.append({**entry, "layer": asdict(plan.layer), "notes": dict(plan.notes)})
         document = {"layers": layers, "options": dict(self.options), "provenance": dict(self.provenance)}
         plain: dict[str, Any] = json.loads(canonical_json(document))

@@ -38,7 +38,7 @@ class Histogram:
     def centers(self) -> NDArray[np.float64]:
         """Middle of each bin, [HISTOGRAM_BINS]."""
         width = 2.0 ** (self.exponent + 1) / HISTOGRAM_BINS
-        return (np.arange(HISTOGRAM_BINS) - HISTOGRAM_BINS / 2 + 0.5) * width
+        return (np.arange(HISTOGRAM_BINS, dtype=np.float64) - HISTOGRAM_BINS / 2 + 0.5) * width
 
     def widened(self, exponent: int) -> "Histogram":
         """The same counts over a range 2**exponent at least as wide; exact."""
@@ -141,7 +141,9 @@ class ActivationStatistics:
                 for section, found in sections.items()
             }
         except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} is not a whole set of activation statistics ({error}); make it again") from error
+            raise CalibrationError(
+                f"{path} is not a whole set of activation statistics ({error}); make it again"
+            ) from error
         if not isinstance(provenance, dict):
             raise CalibrationError(f"{path} is not a whole set of activation statistics (no provenance); make it again")
         return cls(edges, **tensors, provenance=provenance)

@@ -82,6 +82,9 @@ _FILE = click.Path(path_type=Path)
     help="Take this saved calibration set rather than making one.",
 )
 @option(
+    "--save-calibration", type=click.Path(path_type=Path), section=_CALIBRATION, help="Keep the calibration set in this file."
+)
+@option(
     "--conditioning",
     "conditioning_file",
     type=_FILE,

@@ -1,7 +1,7 @@
 """From a checkpoint to a verified bundle: the stages in order, each a typed value made from the one before.
 
-Everything is written into a folder beside the bundle's final name and renamed at the end, so an interrupted or failed build
-leaves nothing behind.
+Everything is written into a folder beside the bundle's final name and renamed at the end, so an interrupted or failed
+build leaves nothing behind.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.bundle import BundleWriter
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
-from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
 from qdm_deploy.errors import EnvironmentProblem, InputError
 from qdm_deploy.pipeline.conditioning import read_hidden_states
@@ -31,6 +31,7 @@ from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
     from qdm_export.unet import Checkpoint
 
 __all__ = ["EMBEDDED_MODEL", "BuildResult", "build"]
@@ -80,10 +81,10 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
 
             float_graph = export_float_graph(checkpoint)
         calibration, plan = _plan(options, checkpoint, table, float_graph, stages, progress)
-        graphs = _emit(options, plan, float_graph, writer.root / "unet", stages, progress)
+        _emit(options, plan, float_graph, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
-            options, checkpoint, plan, verify_table, graphs, writer.root / "unet", scratch, stages.stage, progress
+            options, checkpoint, plan, verify_table, float_graph, writer.root / "unet", scratch, stages.stage, progress
         )
         return publish(options, writer, checkpoint, calibration, plan, measured, rows, stages.seconds)
 
@@ -92,7 +93,8 @@ def _require_build_extra() -> None:
     missing = [name for name in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript") if find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(
-            f"building needs {', '.join(missing)}, which this environment lacks; install them with pip install 'qdm-deploy[build]'"
+            f"building needs {', '.join(missing)}, which this environment lacks; install them with "
+            "pip install 'qdm-deploy[build]'"
         )
 
 
@@ -114,12 +116,11 @@ def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
     return wanted
 
 
-def _load(
-    options: BuildOptions, stages: Stages, progress: Progress
-) -> tuple["Checkpoint", StepTable, StepTable]:
+def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["Checkpoint", StepTable, StepTable]:
     with stages.stage("load"):
         progress.say("Loading the model")
         import torch
+
         from qdm_export.unet import load_checkpoint
 
         if options.threads is not None:
@@ -172,6 +173,8 @@ def _plan(
                 provenance={"model": spec.name, "weights_sha256": checkpoint.weights_sha256},
                 progress=progress,
             )
+        if options.save_calibration is not None:
+            calibration.save(options.save_calibration)
         topology = topology_of(float_graph)
         statistics = collect_statistics(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
@@ -201,16 +204,22 @@ def _check_fits(calibration: CalibrationSet, checkpoint: "Checkpoint", path: Pat
     spec = checkpoint.spec
     made_from = calibration.provenance.get("weights_sha256")
     if made_from is not None and made_from != checkpoint.weights_sha256:
-        raise InputError(f"{path} was sampled from other weights than those of {checkpoint.source}; leave --calibration out")
+        raise InputError(
+            f"{path} was sampled from other weights than those of {checkpoint.source}; leave --calibration out"
+        )
     if calibration.sample.shape[1:] != spec.sample_shape:
-        raise InputError(f"{path} has samples of shape {calibration.sample.shape[1:]}; {spec.name} takes {spec.sample_shape}")
+        raise InputError(
+            f"{path} has samples of shape {calibration.sample.shape[1:]}; {spec.name} takes {spec.sample_shape}"
+        )
     names = {item.name for item in spec.conditioning}
     if set(calibration.conditioning) != names:
         raise InputError(
             f"{path} has the conditioning {sorted(calibration.conditioning)}; {spec.name} takes {sorted(names)}"
         )
     if int(calibration.timestep.min()) < 0 or int(calibration.timestep.max()) >= spec.num_train_timesteps:
-        raise InputError(f"{path} has timesteps outside 0 to {spec.num_train_timesteps - 1}, which {spec.name} was trained with")
+        raise InputError(
+            f"{path} has timesteps outside 0 to {spec.num_train_timesteps - 1}, which {spec.name} was trained with"
+        )
 
 
 def _emit(
@@ -220,8 +229,8 @@ def _emit(
     folder: Path,
     stages: Stages,
     progress: Progress,
-) -> dict[Target, "ir.Model"]:
-    """Write the graphs; returns the emitted models, whose weights are in ``weights.bin`` now."""
+) -> None:
+    """Write the graphs and the plan."""
     from qdm_export.check import check_onnx
     from qdm_export.float_graph import save_graph
     from qdm_export.shared_weights import save_with_shared_weights
@@ -229,18 +238,19 @@ def _emit(
 
     with stages.stage("emit"):
         folder.mkdir()
-        graphs: dict[Target, ir.Model] = {}
+        graphs = {}
         with progress.task("Writing graphs", len(options.targets) + 1) as advance:
             for target in options.targets:
                 graphs[target] = emit(float_graph, plan, target)
                 advance()
-            save_with_shared_weights({folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin")
+            save_with_shared_weights(
+                {folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin"
+            )
             save_graph(emit_float(float_graph), folder / "float.onnx", weights="float.data")
             advance()
         for name in (*options.targets, "float"):
             check_onnx(folder / f"{name}.onnx")
         plan.save(folder)
-    return graphs
 
 
 def _build_engines(

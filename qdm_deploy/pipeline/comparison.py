@@ -44,11 +44,13 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
     first, second = Bundle.open(options.a), Bundle.open(options.b)
     if first.model.sample_shape != second.model.sample_shape or first.model.conditioning != second.model.conditioning:
         raise InputError(
-            f"{options.a} makes {first.model.sample_shape} and {options.b} {second.model.sample_shape}, or their conditioning "
-            "differs: only bundles of the same kind of model can be compared"
+            f"{options.a} makes {first.model.sample_shape} and {options.b} {second.model.sample_shape}, or their "
+            "conditioning differs: only bundles of the same kind of model can be compared"
         )
     if first.scheduler_config() != second.scheduler_config():
-        raise InputError(f"{options.a} and {options.b} have different schedulers, so the same seeds do not mean the same steps")
+        raise InputError(
+            f"{options.a} and {options.b} have different schedulers, so the same seeds do not mean the same steps"
+        )
     model = first.model
     table = step_table(
         NoiseSchedule.from_config(first.scheduler_config()),
@@ -72,7 +74,10 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
         )
         described = dict(a.describe()), dict(b.describe())
     if options.out is not None:
-        names = (f"A {described[0]['backend']} {options.precision_a}", f"B {described[1]['backend']} {options.precision_b}")
+        names = (
+            f"A {described[0]['backend']} {options.precision_a}",
+            f"B {described[1]['backend']} {options.precision_b}",
+        )
         strip = comparison_strip(to_pictures(reference.states[-1], model), to_pictures(samples, model), names=names)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         save_png(options.out, strip)

@@ -62,21 +62,28 @@ def conditioning_of(
             given = (hidden_states or {}).get(_STATES)
             if given is None:
                 raise InputError(
-                    f"{model.name} is conditioned on {_STATES} {list(item.shape)}; give a safetensors file with them (--conditioning)"
+                    f"{model.name} is conditioned on {_STATES} {list(item.shape)}; give a safetensors file with them "
+                    "(--conditioning)"
                 )
             if given.ndim != 3 or given.shape[1:] != item.shape or len(given) == 0:
-                raise InputError(f"{_STATES} has shape {list(given.shape)}; {model.name} takes [N, {item.shape[0]}, {item.shape[1]}]")
+                raise InputError(
+                    f"{_STATES} has shape {list(given.shape)}; {model.name} takes [N, {item.shape[0]}, {item.shape[1]}]"
+                )
             states = np.asarray(given, dtype=np.float32)[np.arange(count) % len(given)]
             null = (hidden_states or {}).get(_NULL_STATES)
             if null is not None:
                 if null.shape != item.shape:
-                    raise InputError(f"{_NULL_STATES} has shape {list(null.shape)}; {model.name} takes {list(item.shape)}")
+                    raise InputError(
+                        f"{_NULL_STATES} has shape {list(null.shape)}; {model.name} takes {list(item.shape)}"
+                    )
                 null_states = np.asarray(null, dtype=np.float32)
     return Conditioning(class_labels=labels, encoder_hidden_states=states, null_hidden_states=null_states)
 
 
 def read_hidden_states(path: Path | None) -> dict[str, NDArray[Any]] | None:
-    """Text states from a safetensors file with ``encoder_hidden_states`` and, for guidance, ``unconditional_hidden_states``.
+    """Text states from a safetensors file.
+
+    It holds ``encoder_hidden_states`` and, for guidance, ``unconditional_hidden_states``.
 
     Raises:
         InputError: the file cannot be read, or holds something else.

@@ -64,7 +64,9 @@ def audit_row(
     progress: Progress = SILENT,
 ) -> tuple[EngineRow, Engine]:
     """Build the engine of a ``tensorrt`` graph and hold it against the plan that the graph was emitted from."""
-    planned = [PlannedLayer(item.name, "convolution" if item.layer.kind == "conv" else "gemm") for item in plan.quantized]
+    planned = [
+        PlannedLayer(item.name, "convolution" if item.layer.kind == "conv" else "gemm") for item in plan.quantized
+    ]
     # The verdict reports what is not INT8; an engine that fails its audit is still worth looking at.
     engine = engine_from_onnx(graph, backend=backend, sm=sm, profile=profile, planned=(), progress=progress)
     failures = engine.audit.failures(planned)

@@ -8,6 +8,7 @@ import numpy as np
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_directory
+from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, label_number, read_hidden_states
@@ -76,7 +77,7 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             )
             seconds = time.perf_counter() - start
         pictures = to_pictures(samples, model)
-        names = _label_names(options, model.labels, model.num_classes, model)
+        names = _label_names(options, model)
         width = max(5, len(str(seeds[-1])))
         images = []
         for seed, picture, name in zip(seeds, pictures, names, strict=True):
@@ -99,22 +100,15 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             images.append(options.out / path.name)
         captions = [name or f"seed {seed}" for name, seed in zip(names, seeds, strict=True)]
         save_png(folder / _SHEET, contact_sheet(pictures[:_MOST_ON_SHEET], captions=captions[:_MOST_ON_SHEET]))
-    return GenerateResult(
-        tuple(images), options.out / _SHEET, seconds, options.count / seconds, dict(backend), seeds
-    )
+    return GenerateResult(tuple(images), options.out / _SHEET, seconds, options.count / seconds, dict(backend), seeds)
 
 
-def _label_names(
-    options: GenerateOptions, labels: tuple[str, ...] | None, classes: int | None, model: object
-) -> list[str | None]:
-    if classes is None:
+def _label_names(options: GenerateOptions, model: ModelSpec) -> list[str | None]:
+    if model.num_classes is None:
         return [None] * options.count
-    from qdm_deploy.artifacts.model_spec import ModelSpec
-
-    assert isinstance(model, ModelSpec)  # noqa: S101
     fixed = None if options.label is None else label_number(model, options.label)
-    numbers = [i % classes if fixed is None else fixed for i in range(options.count)]
-    return [labels[number] if labels else str(number) for number in numbers]
+    numbers = [i % model.num_classes if fixed is None else fixed for i in range(options.count)]
+    return [model.labels[number] if model.labels else str(number) for number in numbers]
 
 
 def _not_ours(folder: Path) -> str | None:

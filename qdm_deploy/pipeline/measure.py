@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
-from qdm_deploy.pipeline.checks import check_float_graph, check_integer_kernels, check_layers, run_graph
+from qdm_deploy.pipeline.checks import check_float_graph, check_half_graph, check_integer_kernels, check_layers, run_graph
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
@@ -25,6 +25,7 @@ from qdm_deploy.samplers import StepTable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
     from qdm_export.unet import Checkpoint
 
 __all__ = ["Measured", "measure", "unseen_seeds"]
@@ -67,7 +68,7 @@ def measure(
     checkpoint: "Checkpoint",
     plan: QuantizationPlan,
     table: StepTable,
-    graphs: Mapping[Target, "ir.Model"],
+    float_graph: "ir.Model",
     folder: Path,
     scratch: Path,
     stage: Callable[[str], AbstractContextManager[None]],
@@ -97,7 +98,7 @@ def measure(
                 )
                 quality.append(row)
         with stage("check"):
-            checks = _checks(checkpoint, plan, graphs, folder, scratch, reference, progress)
+            checks = _checks(options.targets, checkpoint, plan, float_graph, folder, scratch, reference, progress)
         with stage("speed"):
             speed = measure_speed(open_sessions, spec, _SPEED_BATCHES, progress=progress)
     backend = automatic_backend(tuple(options.targets))
@@ -125,17 +126,22 @@ def _judge(
     """What runs a target on this machine: its own runtime, or the simulation of its integers."""
     if (target, "int8") in sessions:
         return target, sessions[target, "int8"]
+    return "simulation", simulation_of(checkpoint, plan, target)
+
+
+def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Target) -> TorchSession:
+    """A session on the simulated integers of a target."""
     from qdm_calibration.simulate import simulate
     from qdm_export.step_graph import StepGraph
 
-    step = StepGraph(simulate(checkpoint.unet, plan, target), checkpoint.spec).eval()
-    return "simulation", TorchSession(step, target)
+    return TorchSession(StepGraph(simulate(checkpoint.unet, plan, target), checkpoint.spec).eval(), target)
 
 
 def _checks(
+    targets: tuple[Target, ...],
     checkpoint: "Checkpoint",
     plan: QuantizationPlan,
-    graphs: Mapping[Target, "ir.Model"],
+    float_graph: "ir.Model",
     folder: Path,
     scratch: Path,
     reference: ReferenceRun,
@@ -143,17 +149,23 @@ def _checks(
 ) -> tuple[CheckRow, ...]:
     inputs = trajectory_inputs(checkpoint.spec, reference)
     checks = []
-    with progress.task("Checking graphs", len(graphs) + 1) as advance:
+    with progress.task("Checking graphs", len(targets) + 2) as advance:
         random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=int(np.random.default_rng().integers(2**31)))
         checks.append(check_float_graph(run_graph("onnxruntime", folder / "float.onnx", random), checkpoint, random))
         optimized = scratch / "optimized.onnx"
         run_graph("onnxruntime", folder / "onnxruntime.onnx", inputs, optimized=optimized)
         checks.append(check_integer_kernels(plan, optimized))
         advance()
-        for target, graph in graphs.items():
+        for target in targets:
             if target == "onnxruntime" or find_spec("openvino") is not None:
-                checks.append(check_layers(checkpoint, plan, target, graph, inputs, scratch))
+                checks.append(check_layers(checkpoint, plan, target, float_graph, inputs, scratch))
             advance()
+        if "tensorrt" in targets and find_spec("openvino") is not None:
+            expected = run_graph("onnxruntime", folder / "float.onnx", inputs)["x0"]
+            with simulation_of(checkpoint, plan, "tensorrt") as session:
+                simulated = session.run(inputs).x0
+            checks.append(check_half_graph(folder / "tensorrt.onnx", expected, simulated, inputs))
+        advance()
     return tuple(checks)
 
 

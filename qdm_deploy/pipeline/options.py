@@ -53,6 +53,7 @@ class BuildOptions:
         sampler, steps, guidance: what the model is calibrated for and judged with.
         strategy, calibration_samples, calibration_steps, ndtc_*: how calibration rows are drawn (``SamplingPlan``).
         calibration_file: use this calibration set instead of sampling one.
+        save_calibration: keep the calibration set in this file, for ``calibration_file`` of a later build.
         conditioning_file: safetensors with ``encoder_hidden_states`` [N, L, D] and, for guidance,
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``).
@@ -80,6 +81,7 @@ class BuildOptions:
     ndtc_spread: float = 0.4
     ndtc_count: int = 320
     calibration_file: Path | None = None
+    save_calibration: Path | None = None
     conditioning_file: Path | None = None
     ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
     zero_offset: bool = True
@@ -123,6 +125,8 @@ class BuildOptions:
         within("the speed-up threshold", self.min_speedup, 0, 1000)
         if self.threads is not None:
             within("threads", self.threads, 1, 1024)
+        if self.save_calibration is not None and not self.save_calibration.absolute().parent.is_dir():
+            raise InputError(f"the calibration set cannot be saved as {self.save_calibration}: there is no such folder")
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,8 @@ from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.images import to_pictures
 
 if TYPE_CHECKING:
-    from qdm_export.unet import Checkpoint
-
     from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult
+    from qdm_export.unet import Checkpoint
 
 __all__ = ["publish"]
 
@@ -46,9 +45,8 @@ def publish(
     seconds: Mapping[str, float],
 ) -> "BuildResult":
     """Write what is left to write and seal the bundle."""
-    from qdm_export.float_graph import OPSET
-
     from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult
+    from qdm_export.float_graph import OPSET
 
     root = writer.root
     recipe = _recipe(options)
@@ -81,7 +79,7 @@ def publish(
 
 def _recipe(options: BuildOptions) -> dict[str, Any]:
     """The options that shape the bundle, as JSON; no path of this machine among them."""
-    left_out = {"out", "force", "threads", "command"}
+    left_out = {"out", "force", "threads", "command", "save_calibration"}
     recipe: dict[str, Any] = {}
     for name, value in asdict(options).items():
         if name not in left_out:
@@ -142,7 +140,7 @@ def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) ->
     inputs = trajectory_inputs(checkpoint.spec, measured.reference)
     with OnnxRuntimeSession(unet / "float.onnx") as session:
         expected = answers(session, inputs)
-    reached = {}
+    reached: dict[str, float] = {}
     for row in measured.quality:
         if row.backend == "simulation":
             continue

@@ -1,7 +1,7 @@
 """INT8 beside float on the same seeds.
 
-Teacher-forced: both networks get the float run's x_t, which isolates what quantization does to one call. Free-running: each
-follows its own trajectory from the same noise, which shows what accumulates.
+Teacher-forced: both networks get the float run's x_t, which isolates what quantization does to one call. Free-running:
+each follows its own trajectory from the same noise, which shows what accumulates.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ def compare_with(
     )
     row = QualityRow(
         target=target,
-        backend=backend,  # type: ignore[arg-type]  # the model checks it
+        backend=backend,
         samples=len(reference.seeds),
         steps=len(table.timesteps),
         sampler=table.sampler,

@@ -1,8 +1,8 @@
-"""Self-test vectors: a few steps of the float model with what it answered, and how close INT8 came on the build machine.
+"""Self-test vectors: steps of the float model with what it answered, and how close INT8 came on the build machine.
 
-An INT8 network answers a little differently on every CPU (one rounding that falls the other way changes the codes behind
-it), so the expected values are the float model's, and a backend passes when it comes as close to them as it did at build
-time, but for a tolerance. Wrong weights, a wrong graph or a broken kernel miss by tens of decibels.
+An INT8 network answers a little differently on every CPU (one rounding that falls the other way changes the codes
+behind it), so the expected values are the float model's, and a backend passes when it comes as close to them as it did
+at build time, but for a tolerance. Wrong weights, a wrong graph or a broken kernel miss by tens of decibels.
 """
 
 from pathlib import Path
@@ -41,7 +41,11 @@ def write_selftest(
     folder.mkdir()
     write_record(folder / "inputs.safetensors", kind=_INPUTS, version=_VERSION, document={}, arrays=inputs)
     write_record(
-        folder / "expected.safetensors", kind=_EXPECTED, version=_VERSION, document={"reached_db": reached}, arrays=expected
+        folder / "expected.safetensors",
+        kind=_EXPECTED,
+        version=_VERSION,
+        document={"reached_db": reached},
+        arrays=expected,
     )
 
 
@@ -61,7 +65,11 @@ def run_selftest(bundle: Bundle, session: StepSession, backend: str) -> CheckRow
     sqnr = min(sqnr_db(expected[name], got[name]) for name in ("next_sample", "x0"))
     name = f"self-test on {backend}"
     if not isinstance(reached, dict) or not isinstance(reached.get(backend), (int, float)):
-        return CheckRow(name=name, ok=True, detail=f"{sqnr:.1f} dB from the float model; the build machine had no {backend}")
+        return CheckRow(
+            name=name, ok=True, detail=f"{sqnr:.1f} dB from the float model; the build machine had no {backend}"
+        )
     needed = float(reached[backend]) - TOLERANCE_DB
-    detail = f"{sqnr:.1f} dB from the float model; {float(reached[backend]):.1f} dB at build time, {needed:.1f} dB needed"
+    detail = (
+        f"{sqnr:.1f} dB from the float model; {float(reached[backend]):.1f} dB at build time, {needed:.1f} dB needed"
+    )
     return CheckRow(name=name, ok=sqnr >= needed, detail=detail)

@@ -38,14 +38,21 @@ class TorchSession:
         import torch
 
         with torch.inference_mode():
-            next_sample, x0 = self._step(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names))
+            next_sample, x0 = self._step(
+                *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names)
+            )
         return StepOutput(next_sample.numpy(), x0.numpy())
 
     def describe(self) -> dict[str, object]:
         """What runs."""
         import torch
 
-        return {"backend": "simulation", "graph": self._name, "version": torch.__version__, "threads": torch.get_num_threads()}
+        return {
+            "backend": "simulation",
+            "graph": self._name,
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
 
     def close(self) -> None:
         """Nothing to free."""

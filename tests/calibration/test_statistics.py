@@ -369,7 +369,7 @@ from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.topology import Layer, Topology
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 samples = int(sys.argv[2])
 network = load_checkpoint(Path(sys.argv[1])).unet
 convs = [(n, m) for n, m in network.unet.named_modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels >= 16]

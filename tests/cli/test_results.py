@@ -214,7 +214,7 @@ def test_engine_prints_the_audit(replace: Replace, invoke: Invoke, one_document:
     assert result.exit_code == 0
     assert result.stdout.endswith("\nengine: c/engine.plan (from the cache)\nlog:    c/log.txt\n")
     squeezed = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert squeezed[-9:-3] == ["kernels", "kind count in INT8", "convolutions 17 17", "fake quantizes 2", "all 57", ""]
+    assert squeezed[-8:-2] == ["kernels", "kind count in INT8", "convolutions 17 17", "fake quantizes 2", "all 57", ""]
     result = invoke("engine", "b.qdm", "--sm", "12.0", "--backend", "tensorrt", "--profile", "1:8:32")
     assert result.exit_code == 1
     assert "not INT8 on SM 12.0: up.0: Half" in result.stdout

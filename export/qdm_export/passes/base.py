@@ -1,4 +1,4 @@
-"""What every pass shares: it runs once per graph, checks what it did, and inserts nodes that can be traced to their layer."""
+"""What every pass shares: it runs once per graph, and inserts nodes that can be traced to their layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.errors import ExportError
-
 from qdm_export.topology import LayerNode, layer_nodes
 
-__all__ = ["PlanPass", "constant", "insert_after", "insert_before", "layer_groups"]
+__all__ = ["PlanPass", "constant", "graph_of", "insert_after", "insert_before", "layer_groups", "values_of"]
 
 _APPLIED = "qdm.passes"
 
@@ -41,7 +41,9 @@ class PlanPass(ir.passes.InPlacePass):
         nodes = {item.name: item for item in layer_nodes(model)}
         missing = [plan.name for plan in self.plan.layers if plan.name not in nodes]
         if missing:
-            raise ExportError(f"the plan is not of this graph: {len(missing)} of its layers are not in it (first: {missing[0]})")
+            raise ExportError(
+                f"the plan is not of this graph: {len(missing)} of its layers are not in it (first: {missing[0]})"
+            )
         return [(plan, nodes[plan.name]) for plan in self.plan.quantized]
 
 
@@ -53,7 +55,18 @@ def layer_groups(layers: Sequence[tuple[LayerPlan, LayerNode]]) -> list[list[tup
     return list(groups.values())
 
 
-def constant(model: ir.Model, name: str, values: NDArray[Any]) -> ir.Value:
+def values_of(value: ir.Value) -> NDArray[Any]:
+    """The numbers of a constant.
+
+    Raises:
+        ExportError: it is not one.
+    """
+    if value.const_value is None:
+        raise ExportError(f"{value.name} is not a constant of the graph")
+    return value.const_value.numpy()
+
+
+def constant(model: ir.Model, name: str, values: NDArray[Any] | np.generic) -> ir.Value:
     """The initializer ``name`` with these values, added if the graph has none of that name."""
     if name in model.graph.initializers:
         return model.graph.initializers[name]
@@ -63,34 +76,47 @@ def constant(model: ir.Model, name: str, values: NDArray[Any]) -> ir.Value:
     return value
 
 
-def insert_before(layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any) -> ir.Node:
+def insert_before(
+    layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any
+) -> ir.Node:
     """A node that takes the layer's data input and ``operands``; the caller wires its output."""
     node = _node(layer, op_type, [layer.node.inputs[0], *operands], label, attributes)
-    _graph(layer.node).insert_before(layer.node, node)
+    graph_of(layer.node).insert_before(layer.node, node)
     return node
 
 
-def insert_after(layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any) -> ir.Node:
+def insert_after(
+    layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any
+) -> ir.Node:
     """A node between the kernel's output and everything that read it."""
     output = layer.node.outputs[0]
     readers = list(output.uses())
     node = _node(layer, op_type, [output, *operands], label, attributes)
     node.outputs[0].shape = output.shape
-    _graph(layer.node).insert_after(layer.node, node)
+    graph_of(layer.node).insert_after(layer.node, node)
     for reader in readers:
         reader.node.replace_input_with(reader.idx, node.outputs[0])
     return node
 
 
-def _node(layer: LayerNode, op_type: str, inputs: Sequence[ir.Value | None], label: str, attributes: dict[str, Any]) -> ir.Node:
+def _node(
+    layer: LayerNode, op_type: str, inputs: Sequence[ir.Value | None], label: str, attributes: dict[str, Any]
+) -> ir.Node:
     name = f"{layer.name}/{label}"
     output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
     first = inputs[0]
     output.shape = None if first is None else first.shape
-    return ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(layer.node.metadata_props))
+    return ir.node(
+        op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(layer.node.metadata_props)
+    )
 
 
-def _graph(node: ir.Node) -> ir.Graph:
+def graph_of(node: ir.Node) -> ir.Graph:
+    """The graph a node stands in.
+
+    Raises:
+        ExportError: it was removed from its graph, or is inside a function.
+    """
     if not isinstance(node.graph, ir.Graph):
         raise ExportError(f"node {node.name!r} is in no graph")
     return node.graph

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from qdm_deploy.artifacts.plan import LayerPlan
 
+from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_export.passes.base import PlanPass, constant, insert_before, layer_groups
 from qdm_export.topology import LayerNode
 
@@ -14,7 +14,8 @@ __all__ = ["BranchFactors"]
 class BranchFactors(PlanPass):
     """Multiplies an input by 1 / k per channel. The weights follow in ``QuantizeWeights``, whose codes are of W * k.
 
-    The multiply stands on the path into this layer only: a normalization that reads the same concatenation sees unscaled data.
+    The multiply stands on the path into this layer only: a normalization that reads the same concatenation sees
+    unscaled data.
     """
 
     def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:

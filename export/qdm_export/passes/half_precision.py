@@ -1,12 +1,14 @@
 """Float16 for the part of the U-Net that works on the sample, for strongly typed TensorRT networks.
 
-Types are settled here once: the builder of a strongly typed network follows them and inserts no casts of its own. The time
-embedding and the sampler update stay float32; a Cast stands at each border, none between a quantize and its kernel.
+Types are settled here once: the builder of a strongly typed network follows them and inserts no casts of its own. The
+time embedding and the sampler update stay float32; a Cast stands at each border, none between a quantize and its
+kernel.
 """
 
 import numpy as np
 import onnx_ir as ir
 
+from qdm_export.passes.base import graph_of, values_of
 from qdm_export.topology import MODULE_KEY
 
 __all__ = ["HalfPrecision"]
@@ -28,7 +30,12 @@ class HalfPrecision(ir.passes.InPlacePass):
         casts: dict[ir.Value, ir.Value] = {}
         for node in region:
             for index, value in enumerate(node.inputs):
-                if value is None or value in inside or value.dtype != _FLOAT or index in _FLOAT32_INPUTS.get(node.op_type, ()):
+                if (
+                    value is None
+                    or value in inside
+                    or value.dtype != _FLOAT
+                    or index in _FLOAT32_INPUTS.get(node.op_type, ())
+                ):
                     continue
                 if value not in casts:
                     casts[value] = _half_constant(model, value) if value.is_initializer() else _cast(node, value, _HALF)
@@ -66,13 +73,18 @@ class HalfPrecision(ir.passes.InPlacePass):
 
 def _feeds_only(node: ir.Node, *kinds: str) -> bool:
     """A weight's DequantizeLinear or a gain's Gather: they read no sample but what they make multiplies one."""
-    return node.op_type in kinds and node.inputs[0] is not None and node.inputs[0].is_initializer() and node.name is not None and "/" in node.name
+    return (
+        node.op_type in kinds
+        and node.inputs[0] is not None
+        and node.inputs[0].is_initializer()
+        and node.name is not None
+        and "/" in node.name
+    )
 
 
 def _half_constant(model: ir.Model, value: ir.Value) -> ir.Value:
-    assert value.const_value is not None  # noqa: S101 - an initializer
     name = f"{value.name}/float16"
-    tensor = ir.tensor(value.const_value.numpy().astype(np.float16), name=name)
+    tensor = ir.tensor(values_of(value).astype(np.float16), name=name)
     half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)
     model.graph.register_initializer(half)
     return half
@@ -82,10 +94,8 @@ def _cast(node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = Fals
     name = f"{value.name}/{'float32' if to == _FLOAT else 'float16'}"
     output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
     cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
-    graph = node.graph
-    assert graph is not None  # noqa: S101 - nodes of a model are in its graph
     if after:
-        graph.insert_after(node, cast)
+        graph_of(node).insert_after(node, cast)
     else:
-        graph.insert_before(node, cast)
+        graph_of(node).insert_before(node, cast)
     return output

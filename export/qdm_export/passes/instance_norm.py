@@ -1,7 +1,7 @@
 """GroupNormalization as Reshape, InstanceNormalization, Reshape, scale and shift, for ONNX Runtime's CPU provider.
 
-It has no kernel for GroupNormalization and expands it into a dozen small nodes, shape arithmetic among them; it does have
-one for InstanceNormalization, which is the same sum once a group's channels lie side by side.
+It has no kernel for GroupNormalization and expands it into a dozen small nodes, shape arithmetic among them; it does
+have one for InstanceNormalization, which is the same sum once a group's channels lie side by side.
 """
 
 import math
@@ -36,7 +36,9 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> bool:
     groups = node.attributes["num_groups"].as_int()
     width = math.prod(static) // groups
     per_channel = (1, -1, *([1] * (len(static) - 1)))
-    grouped = _add(graph, node, "Reshape", [data, _constant(graph, f"group_{groups}", np.array([0, groups, -1]))], "group")
+    grouped = _add(
+        graph, node, "Reshape", [data, _constant(graph, f"group_{groups}", np.array([0, groups, -1]))], "group"
+    )
     ones = _constant(graph, f"ones_{groups}", np.ones(groups, dtype=np.float32))
     zeros = _constant(graph, f"zeros_{groups}", np.zeros(groups, dtype=np.float32))
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
@@ -45,18 +47,20 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> bool:
     apart = _add(graph, node, "Reshape", [normal, back], "ungroup")
     gamma = _constant(graph, f"{scale.name}/{len(static)}d", scale.const_value.numpy().reshape(per_channel))
     beta = _constant(graph, f"{bias.name}/{len(static)}d", bias.const_value.numpy().reshape(per_channel))
-    result = _add(graph, node, "Add", [_add(graph, node, "Mul", [apart, gamma], "gamma"), beta], "beta")
+    scaled = _add(graph, node, "Mul", [apart, gamma], "gamma")
+    result = _add(graph, node, "Add", [scaled, beta], "beta")
     for value in (grouped, normal):
         value.shape = ir.Shape([data.shape[0], groups, width])
-    for value in (apart, result, result.producer().inputs[0]):  # type: ignore[union-attr]
-        if value is not None:
-            value.shape = data.shape
+    for value in (apart, scaled, result):
+        value.shape = data.shape
     node.outputs[0].replace_all_uses_with(result)
     graph.remove(node, safe=True)
     return True
 
 
-def _add(graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[ir.Value], label: str, **attributes: float) -> ir.Value:
+def _add(
+    graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[ir.Value], label: str, **attributes: float
+) -> ir.Value:
     name = f"{node.name}/{label}"
     output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
     new = ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(node.metadata_props))

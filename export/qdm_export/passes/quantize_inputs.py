@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_export.passes.base import PlanPass, constant, insert_before, layer_groups
 from qdm_export.topology import LayerNode
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-
-from qdm_export.passes.base import PlanPass, constant, insert_after
+from qdm_export.passes.base import PlanPass, constant, insert_after, values_of
 from qdm_export.topology import LayerNode
 
 __all__ = ["QuantizeOutputs"]
@@ -29,7 +29,7 @@ class QuantizeOutputs(PlanPass):
             if plan.output_scale is None or plan.output_zero_point is None:
                 raise ExportError(f"the plan has no output scale for {plan.name}, which the onnxruntime target needs")
             if layer.bias is not None:
-                self._quantize_bias(model, plan, layer)
+                self._quantize_bias(model, plan, layer, layer.bias)
             scale = constant(model, f"{layer.name}/output_scale", np.float32(plan.output_scale))
             zero_point = constant(model, f"{layer.name}/output_zero_point", np.uint8(plan.output_zero_point))
             dequantize = insert_after(layer, "DequantizeLinear", [scale, zero_point], "dequantize_output")
@@ -39,15 +39,14 @@ class QuantizeOutputs(PlanPass):
             modified = True
         return modified
 
-    def _quantize_bias(self, model: ir.Model, plan: LayerPlan, layer: LayerNode) -> None:
-        assert layer.bias is not None and layer.bias.const_value is not None  # noqa: S101 - an initializer
+    def _quantize_bias(self, model: ir.Model, plan: LayerPlan, layer: LayerNode, bias: ir.Value) -> None:
         unit = plan.weight_scales * np.float32(plan.scale)
-        codes = np.rint(layer.bias.const_value.numpy() / unit)
+        codes = np.rint(values_of(bias) / unit)
         limit = np.iinfo(np.int32)
         if np.abs(codes).max() > limit.max:
             raise ExportError(f"the bias of {plan.name} does not fit 32 bits at scale {plan.scale:.3g}")
         name = f"{layer.name}/dequantize_bias"
-        output = ir.Value(name=name, shape=layer.bias.shape, type=ir.TensorType(ir.DataType.FLOAT))
+        output = ir.Value(name=name, shape=bias.shape, type=ir.TensorType(ir.DataType.FLOAT))
         node = ir.node(
             "DequantizeLinear",
             [

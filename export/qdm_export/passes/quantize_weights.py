@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from qdm_deploy.artifacts.plan import LayerPlan
 
+from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.errors import ExportError
 from qdm_export.passes.base import PlanPass, constant
 from qdm_export.topology import LayerNode, weight_is_transposed
 
@@ -19,6 +20,12 @@ class QuantizeWeights(PlanPass):
         """Replace every planned weight."""
         for plan, layer in layers:
             transposed = weight_is_transposed(layer.node)
+            expected = plan.codes.T.shape if transposed else plan.codes.shape
+            if layer.weight.shape != expected:
+                raise ExportError(
+                    f"the plan is not of this graph: its codes for {plan.name} have shape {expected}, the weight there "
+                    f"{layer.weight.shape}"
+                )
             codes = constant(model, f"{layer.name}/weight_codes", plan.codes.T if transposed else plan.codes)
             scale = constant(model, f"{layer.name}/weight_scale", plan.weight_scales)
             zero = constant(model, f"{layer.name}/weight_zero_point", np.zeros(len(plan.weight_scales), dtype=np.int8))

@@ -1,17 +1,19 @@
 """Step-aware gains: x / r before the layer, y * r behind it, r gathered per sample from the timestep.
 
-The quantize scale stays a constant, which is what every engine's INT8 fusion needs, and each sample of a batch has the gain
-of its own timestep. Multiplying by r behind the kernel means its bias comes after that, so the kernel itself has none.
+The quantize scale stays a constant, which is what every engine's INT8 fusion needs, and each sample of a batch has the
+gain of its own timestep. Multiplying by r behind the kernel means its bias comes after that, so the kernel itself has
+none.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
+
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-
-from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups
+from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups, values_of
 from qdm_export.topology import LayerNode
 
 __all__ = ["StepGains"]
@@ -22,24 +24,21 @@ class StepGains(PlanPass):
 
     def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
         """Insert the gathers and the multiplies of every input with gains."""
-        groups = [group for group in layer_groups(layers) if group[0][0].inverse_r is not None]
+        groups = [(group, factors) for group in layer_groups(layers) if (factors := group[0][0].inverse_r) is not None]
         if not groups:
             return False
         row_bin = self._row_bin(model)
-        for group in groups:
-            plan, first = group[0]
-            assert plan.inverse_r is not None  # noqa: S101 - selected above
-            inverse = self._gathered(model, first, plan.inverse_r, row_bin, "inverse_r")
-            gain = self._gathered(model, first, np.float32(1) / plan.inverse_r, row_bin, "r")
+        for group, inverse_r in groups:
+            first = group[0][1]
+            inverse = self._gathered(model, first, inverse_r, row_bin, "inverse_r")
+            gain = self._gathered(model, first, np.float32(1) / inverse_r, row_bin, "r")
             scaled = insert_before(first, "Mul", [inverse], "scale_step").outputs[0]
             for _, layer in group:
                 layer.node.replace_input_with(0, scaled)
                 if layer.node.op_type != "MatMul" and layer.bias is not None:
                     layer.node.replace_input_with(2, None)
-                    bias = layer.bias.const_value
-                    assert bias is not None  # noqa: S101 - an initializer
-                    shape = (1, -1, 1, 1) if layer.kind == "conv" else (-1,)
-                    insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias.numpy().reshape(shape))], "add_bias")
+                    bias = values_of(layer.bias).reshape((1, -1, 1, 1) if layer.kind == "conv" else (-1,))
+                    insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias)], "add_bias")
                 insert_after(layer, "Mul", [gain], "unscale_step")
         return True
 
@@ -54,9 +53,11 @@ class StepGains(PlanPass):
         model.graph.insert_before(model.graph[0], node)
         return output
 
-    def _gathered(self, model: ir.Model, layer: LayerNode, table: np.ndarray, row_bin: ir.Value, label: str) -> ir.Value:  # type: ignore[type-arg]
-        # Tables shaped [K, 1, 1, 1] gather straight to [B, 1, 1, 1]; slicing one [B, layers] tensor cost engine builds a
-        # multiple of the time for the same kernels.
+    def _gathered(
+        self, model: ir.Model, layer: LayerNode, table: NDArray[np.float32], row_bin: ir.Value, label: str
+    ) -> ir.Value:
+        # Tables shaped [K, 1, 1, 1] gather straight to [B, 1, 1, 1]; slicing one [B, layers] tensor cost engine builds
+        # a multiple of the time for the same kernels.
         ones = (1, 1, 1) if layer.kind == "conv" else (1, 1)
         values = constant(model, f"{layer.name}/{label}_table", table.astype(np.float32).reshape(-1, *ones))
         node = insert_before(layer, "Gather", [], label, axis=0)

@@ -1,8 +1,8 @@
 """The time embedding as a float32 table with one row per timestep.
 
-There are only T timesteps, so what depends on nothing else is computed once, in float32, and looked up. It removes a few
-small matrix products per step, and it keeps the timestep exact on backends that compute in bfloat16, where 992 to 995
-would round to one value before the sinusoids see them.
+There are only T timesteps, so what depends on nothing else is computed once, in float32, and looked up. It removes a
+few small matrix products per step, and it keeps the timestep exact on backends that compute in bfloat16, where 992 to
+995 would round to one value before the sinusoids see them.
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 from onnx_ir.passes import common
+
 from qdm_deploy.errors import ExportError
 
 __all__ = ["TimeTable"]
@@ -33,7 +34,9 @@ class TimeTable(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         values = self._evaluate(model, embedding)
         tensor = ir.tensor(values, name="time_table")
-        table = ir.Value(name="time_table", shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        table = ir.Value(
+            name="time_table", shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         model.graph.register_initializer(table)
         output = ir.Value(name="time_embedding", shape=embedding.shape, type=ir.TensorType(ir.DataType.FLOAT))
         lookup = ir.node("Gather", [table, timestep], {"axis": 0}, outputs=[output], name="time_embedding")
@@ -49,7 +52,9 @@ class TimeTable(ir.passes.InPlacePass):
         part.graph.outputs.clear()
         part.graph.outputs.append(value)
         common.RemoveUnusedNodesPass()(part)
-        session = onnxruntime.InferenceSession(ir.to_proto(part).SerializeToString(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(part).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
         feeds: dict[str, NDArray[np.generic]] = {}
         for item in session.get_inputs():
             # Only the timestep matters; another input can appear for its batch size alone.
@@ -59,7 +64,9 @@ class TimeTable(ir.passes.InPlacePass):
         used = {item.name for item in session.get_inputs()}
         (table,) = session.run(None, {key: array for key, array in feeds.items() if key in used})
         if table.ndim != 2 or len(table) != self.num_train_timesteps or not np.isfinite(table).all():
-            raise ExportError(f"the time embedding {name!r} gave a table of shape {table.shape}, or one that is not finite")
+            raise ExportError(
+                f"the time embedding {name!r} gave a table of shape {table.shape}, or one that is not finite"
+            )
         return np.asarray(table, dtype=np.float32)
 
 
@@ -75,9 +82,9 @@ def _bottleneck(model: ir.Model, timestep: ir.Value) -> ir.Value | None:
         elif any(value is timestep or value in on_time for value in node.inputs):
             on_time.update(dict.fromkeys(node.outputs, node))
     for candidate in reversed(list(on_time)):
-        if candidate.shape is not None and len(candidate.shape) == 2 and candidate.dtype == ir.DataType.FLOAT:
-            if not _escapes(timestep, candidate, on_time):
-                return candidate
+        is_table = candidate.shape is not None and len(candidate.shape) == 2 and candidate.dtype == ir.DataType.FLOAT
+        if is_table and not _escapes(timestep, candidate, on_time):
+            return candidate
     return None
 
 

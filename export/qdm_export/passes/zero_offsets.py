@@ -1,8 +1,8 @@
 """Zero offsets on symmetric kernels: quantize x - z s, and add what the layer makes of the constant z s.
 
-A convolution is linear and pads with zeros, so conv(x) = conv(x - c) + conv(c) holds exactly, borders included, when both
-pad with zeros. The second term is a constant: per channel where nothing is padded, a map [1, O, H, W] where the border sees
-fewer taps. It is computed from the weight codes, in float64, so it carries no error of its own.
+A convolution is linear and pads with zeros, so conv(x) = conv(x - c) + conv(c) holds exactly, borders included, when
+both pad with zeros. The second term is a constant: per channel where nothing is padded, a map [1, O, H, W] where the
+border sees fewer taps. It is computed from the weight codes, in float64, so it carries no error of its own.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.artifacts.topology import Layer
-
-from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups
+from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups, values_of
 from qdm_export.topology import LayerNode
 
 __all__ = ["ZeroOffsets", "offset_map"]
@@ -21,21 +21,23 @@ __all__ = ["ZeroOffsets", "offset_map"]
 
 def offset_map(plan: LayerPlan) -> NDArray[np.float64]:
     """What the layer makes of an input that is z s everywhere: [O] where nothing is padded, else [1, O, H', W']."""
-    weight = plan.codes.astype(np.float64) * plan.weight_scales.astype(np.float64).reshape(-1, *([1] * (plan.codes.ndim - 1)))
+    weight = plan.codes.astype(np.float64) * plan.weight_scales.astype(np.float64).reshape(
+        -1, *([1] * (plan.codes.ndim - 1))
+    )
     value = plan.zero_offset * plan.scale
     layer = plan.layer
-    if layer.kind == "linear" or not any(layer.pads):
-        return value * weight.reshape(len(weight), -1).sum(axis=1)
-    rows, columns = _taps(layer, 0), _taps(layer, 1)
+    if layer.spatial is None or not any(layer.pads):
+        per_channel: NDArray[np.float64] = value * weight.reshape(len(weight), -1).sum(axis=1)
+        return per_channel
+    rows, columns = (_taps(layer, axis, size) for axis, size in enumerate(layer.spatial))
     # sum over taps (i, j) that fall inside the input, for every output position: rows [H', kh], columns [W', kw].
-    total = np.einsum("oij,hi,wj->ohw", weight.sum(axis=1), rows, columns)
+    total: NDArray[np.float64] = np.einsum("oij,hi,wj->ohw", weight.sum(axis=1), rows, columns)
     return value * total[None]
 
 
-def _taps(layer: Layer, axis: int) -> NDArray[np.float64]:
+def _taps(layer: Layer, axis: int, size: int) -> NDArray[np.float64]:
     """[outputs, kernel]: 1 where the tap reads the input, 0 where it reads padding."""
-    assert layer.spatial is not None  # noqa: S101 - convolutions have one
-    size, kernel, stride = layer.spatial[axis], layer.weight_shape[2 + axis], layer.strides[axis]
+    kernel, stride = layer.weight_shape[2 + axis], layer.strides[axis]
     before, after = layer.pads[axis], layer.pads[2 + axis]
     outputs = (size + before + after - kernel) // stride + 1
     position = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None] - before
@@ -64,23 +66,18 @@ class ZeroOffsets(PlanPass):
         """Add the constant; a bias that stands right at the kernel is merged with it, which makes it free."""
         term = offset_map(plan)
         per_channel = term.ndim == 1
-        holder, position = (layer.bias_add, _other(layer)) if layer.bias_add is not None else (layer.node, 2)
         if layer.bias is not None and layer.bias.const_value is not None:
-            bias = layer.bias.const_value.numpy().astype(np.float64)
+            bias = values_of(layer.bias).astype(np.float64)
             merged = term + (bias if per_channel else bias.reshape(1, -1, 1, 1))
             if per_channel:
                 value = constant(model, f"{layer.name}/bias_and_offset", merged.astype(np.float32))
-                assert holder is not None  # noqa: S101 - one of the two
-                holder.replace_input_with(position, value)
+                holder = layer.bias_add or layer.node
+                holder.replace_input_with(list(holder.inputs).index(layer.bias), value)
                 return
             layer.node.replace_input_with(2, None)
             term = merged
         if per_channel and layer.kind == "conv":
             term = term.reshape(1, -1, 1, 1)
-        insert_after(layer, "Add", [constant(model, f"{layer.name}/offset_map", term.astype(np.float32))], "add_offset_map")
-
-
-def _other(layer: LayerNode) -> int:
-    """Index of the constant operand of the Add behind a MatMul."""
-    assert layer.bias_add is not None  # noqa: S101 - asked for only then
-    return next(i for i, value in enumerate(layer.bias_add.inputs) if value is layer.bias)
+        insert_after(
+            layer, "Add", [constant(model, f"{layer.name}/offset_map", term.astype(np.float32))], "add_offset_map"
+        )

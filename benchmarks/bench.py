@@ -1,0 +1,145 @@
+"""What the benchmark scripts share: the models they measure, the stages up to a plan, and how results are written."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from qdm_calibration.collect import collect_calibration_set
+from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.statistics import collect_statistics
+from qdm_calibration.timesteps import SamplingPlan
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.artifacts.statistics import ActivationStatistics
+from qdm_deploy.artifacts.topology import Topology
+from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.report.machine import library_versions, machine_card
+from qdm_deploy.samplers import NoiseSchedule, step_table
+from qdm_export.float_graph import export_float_graph, save_graph
+from qdm_export.shared_weights import save_with_shared_weights
+from qdm_export.targets import emit, emit_float
+from qdm_export.topology import topology_of
+from qdm_export.unet import Checkpoint, load_checkpoint
+
+__all__ = ["RESULTS", "Case", "case", "finish", "parser", "say", "write_float", "write_graph"]
+
+RESULTS = Path(__file__).parent / "results"
+
+# google/ddpm-cifar10-32: the U-Net of Ho et al. (2020) for CIFAR-10, 35.7 M parameters. Its weights are not shipped; speed
+# does not depend on them, so they are drawn at random here.
+_CIFAR10 = {
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-06,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model ready to be planned: loaded, exported and calibrated."""
+
+    name: str
+    checkpoint: Checkpoint
+    graph: ir.Model
+    topology: Topology
+    statistics: ActivationStatistics
+    schedule: NoiseSchedule
+
+    def plan(self, options: PlanOptions | None = None) -> QuantizationPlan:
+        """A plan from these statistics."""
+        return make_plan(self.checkpoint.unet, self.topology, self.statistics, options or PlanOptions())
+
+
+def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
+    """Load, export and calibrate "fashion" (the embedded model) or "cifar10" (random weights)."""
+    say(f"{name}: loading, exporting, calibrating")
+    if name == "fashion":
+        checkpoint = load_checkpoint(EMBEDDED_MODEL)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = load_checkpoint(_random_cifar10(Path(folder)))
+    graph = export_float_graph(checkpoint)
+    schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+    table = step_table(schedule, "ddim", steps)
+    calibration = collect_calibration_set(checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed)
+    topology = topology_of(graph)
+    statistics = collect_statistics(checkpoint.unet, topology, calibration, checkpoint.spec.num_train_timesteps)
+    return Case(name, checkpoint, graph, topology, statistics, schedule)
+
+
+def _random_cifar10(folder: Path) -> Path:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    UNet2DModel(**_CIFAR10).save_pretrained(folder / "unet")
+    DDPMScheduler(clip_sample=True).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def write_graph(case: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:
+    """Emit one target's graph into a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{target}.onnx"
+    save_with_shared_weights({path: emit(case.graph, plan, target)}, folder / f"{target}.bin")
+    return path
+
+
+def write_float(case: Case, folder: Path) -> Path:
+    """Write the float graph into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_graph(emit_float(case.graph), folder / "float.onnx", weights="float.data")
+    return folder / "float.onnx"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that every benchmark takes."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--save", action="store_true", help="also write the JSON line to benchmarks/results/")
+    return arguments
+
+
+def finish(name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool) -> None:
+    """Print a table, then the whole result as one JSON line; with ``save`` keep that line as a file."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    for line in [list(columns), ["-" * width for width in widths], *cells]:
+        print("  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))))
+    now = datetime.now(UTC)
+    document = {
+        "benchmark": name,
+        "created": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": machine_card(),
+        "versions": library_versions(),
+        **extra,
+        "rows": list(rows),
+    }
+    line = json.dumps(document, sort_keys=True)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{now:%Y-%m-%d}-{name}.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def say(text: str) -> None:
+    """A line for the person who waits; the result alone goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,40 @@
+"""What TensorRT-RTX compiles for the embedded model, per GPU generation, without a GPU: kernels with and without z, k and r.
+
+    python benchmarks/engine_audit.py --save
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench import case, finish, parser, say, write_graph
+from qdm_calibration.plan import PlanOptions
+from qdm_deploy.pipeline.engine import audit_row
+
+PLANS = {
+    "default": PlanOptions(),
+    "z only": PlanOptions(concat_scales="none", step_bins=1),
+    "no z, k, r": PlanOptions(zero_offset=False, concat_scales="none", step_bins=1),
+}
+
+
+def main() -> None:
+    arguments = parser("Audit of TensorRT-RTX engines of the embedded model.")
+    arguments.add_argument("--sm", default="8.0,8.6,8.9,12.0")
+    given = arguments.parse_args()
+    model = case("fashion", samples=4)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, options in PLANS.items():
+            plan = model.plan(options)
+            graph = write_graph(model, plan, "tensorrt", Path(scratch) / name.replace(" ", "_"))
+            for sm in given.sm.split(","):
+                say(f"{name}, SM {sm}")
+                row, _ = audit_row(graph, plan, backend="tensorrt-rtx", sm=sm)
+                rows.append({"plan": name, "sm": sm, "planned": row.planned, "int8": row.int8, **row.kernels})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    finish("engine-audit", columns, rows, {}, save=given.save)
+
+
+if __name__ == "__main__":
+    main()
