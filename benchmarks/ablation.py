@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import Case, case, finish, parser, say, write_float, write_graph
+
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
@@ -90,7 +91,12 @@ def main() -> None:
         row["over plain"] = row["eps SQNR dB"] - plain[row["target"]]
     rows.sort(key=lambda row: (row["target"], list(VARIANTS).index(row["plan"])))
     columns = ["plan", "target", "eps SQNR dB", "over plain", "last step", "PSNR dB", "worst PSNR", "z", "k", "r"]
-    extra = {"seeds": given.seeds, "steps": given.steps, "sampler": "ddim", "calibration_samples": given.calibration_samples}
+    extra = {
+        "seeds": given.seeds,
+        "steps": given.steps,
+        "sampler": "ddim",
+        "calibration_samples": given.calibration_samples,
+    }
     finish("ablation", columns, rows, extra, save=given.save)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
@@ -77,7 +78,9 @@ def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
     graph = export_float_graph(checkpoint)
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
     table = step_table(schedule, "ddim", steps)
-    calibration = collect_calibration_set(checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed)
+    calibration = collect_calibration_set(
+        checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed
+    )
     topology = topology_of(graph)
     statistics = collect_statistics(checkpoint.unet, topology, calibration, checkpoint.spec.num_train_timesteps)
     return Case(name, checkpoint, graph, topology, statistics, schedule)
@@ -114,12 +117,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def finish(name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool) -> None:
+def finish(
+    name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool
+) -> None:
     """Print a table, then the whole result as one JSON line; with ``save`` keep that line as a file."""
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
     for line in [list(columns), ["-" * width for width in widths], *cells]:
-        print("  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(
+                text.rjust(width) if i else text.ljust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
     now = datetime.now(UTC)
     document = {
         "benchmark": name,

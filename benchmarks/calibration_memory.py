@@ -1,6 +1,6 @@
 """Peak memory of calibration against the number of samples: each count in a process of its own.
 
-    python benchmarks/calibration_memory.py --save
+python benchmarks/calibration_memory.py --save
 """
 
 import json

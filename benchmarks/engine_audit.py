@@ -1,6 +1,6 @@
-"""What TensorRT-RTX compiles for the embedded model, per GPU generation, without a GPU: kernels with and without z, k and r.
+"""What TensorRT-RTX compiles for the embedded model, per GPU generation and without a GPU, with and without z, k and r.
 
-    python benchmarks/engine_audit.py --save
+python benchmarks/engine_audit.py --save
 """
 
 import tempfile
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import case, finish, parser, say, write_graph
+
 from qdm_calibration.plan import PlanOptions
 from qdm_deploy.pipeline.engine import audit_row
 

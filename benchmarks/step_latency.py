@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import Case, case, finish, parser, say, write_float, write_graph
+
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.pipeline.speed import measure_speed, speedup_of
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
@@ -50,7 +51,13 @@ def main() -> None:
             speedup = speedup_of(measured, row.backend, row.batch) if row.precision == "int8" else None
             rows.append({"model": name, **row.model_dump(), "over float": speedup})
     columns = ["model", "batch", "backend", "precision", "median_ms", "p95_ms", "over float"]
-    finish("step-latency", columns, sorted(rows, key=lambda row: (row["model"], row["batch"])), {"runs": given.runs}, save=given.save)
+    finish(
+        "step-latency",
+        columns,
+        sorted(rows, key=lambda row: (row["model"], row["batch"])),
+        {"runs": given.runs},
+        save=given.save,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
+    """Mounts a tmpfs with the options given; needs root."""
+
+    def mount_tmpfs(path: Path, options: str) -> Path:
+        path.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            pytest.skip(f"there is no mount command, so a full or read-only disk is not tried: {error}")
+        if done.returncode != 0:
+            pytest.skip(f"mounting a tmpfs needs root, so a full or read-only disk is not tried: {done.stderr.strip()}")
+        return path
+
+    yield mount_tmpfs
+    # From the kernel's list and not from ours: a mount moves along when a folder above it is renamed.
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        target = line.split()[1]
+        if target.startswith(f"{tmp_path}/"):
+            subprocess.run(["umount", target], check=True)
 
 
 TINY = ("labels", "rgb", "text", "variance")

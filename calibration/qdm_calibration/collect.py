@@ -18,7 +18,7 @@ from qdm_deploy.errors import CalibrationError, InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
 
-__all__ = ["Network", "collect_calibration_set", "conditioning_rows"]
+__all__ = ["Network", "collect_calibration_set", "conditioning_rows", "unconditional_rows"]
 
 
 class Network(Protocol):
@@ -66,7 +66,7 @@ def collect_calibration_set(
     """
     seeds = [seed + i for i in range(plan.samples)]
     given = conditioning_rows(spec, plan.samples, conditioning)
-    twin = _unconditional_rows(spec, plan.samples, unconditional) if guidance != 1.0 else None
+    twin = unconditional_rows(spec, plan.samples, unconditional) if guidance != 1.0 else None
     draw = sampling_plan(plan, table, spec.num_train_timesteps, seed)
     kept: list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], Mapping[str, NDArray[Any]]]] = []
     batches = [range(start, min(start + batch_size, plan.samples)) for start in range(0, plan.samples, batch_size)]
@@ -139,9 +139,10 @@ def _refuse_unknown_labels(spec: ModelSpec, labels: NDArray[Any]) -> None:
         raise InputError(f"class_labels holds {outside[0]}; {spec.name} has labels 0 .. {embeddings - 1}")
 
 
-def _unconditional_rows(
+def unconditional_rows(
     spec: ModelSpec, samples: int, unconditional: Mapping[str, NDArray[Any]] | None
 ) -> dict[str, NDArray[Any]]:
+    """The unconditional counterpart of each sample: as given for one, or the null label."""
     _refuse_unknown(spec, unconditional)
     rows: dict[str, NDArray[Any]] = {}
     for item in spec.conditioning:

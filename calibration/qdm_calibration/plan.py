@@ -20,7 +20,7 @@ from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["PlanOptions", "make_plan"]
+__all__ = ["PlanOptions", "check_step_bins", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,15 @@ def make_plan(
         options=asdict(options),
         provenance={**(provenance or {}), "statistics": dict(statistics.provenance)},
     )
+
+
+def check_step_bins(fine: NDArray[np.int64], bins: int) -> None:
+    """Refuse, before any calibration, more gain bins than the timestep bins ``fine`` [M + 1] can tell apart.
+
+    Raises:
+        InputError: with what to change.
+    """
+    _gain_edges(fine, bins)
 
 
 @dataclass(frozen=True)

@@ -115,33 +115,34 @@ class _QuantizedLayer(nn.Module):
             x = x * self._gain(self.inverse_r, x)
         if self.target != "tensorrt":
             # u8 codes with a zero point; the same grid, and the same codes but for rounding ties
-            return (torch.round(x / plan.scale) - plan.zero_offset).clamp(-128, 127)
+            return (x / plan.scale).round_().sub_(plan.zero_offset).clamp_(-128, 127)
         shift = np.float32(plan.zero_offset) * np.float32(plan.scale)
-        return torch.round((x - float(shift)) / plan.scale).clamp(-128, 127)
+        return (x - float(shift)).div_(plan.scale).round_().clamp_(-128, 127)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's result for x, in x's dtype."""
-        integers = self.product((self.codes(x) + self.plan.zero_offset).to(self.dtype))
+        # In place from here on: every tensor is fresh, and passes over memory are most of what a simulation costs.
+        integers = self.product(self.codes(x).add_(self.plan.zero_offset).to(self.dtype))
         unit = (self.weight_scale * float(np.float32(self.plan.scale))).to(self.dtype)
         scale, zero_point = self.plan.output_scale, self.plan.output_zero_point
         if self.target == "onnxruntime" and scale is not None and zero_point is not None:
             y = self._requantized(integers, unit, scale, zero_point)
         else:
-            y = integers * unit
+            y = integers.mul_(unit)
             if self.inverse_r is None and self.bias is not None:
-                y = y + self.bias
+                y.add_(self.bias)
         if self.inverse_r is not None:
-            y = y / self._gain(self.inverse_r, y)
+            y.div_(self._gain(self.inverse_r, y))
             if self.bias is not None:
-                y = y + self.bias
+                y.add_(self.bias)
         return y.to(self.float_dtype)
 
     def _requantized(self, integers: Tensor, unit: Tensor, scale: float, zero_point: int) -> Tensor:
         """Bias as an integer in units of the product, then u8 codes of the result, as QLinearConv does."""
         if self.inverse_r is None and self.bias is not None:
-            integers = integers + torch.round(self.bias / unit)
-        codes = (torch.round(integers * (unit / scale)) + zero_point).clamp(0, 255)
-        return (codes - zero_point) * scale
+            integers.add_(torch.round(self.bias / unit))
+        codes = integers.mul_(unit / scale).round_().add_(zero_point).clamp_(0, 255)
+        return codes.sub_(zero_point).mul_(scale)
 
     def product(self, integers: Tensor) -> Tensor:
         raise NotImplementedError

@@ -49,7 +49,11 @@ def layer_endpoints(model: ir.Model, plan: QuantizationPlan) -> tuple[Endpoints,
     for layer in plan.quantized:
         item = nodes[layer.name]
         data: ir.Value | None = item.node.inputs[0]
-        while data is not None and (before := data.producer()) is not None and _inserted_for(before, layer.name, layer.layer.input_group):
+        while (
+            data is not None
+            and (before := data.producer()) is not None
+            and _inserted_for(before, layer.name, layer.layer.input_group)
+        ):
             data = before.inputs[0]
         result = item.node.outputs[0]
         while (after := _only_reader(result)) is not None and (

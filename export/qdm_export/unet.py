@@ -307,7 +307,9 @@ def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
         )
     sides = [size, size] if isinstance(size, int) else size
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ModelError(f"the U-Net in {folder} has sample_size {size!r}; it must be a size in pixels or [height, width]")
+        raise ModelError(
+            f"the U-Net in {folder} has sample_size {size!r}; it must be a size in pixels or [height, width]"
+        )
     return int(sides[0]), int(sides[1])
 
 

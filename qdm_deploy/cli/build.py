@@ -116,7 +116,10 @@ _FILE = click.Path(path_type=Path)
     help="Scales at skip concatenations: one for all, or one for each branch.",
 )
 @option(
-    "--step-bins", type=int, default=4, section=_QUANTIZATION, help="Timestep bins with a gain of their own; 1 is none."
+    "--step-bins",
+    type=int,
+    section=_QUANTIZATION,
+    help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer timesteps]",
 )
 @option(
     "--targets",

@@ -11,16 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.bundle import BundleWriter
-from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
-from qdm_deploy.errors import EnvironmentProblem, InputError
-from qdm_deploy.pipeline.conditioning import read_hidden_states
+from qdm_deploy.errors import EnvironmentProblem
+from qdm_deploy.pipeline.calibrate import calibrated_plan, calibration_given
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_deploy.pipeline.measure import measure
 from qdm_deploy.pipeline.options import BuildOptions
@@ -75,12 +72,13 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     with BundleWriter(options.out, force=options.force) as writer, ExitStack() as cleanup:
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qdm-deploy-")))
         checkpoint, table, verify_table = _load(options, stages, progress)
+        given = calibration_given(options, checkpoint, table)
         with stages.stage("export"):
             progress.say(f"Exporting {checkpoint.spec.name} to ONNX")
             from qdm_export.float_graph import export_float_graph
 
             float_graph = export_float_graph(checkpoint)
-        calibration, plan = _plan(options, checkpoint, table, float_graph, stages, progress)
+        calibration, plan = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
         _emit(options, plan, float_graph, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
@@ -131,95 +129,6 @@ def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["C
         table = step_table(schedule, options.sampler, options.steps, learned_variance=learned)
         verify_table = step_table(schedule, options.sampler, options.verify_steps, learned_variance=learned)
     return checkpoint, table, verify_table
-
-
-def _plan(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    table: StepTable,
-    float_graph: "ir.Model",
-    stages: Stages,
-    progress: Progress,
-) -> tuple[CalibrationSet, QuantizationPlan]:
-    from qdm_calibration.collect import collect_calibration_set
-    from qdm_calibration.plan import PlanOptions, make_plan
-    from qdm_calibration.statistics import collect_statistics
-    from qdm_calibration.timesteps import SamplingPlan
-    from qdm_export.topology import topology_of
-
-    spec = checkpoint.spec
-    with stages.stage("calibrate"):
-        if options.calibration_file is not None:
-            calibration = CalibrationSet.load(options.calibration_file)
-            _check_fits(calibration, checkpoint, options.calibration_file)
-        else:
-            states = read_hidden_states(options.conditioning_file) or {}
-            calibration = collect_calibration_set(
-                checkpoint.unet,
-                spec,
-                table,
-                SamplingPlan(
-                    strategy=options.strategy,
-                    samples=options.calibration_samples,
-                    steps=options.calibration_steps,
-                    count=options.ndtc_count,
-                    mean=options.ndtc_mean,
-                    spread=options.ndtc_spread,
-                ),
-                seed=options.seed,
-                guidance=options.guidance,
-                conditioning=_renamed(states, "encoder_hidden_states"),
-                unconditional=_renamed(states, "unconditional_hidden_states"),
-                provenance={"model": spec.name, "weights_sha256": checkpoint.weights_sha256},
-                progress=progress,
-            )
-        if options.save_calibration is not None:
-            calibration.save(options.save_calibration)
-        topology = topology_of(float_graph)
-        statistics = collect_statistics(
-            checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
-        )
-    with stages.stage("plan"):
-        plan = make_plan(
-            checkpoint.unet,
-            topology,
-            statistics,
-            PlanOptions(
-                ranges=options.ranges,
-                zero_offset=options.zero_offset,
-                concat_scales=options.concat_scales,
-                step_bins=options.step_bins,
-            ),
-            provenance={"weights_sha256": checkpoint.weights_sha256},
-            progress=progress,
-        )
-    return calibration, plan
-
-
-def _renamed(states: dict[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
-    return {"encoder_hidden_states": states[name]} if name in states else {}
-
-
-def _check_fits(calibration: CalibrationSet, checkpoint: "Checkpoint", path: Path) -> None:
-    spec = checkpoint.spec
-    made_from = calibration.provenance.get("weights_sha256")
-    if made_from is not None and made_from != checkpoint.weights_sha256:
-        raise InputError(
-            f"{path} was sampled from other weights than those of {checkpoint.source}; leave --calibration out"
-        )
-    if calibration.sample.shape[1:] != spec.sample_shape:
-        raise InputError(
-            f"{path} has samples of shape {calibration.sample.shape[1:]}; {spec.name} takes {spec.sample_shape}"
-        )
-    names = {item.name for item in spec.conditioning}
-    if set(calibration.conditioning) != names:
-        raise InputError(
-            f"{path} has the conditioning {sorted(calibration.conditioning)}; {spec.name} takes {sorted(names)}"
-        )
-    if int(calibration.timestep.min()) < 0 or int(calibration.timestep.max()) >= spec.num_train_timesteps:
-        raise InputError(
-            f"{path} has timesteps outside 0 to {spec.num_train_timesteps - 1}, which {spec.name} was trained with"
-        )
 
 
 def _emit(

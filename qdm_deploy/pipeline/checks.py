@@ -77,6 +77,7 @@ def check_layers(
     float16 engine rounds an input before it returns it, and what was rounded is not what was quantized.
     """
     import torch
+
     from qdm_calibration.simulate import quantized_layer
     from qdm_export.check import layer_endpoints, with_outputs
     from qdm_export.float_graph import save_graph
@@ -99,7 +100,9 @@ def check_layers(
             exact, simulated = module(data).numpy(), layer(data).numpy()
         margins[item.name] = sqnr_db(simulated, values[item.result]) - sqnr_db(exact, simulated)
     if not margins:
-        return CheckRow(name=f"{target} graph computes the planned integers", ok=True, detail="no layer is planned in INT8")
+        return CheckRow(
+            name=f"{target} graph computes the planned integers", ok=True, detail="no layer is planned in INT8"
+        )
     worst = min(margins, key=lambda name: margins[name])
     matching = sum(margin >= _MARGIN_DB for margin in margins.values())
     detail = (
@@ -109,7 +112,9 @@ def check_layers(
     return CheckRow(name=f"{target} graph computes the planned integers", ok=matching == len(margins), detail=detail)
 
 
-def check_half_graph(path: Path, expected: NDArray[np.float32], simulated: NDArray[np.float32], inputs: Arrays) -> CheckRow:
+def check_half_graph(
+    path: Path, expected: NDArray[np.float32], simulated: NDArray[np.float32], inputs: Arrays
+) -> CheckRow:
     """The float16 graph that ships, run on OpenVINO: as close to the float model as the float32 simulation of its plan.
 
     Args:
@@ -121,7 +126,9 @@ def check_half_graph(path: Path, expected: NDArray[np.float32], simulated: NDArr
     got = run_graph("openvino", path, inputs)["x0"]
     reached, wanted = sqnr_db(expected, got), sqnr_db(expected, simulated)
     detail = f"{reached:.1f} dB from the float model, its simulation {wanted:.1f} dB (needed: within {_HALF_DB:.0f} dB)"
-    return CheckRow(name="tensorrt graph in float16 is as good as its plan", ok=reached >= wanted - _HALF_DB, detail=detail)
+    return CheckRow(
+        name="tensorrt graph in float16 is as good as its plan", ok=reached >= wanted - _HALF_DB, detail=detail
+    )
 
 
 def run_graph(backend: str, path: Path, inputs: Arrays, *, optimized: Path | None = None) -> dict[str, NDArray[Any]]:

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
-from qdm_deploy.pipeline.checks import check_float_graph, check_half_graph, check_integer_kernels, check_layers, run_graph
+from qdm_deploy.pipeline.checks import (
+    check_float_graph,
+    check_half_graph,
+    check_integer_kernels,
+    check_layers,
+    run_graph,
+)
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run

@@ -14,6 +14,8 @@ _MAX_SEED = 2**63 - 1
 _MAX_IMAGES = 100_000
 _MAX_BATCH = 1024
 _MAX_STEPS = 10_000
+# Leaves room behind it for the seeds of the calibration and of the verdict.
+_MAX_BUILD_SEED = 2**62
 
 
 def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -56,7 +58,8 @@ class BuildOptions:
         save_calibration: keep the calibration set in this file, for ``calibration_file`` of a later build.
         conditioning_file: safetensors with ``encoder_hidden_states`` [N, L, D] and, for guidance,
             ``unconditional_hidden_states`` [L, D].
-        ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``).
+        ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
+            fewer where the calibrated timesteps cannot tell 4 apart.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -86,7 +89,7 @@ class BuildOptions:
     ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
-    step_bins: int = 4
+    step_bins: int | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -105,6 +108,13 @@ class BuildOptions:
             raise InputError(f"no target was given; choose from {', '.join(TARGETS)}")
         for target in self.targets:
             one_of("target", target, TARGETS)
+        if len(set(self.targets)) != len(self.targets):
+            raise InputError(f"a target is given twice: {', '.join(self.targets)}; give each once")
+        if self.engines and "tensorrt" not in self.targets:
+            raise InputError(
+                f"engines for {', '.join(self.engines)} are built from the target tensorrt, which is not among the "
+                f"targets {', '.join(self.targets)}; add it, or build no engines"
+            )
         if "onnxruntime" not in self.targets:
             raise InputError("the target onnxruntime is part of every bundle (the CPU fallback); add it to the targets")
         one_of("sampler", self.sampler, SAMPLERS)
@@ -117,11 +127,14 @@ class BuildOptions:
         within("ndtc count", self.ndtc_count, 1, _MAX_IMAGES)
         within("ndtc mean", self.ndtc_mean, 0, 1)
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
-        within("step bins", self.step_bins, 1, 32)
+        if self.step_bins is not None:
+            within("step bins", self.step_bins, 1, 32)
         within("guidance", self.guidance, 0, 100)
-        within("seed", self.seed, 0, _MAX_SEED)
+        within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
         within("verify steps", self.verify_steps, 1, _MAX_STEPS)
+        within("the PSNR threshold", self.min_psnr_db, 0, 1000)
+        within("the SQNR threshold", self.min_eps_sqnr_db, 0, 1000)
         within("the speed-up threshold", self.min_speedup, 0, 1000)
         if self.threads is not None:
             within("threads", self.threads, 1, 1024)

@@ -57,10 +57,20 @@ def reference_run(
     states: list[NDArray[np.float32]] = []
     denoise(
         session, table, seeds, model, conditioning=conditioning, guidance=guidance, batch_size=batch_size,
-        on_step=lambda step, sample: states.append(sample), progress=progress,
+        description="Float model: denoising", on_step=lambda step, sample: states.append(sample), progress=progress,
     )  # fmt: skip
     inputs = np.stack([initial_noise(seeds, model.sample_shape), *states[:-1]])
-    outputs = network_output(session, table, inputs, model, conditioning, guidance, batch_size, progress)
+    outputs = network_output(
+        session,
+        table,
+        inputs,
+        model,
+        conditioning,
+        guidance,
+        batch_size,
+        "Float model: its output at each step",
+        progress,
+    )
     return ReferenceRun(table, tuple(seeds), guidance, conditioning, np.stack(states), inputs, outputs)
 
 
@@ -76,14 +86,17 @@ def compare_with(
 ) -> tuple[QualityRow, NDArray[np.float32]]:
     """The same seeds through ``session``; returns the measurements and its finished samples [N, C, H, W]."""
     table = reference.table
+    name = target if target == backend else f"{target} ({backend})"
     states: list[NDArray[np.float32]] = []
     samples = denoise(
         session, table, reference.seeds, model, conditioning=reference.conditioning, guidance=reference.guidance,
-        batch_size=batch_size, on_step=lambda step, sample: states.append(sample), progress=progress,
+        batch_size=batch_size, description=f"{name}: denoising", on_step=lambda step, sample: states.append(sample),
+        progress=progress,
     )  # fmt: skip
     outputs = network_output(
-        session, table, reference.inputs, model, reference.conditioning, reference.guidance, batch_size, progress
-    )
+        session, table, reference.inputs, model, reference.conditioning, reference.guidance, batch_size,
+        f"{name}: its output at each step", progress,
+    )  # fmt: skip
     row = QualityRow(
         target=target,
         backend=backend,
@@ -108,6 +121,7 @@ def network_output(
     conditioning: Conditioning | None,
     guidance: float,
     batch_size: int,
+    description: str,
     progress: Progress = SILENT,
 ) -> NDArray[np.float32]:
     """The network's guided output at given states [S, N, C, H, W], read through the step graph itself.
@@ -118,7 +132,7 @@ def network_output(
     coefficients[0, [1, 2, 4]] = 1.0, NO_CLIP, 1.0
     seeds = range(inputs.shape[1])
     outputs = []
-    with progress.task("reading the network's output", len(inputs)) as advance:
+    with progress.task(description, len(inputs)) as advance:
         for step, states in enumerate(inputs):
             one = StepTable(table.sampler, table.timesteps[step : step + 1].copy(), coefficients.copy())
             outputs.append(

@@ -52,6 +52,7 @@ def denoise(
     guidance: float = 1.0,
     batch_size: int = 16,
     initial: NDArray[np.float32] | None = None,
+    description: str = "Denoising",
     on_step: Callable[[int, NDArray[np.float32]], None] | None = None,
     progress: Progress = SILENT,
 ) -> NDArray[np.float32]:
@@ -67,6 +68,7 @@ def denoise(
             runs one row per sample, any other value runs two.
         batch_size: samples in one run of the session; fewer where its ``max_batch`` rows do not hold so many.
         initial: [N, C, H, W] float32 to start from; None starts from the seeds' unit Gaussian noise.
+        description: what the progress task is called.
         on_step: called after each step with its index and a copy of the samples, [N, C, H, W] float32.
         progress: advances by one for each run of the session.
 
@@ -112,7 +114,7 @@ def denoise(
     batches = [_batch(inputs, seeds, first, at_once, rows_each) for first in range(0, len(seeds), at_once)]
     sample[:] = np.repeat(start, rows_each, axis=0)
     steps = len(table.timesteps)
-    with progress.task("denoising", steps * len(batches)) as advance:
+    with progress.task(description, steps * len(batches)) as advance:
         for step in range(steps):
             timestep[:] = table.timesteps[step]
             coefficients[:] = table.coefficients[step]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -87,29 +86,6 @@ def forge() -> Callable[[Path, Callable[[dict[str, Any]], object]], None]:
         path.write_bytes(text.encode())
 
     return change
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
-    """Mounts a tmpfs with the options given; needs root."""
-
-    def mount_tmpfs(path: Path, options: str) -> Path:
-        path.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            pytest.skip(f"there is no mount command, so a full or read-only disk is not tried: {error}")
-        if done.returncode != 0:
-            pytest.skip(f"mounting a tmpfs needs root, so a full or read-only disk is not tried: {done.stderr.strip()}")
-        return path
-
-    yield mount_tmpfs
-    # From the kernel's list and not from ours: a mount moves along when a folder above it is renamed.
-    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
-        target = line.split()[1]
-        if target.startswith(f"{tmp_path}/"):
-            subprocess.run(["umount", target], check=True)
 
 
 @pytest.fixture

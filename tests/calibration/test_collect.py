@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.timesteps import SamplingPlan
-
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
 from qdm_deploy.artifacts.record import write_record
@@ -78,7 +78,9 @@ def test_the_guided_trajectory_is_kept_with_its_unconditional_twins(tiny: Any) -
     table, seeds = tiny.table("labels"), [11, 12, 13, 14]
     labels, null = np.arange(SAMPLES) % 3, 3
     start = initial_noise(seeds, (1, 10, 10))
-    whole = run(tiny.checkpoint("labels").unet, table, seeds, start, 0, {"class_labels": labels}, null=null, guidance=3.0)
+    whole = run(
+        tiny.checkpoint("labels").unet, table, seeds, start, 0, {"class_labels": labels}, null=null, guidance=3.0
+    )
     for step in np.unique(stored.step):
         rows = np.flatnonzero(stored.step == step)
         assert stored.seed[rows].tolist() == seeds * 2
@@ -256,7 +258,9 @@ def test_conditioning_of_uneven_length_is_refused() -> None:
 def test_a_sample_with_nan_is_refused(value: float) -> None:
     sample = np.zeros((2, 1, 2, 2), dtype=np.float32)
     sample[1, 0, 1, 0] = value
-    with pytest.raises(CalibrationError, match=r"1 of 2 calibration samples hold NaN or infinity \(first: row 1, timestep 3\)"):
+    with pytest.raises(
+        CalibrationError, match=r"1 of 2 calibration samples hold NaN or infinity \(first: row 1, timestep 3\)"
+    ):
         rows(sample=sample)
 
 
@@ -264,7 +268,9 @@ def test_a_record_without_its_arrays_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     arrays = {"sample": np.zeros((1, 1, 2, 2), dtype=np.float32), "timestep": np.array([1])}
     write_record(path, kind="qdm-calibration-set", version=1, document={"provenance": {}}, arrays=arrays)
-    with pytest.raises(CalibrationError, match=r"half\.safetensors is not a whole calibration set: it lacks seed, step"):
+    with pytest.raises(
+        CalibrationError, match=r"half\.safetensors is not a whole calibration set: it lacks seed, step"
+    ):
         CalibrationSet.load(path)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qdm_calibration.plan import PlanOptions, make_plan
 from torch import nn
 
+from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
@@ -43,13 +43,19 @@ def network(*layers: Layer) -> nn.Module:
     root.unet = nn.Module()
     for layer in layers:
         shape = layer.weight_shape
-        setattr(root.unet, layer.name, nn.Conv2d(shape[1], shape[0], shape[2:]) if layer.kind == "conv" else nn.Linear(shape[1], shape[0]))
+        setattr(
+            root.unet,
+            layer.name,
+            nn.Conv2d(shape[1], shape[0], shape[2:]) if layer.kind == "conv" else nn.Linear(shape[1], shape[0]),
+        )
     return root
 
 
 def planned(layer: Layer, data: TensorStatistics, **options: Any) -> QuantizationPlan:
     out = tensor(*[(3.0,)] * 4)
-    statistics = ActivationStatistics(EDGES, {layer.name: data}, {layer.name: out}, {layer.name: tensor(*[(1.0,), (2.0,), (4.0,), (8.0,)])})
+    statistics = ActivationStatistics(
+        EDGES, {layer.name: data}, {layer.name: out}, {layer.name: tensor(*[(1.0,), (2.0,), (4.0,), (8.0,)])}
+    )
     return make_plan(network(layer), Topology((layer,)), statistics, PlanOptions(**{"ranges": "minmax", **options}))
 
 
@@ -174,7 +180,9 @@ def test_gain_edges_snap_to_what_was_calibrated(fine: list[int], bins: int, expe
 
 
 def test_more_bins_than_were_calibrated_are_refused() -> None:
-    with pytest.raises(InputError, match="5 step bins were asked for, but the calibration set only tells 4 timestep ranges apart"):
+    with pytest.raises(
+        InputError, match="5 step bins were asked for, but the calibration set only tells 4 timestep ranges apart"
+    ):
         planned(conv(), tensor(*FLAT), step_bins=5)
 
 
@@ -215,7 +223,10 @@ def test_layers_that_read_one_tensor_share_its_grid(tiny: Any) -> None:
         first, *others = (plan.layer(layer.name) for layer in layers)
         for other in others:
             assert (other.scale, other.zero_offset) == (first.scale, first.zero_offset)
-            assert (other.codes.shape, other.weight_scales.tobytes()) != (first.codes.shape, first.weight_scales.tobytes())
+            assert (other.codes.shape, other.weight_scales.tobytes()) != (
+                first.codes.shape,
+                first.weight_scales.tobytes(),
+            )
 
 
 def test_every_layer_is_planned_in_order_and_floats_say_why(tiny: Any) -> None:

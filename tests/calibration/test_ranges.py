@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from qdm_calibration.ranges import (
     METHODS,
     ActivationScale,
@@ -14,7 +15,6 @@ from qdm_calibration.ranges import (
     quantize_weight,
     weight_scale,
 )
-
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, Histogram
 from qdm_deploy.errors import InputError
 
@@ -81,7 +81,9 @@ def test_weight_scales_are_per_output_channel() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weight_scales_are_normal_float16(method: RangeMethod) -> None:
-    weight = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * np.float32(10.0) ** np.arange(-8, 2, 2).reshape(5, 1)
+    weight = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * np.float32(10.0) ** np.arange(
+        -8, 2, 2
+    ).reshape(5, 1)
     scale = weight_scale(weight.astype(np.float32), method)
     np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
     assert scale.min() == SMALLEST
@@ -170,7 +172,9 @@ def test_an_all_zero_tensor_has_the_smallest_scale(method: RangeMethod, zero_off
 
 def test_percentile_drops_the_tails() -> None:
     values = np.concatenate([np.random.default_rng(0).uniform(-1, 1, 200_000), [60.0, -50.0]])
-    everything, most = (activation_scale([(histogram(values), 1.0)], m, zero_offset=False) for m in ("minmax", "percentile"))
+    everything, most = (
+        activation_scale([(histogram(values), 1.0)], m, zero_offset=False) for m in ("minmax", "percentile")
+    )
     assert everything.scale * 127 == pytest.approx(60, rel=0.01)
     assert most.scale * 127 == pytest.approx(1, rel=0.05)
 
@@ -197,7 +201,9 @@ def test_activation_properties(seed: int, method: RangeMethod, zero_offset: bool
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["mse", "lp"]), st.booleans())
-def test_a_search_never_loses_to_the_whole_range_in_its_own_metric(seed: int, method: RangeMethod, zero_offset: bool) -> None:
+def test_a_search_never_loses_to_the_whole_range_in_its_own_metric(
+    seed: int, method: RangeMethod, zero_offset: bool
+) -> None:
     rng = np.random.default_rng(seed)
     values = rng.standard_t(2, 800) + rng.uniform(-2, 2)
     seen = [(histogram(values), 1.0)]
@@ -225,7 +231,10 @@ def test_the_search_is_close_to_brute_force(method: RangeMethod, power: float, z
     scales = np.unique(np.linspace(amax / 127 * 0.2, amax / 127 * 1.01, 150).astype(np.float16).astype(np.float64))
     for scale in scales:
         for offset in range(-127, 129, 3) if zero_offset else (0,):
-            error = float((counts * np.abs(centers - decoded(centers, ActivationScale(scale, offset, 0))) ** power).sum() / counts.sum())
+            error = float(
+                (counts * np.abs(centers - decoded(centers, ActivationScale(scale, offset, 0))) ** power).sum()
+                / counts.sum()
+            )
             best = min(best, error)
     assert searched.error <= 1.05 * best
 
@@ -260,7 +269,9 @@ def test_errors_of_several_histograms_count_in_units_of_x() -> None:
 
 @pytest.mark.parametrize("function", [activation_scale, weight_scale])
 def test_an_unknown_method_is_refused(function: object) -> None:
-    with pytest.raises(InputError, match=r"range method 'entropy' is not known; choose one of minmax, percentile, mse, lp"):
+    with pytest.raises(
+        InputError, match=r"range method 'entropy' is not known; choose one of minmax, percentile, mse, lp"
+    ):
         if function is activation_scale:
             activation_scale([(spike(1.0), 1.0)], "entropy", zero_offset=False)  # type: ignore[arg-type]
         else:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from qdm_calibration.simulate import quantized_layer, simulate
 from torch import nn
 from torch.nn import functional
 
+from qdm_calibration.simulate import quantized_layer, simulate
 from qdm_deploy.artifacts.plan import TARGETS, LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Layer
 from qdm_deploy.errors import InputError
@@ -21,7 +21,12 @@ Array = NDArray[Any]
 def conv_plan(weight: Array, **changes: Any) -> tuple[nn.Conv2d, LayerPlan]:
     o, i, kh, kw = weight.shape
     layer = Layer("conv", "conv", weight.shape, "conv", (i,), False, (1, 1), (1, 1, 1, 1), (4, 4))
-    values = {"scale": 0.5, "weight_codes": weight.astype(np.int8), "weight_scale": np.full(o, 0.25, dtype=np.float32), **changes}
+    values = {
+        "scale": 0.5,
+        "weight_codes": weight.astype(np.int8),
+        "weight_scale": np.full(o, 0.25, dtype=np.float32),
+        **changes,
+    }
     module = nn.Conv2d(i, o, (kh, kw), padding=1)
     with torch.no_grad():
         module.bias.copy_(torch.arange(1.0, o + 1))
@@ -94,7 +99,9 @@ def test_float32_and_float64_hold_the_same_integers() -> None:
     rng = np.random.default_rng(1)
     module, plan = conv_plan(rng.integers(-127, 128, (16, 64, 3, 3)))
     x = torch.from_numpy(rng.normal(size=(2, 64, 6, 6)).astype(np.float32) * 20)
-    single, double = (quantized_layer(module, plan, "openvino", dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        quantized_layer(module, plan, "openvino", dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert torch.equal(single.product(single.codes(x)).double(), double.product(double.codes(x).double()))
     difference = (single(x) - double(x)).abs().max() / double(x).abs().max()
     assert difference < 1e-6
@@ -112,7 +119,12 @@ def test_branch_factors_scale_the_input() -> None:
 def linear_plan(**changes: Any) -> tuple[nn.Linear, LayerPlan]:
     codes = np.array([[2, -3], [127, 1], [0, 5]], dtype=np.int8)
     layer = Layer("linear", "linear", (3, 2), "linear", (2,), False)
-    values = {"scale": 0.5, "weight_codes": codes, "weight_scale": np.array([1, 0.5, 0.25], dtype=np.float32), **changes}
+    values = {
+        "scale": 0.5,
+        "weight_codes": codes,
+        "weight_scale": np.array([1, 0.5, 0.25], dtype=np.float32),
+        **changes,
+    }
     module = nn.Linear(2, 3)
     with torch.no_grad():
         module.bias.copy_(torch.tensor([10.0, 20.0, 30.0]))
@@ -190,7 +202,9 @@ def test_rows_of_a_mixed_batch_use_the_gains_of_their_own_timestep(tiny: Any) ->
     sample, timestep, conditioning = inputs(tiny, "labels", rows)
     with torch.inference_mode():
         batch = simulation(sample, timestep, **conditioning)
-        alone = torch.cat([simulation(*inputs(tiny, "labels", [row])[:2], **inputs(tiny, "labels", [row])[2]) for row in rows])
+        alone = torch.cat(
+            [simulation(*inputs(tiny, "labels", [row])[:2], **inputs(tiny, "labels", [row])[2]) for row in rows]
+        )
         wrong = simulation(sample, timestep.flip(0), **conditioning)
     # Sums of a float kernel may take another order in another batch, and flip a code: that is far below a wrong gain.
     assert sqnr_db(alone, batch) > 45

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from qdm_calibration.statistics import TensorCollector, collect_statistics, timestep_edges
 from torch import nn
 
+from qdm_calibration.statistics import TensorCollector, collect_statistics, timestep_edges
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.record import write_record
 from qdm_deploy.artifacts.statistics import (
@@ -294,7 +294,9 @@ def test_statistics_of_a_real_network_name_its_groups(tiny: Any) -> None:
         assert (found.channel_min <= found.channel_max).all()
         elements = found.counts.sum(axis=2)
         # 4 guided trajectories: 8 rows at each of 12 steps; each channel of a branch has equally many values.
-        np.testing.assert_array_equal(elements // np.array(layers[0].branches), np.full_like(elements, elements[0, 0] // layers[0].branches[0]))
+        np.testing.assert_array_equal(
+            elements // np.array(layers[0].branches), np.full_like(elements, elements[0, 0] // layers[0].branches[0])
+        )
         assert elements[0, 0] % (8 * layers[0].branches[0]) == 0
 
 
@@ -317,15 +319,25 @@ def test_save_and_load_keep_every_bit(tiny: Any, tmp_path: Path) -> None:
 
 def test_a_record_without_edges_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    write_record(path, kind="qdm-activation-statistics", version=1, document={"provenance": {}}, arrays={"inputs/a/counts": np.zeros(1)})
+    write_record(
+        path,
+        kind="qdm-activation-statistics",
+        version=1,
+        document={"provenance": {}},
+        arrays={"inputs/a/counts": np.zeros(1)},
+    )
     with pytest.raises(CalibrationError, match=r"s\.safetensors is not a whole set of activation statistics"):
         ActivationStatistics.load(path)
 
 
 def test_a_record_without_provenance_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
-    write_record(path, kind="qdm-activation-statistics", version=1, document={}, arrays={"timestep_edges": np.array([0, 1])})
-    with pytest.raises(CalibrationError, match=r"s\.safetensors is not a whole set of activation statistics \(no provenance"):
+    write_record(
+        path, kind="qdm-activation-statistics", version=1, document={}, arrays={"timestep_edges": np.array([0, 1])}
+    )
+    with pytest.raises(
+        CalibrationError, match=r"s\.safetensors is not a whole set of activation statistics \(no provenance"
+    ):
         ActivationStatistics.load(path)
 
 
@@ -392,7 +404,11 @@ def test_peak_memory_does_not_grow_with_the_samples(repository: Path) -> None:
     peaks = {}
     for samples in (16, 256):
         ran = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(model), str(samples)], check=True, capture_output=True, text=True, cwd=repository
+            [sys.executable, "-c", _PEAK, str(model), str(samples)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=repository,
         )
         peaks[samples] = int(ran.stdout.split()[-1]) / 1024
     print("peak RSS, MiB:", peaks)

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from qdm_calibration.timesteps import STRATEGIES, SamplingPlan, sampling_plan
 
+from qdm_calibration.timesteps import STRATEGIES, SamplingPlan, sampling_plan
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers import StepTable
 

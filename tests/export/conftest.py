@@ -10,19 +10,21 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
+from qdm_deploy.artifacts.topology import Layer
 from qdm_export.float_graph import example_inputs
 from qdm_export.step_graph import step_inputs
 from qdm_export.targets import emit
 from qdm_export.topology import MODULE_KEY
 
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
-from qdm_deploy.artifacts.topology import Layer
-
 Array = NDArray[Any]
 Feeds = dict[str, Array]
 
 
-def session(model: ir.Model | Path, *, optimized: Path | None = None, optimize: bool = True) -> onnxruntime.InferenceSession:
+def session(
+    model: ir.Model | Path, *, optimized: Path | None = None, optimize: bool = True
+) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -94,7 +96,9 @@ class SmallGraph:
         self.graph.register_initializer(value)
         return value
 
-    def node(self, op: str, inputs: Sequence[ir.Value | None], shape: Sequence[Any], *, module: str = "", **attributes: Any) -> ir.Value:
+    def node(
+        self, op: str, inputs: Sequence[ir.Value | None], shape: Sequence[Any], *, module: str = "", **attributes: Any
+    ) -> ir.Value:
         name = f"n{len(self.graph)}"
         out = ir.Value(name=f"{name}_out", shape=ir.Shape(["batch", *shape]), type=ir.TensorType(ir.DataType.FLOAT))
         props = {MODULE_KEY: f"net.unet.{module}"} if module else {}
@@ -102,7 +106,9 @@ class SmallGraph:
         return out
 
     def output(self, value: ir.Value) -> None:
-        self.graph.outputs.append(value)
+        """Return ``value`` behind an Identity: no INT8 layer is the last node of a step graph."""
+        assert value.shape is not None
+        self.graph.outputs.append(self.node("Identity", [value], list(value.shape)[1:]))
 
     def plan_of(self, layer: Layer, codes: Array, bias: Array | None, changes: dict[str, Any]) -> None:
         scale = np.linspace(0.25, 0.5, len(codes)).astype(np.float16).astype(np.float32)
@@ -110,7 +116,13 @@ class SmallGraph:
         if changes.get("inverse_k") is not None:  # codes are of W * k
             weight = weight * changes["inverse_k"].reshape(1, -1, *([1] * (codes.ndim - 2)))
         self.weights[layer.name], self.biases[layer.name] = weight.astype(np.float32), bias
-        values = {"scale": 0.125, "weight_codes": codes.astype(np.int8), "weight_scale": scale, "output_scale": 0.5, "output_zero_point": 90}
+        values = {
+            "scale": 0.125,
+            "weight_codes": codes.astype(np.int8),
+            "weight_scale": scale,
+            "output_scale": 0.5,
+            "output_zero_point": 90,
+        }
         self.plans.append(LayerPlan(layer, "int8", **{**values, **changes}))
 
     def conv(
@@ -123,13 +135,29 @@ class SmallGraph:
         channels, height, width = (int(size) for size in list(data.shape)[1:])
         pads = (pad, pad, pad, pad)
         layer = Layer(
-            name, "conv", (out, channels, kernel, kernel), group or name, (channels,), False, (stride, stride), pads, (height, width)
+            name,
+            "conv",
+            (out, channels, kernel, kernel),
+            group or name,
+            (channels,),
+            False,
+            (stride, stride),
+            pads,
+            (height, width),
         )
         b = rng.normal(size=out).astype(np.float32) if bias else None
         self.plan_of(layer, rng.integers(-127, 128, (out, channels, kernel, kernel)), b, changes)
-        inputs = [data, self.constant(f"{name}.weight", self.weights[name])] + ([self.constant(f"{name}.bias", b)] if b is not None else [])
+        inputs = [data, self.constant(f"{name}.weight", self.weights[name])] + (
+            [self.constant(f"{name}.bias", b)] if b is not None else []
+        )
         size = [(n + 2 * pad - kernel) // stride + 1 for n in (height, width)]
-        attributes = {"strides": [stride] * 2, "pads": list(pads), "kernel_shape": [kernel] * 2, "dilations": [1, 1], "group": 1}
+        attributes = {
+            "strides": [stride] * 2,
+            "pads": list(pads),
+            "kernel_shape": [kernel] * 2,
+            "dilations": [1, 1],
+            "group": 1,
+        }
         return self.node("Conv", inputs, [out, *size], module=name, **attributes)
 
     def linear(
@@ -146,10 +174,18 @@ class SmallGraph:
         self.plan_of(layer, rng.integers(-127, 128, (out, channels)), b, changes)
         weight = self.weights[name]
         if kind == "Gemm":
-            inputs = [self.x, self.constant(f"{name}.weight", weight)] + ([self.constant(f"{name}.bias", b)] if b is not None else [])
+            inputs = [self.x, self.constant(f"{name}.weight", weight)] + (
+                [self.constant(f"{name}.bias", b)] if b is not None else []
+            )
             return self.node("Gemm", inputs, [*middle, out], module=name, transB=1)
-        product = self.node("MatMul", [self.x, self.constant(f"{name}.weight", weight.T.copy())], [*middle, out], module=name)
-        return product if b is None else self.node("Add", [self.constant(f"{name}.bias", b), product], [*middle, out], module=name)
+        product = self.node(
+            "MatMul", [self.x, self.constant(f"{name}.weight", weight.T.copy())], [*middle, out], module=name
+        )
+        return (
+            product
+            if b is None
+            else self.node("Add", [self.constant(f"{name}.bias", b), product], [*middle, out], module=name)
+        )
 
     @property
     def plan(self) -> QuantizationPlan:

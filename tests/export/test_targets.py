@@ -10,13 +10,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+
 from qdm_calibration.simulate import quantized_layer
+from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
+from qdm_deploy.errors import ExportError, InputError
 from qdm_export.check import INTEGER_OPERATORS, check_onnx, integer_kernels, layer_endpoints, with_outputs
 from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.targets import FORMS, emit
-
-from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
-from qdm_deploy.errors import ExportError, InputError
 
 NAMES = ("labels", "rgb", "text", "variance")
 
@@ -27,7 +27,9 @@ def sqnr_db(reference: Any, value: Any) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_target_is_a_valid_onnx_graph_that_runs(emitted: Any, run_graph: Any, tiny: Any, tmp_path: Path, name: str) -> None:
+def test_every_target_is_a_valid_onnx_graph_that_runs(
+    emitted: Any, run_graph: Any, tiny: Any, tmp_path: Path, name: str
+) -> None:
     graphs = {tmp_path / f"{target}.onnx": emitted.graph(name, target).clone() for target in TARGETS}
     save_with_shared_weights(graphs, tmp_path / "weights.bin")
     feeds = emitted.feeds(name, 3)
@@ -112,7 +114,9 @@ def test_codes_and_zero_points_have_the_types_of_the_target(emitted: Any, tiny: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_onnxruntime_runs_every_planned_layer_on_integers(emitted: Any, tiny: Any, open_session: Any, tmp_path: Path, name: str) -> None:
+def test_onnxruntime_runs_every_planned_layer_on_integers(
+    emitted: Any, tiny: Any, open_session: Any, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "optimized.onnx"
     open_session(emitted.graph(name, "onnxruntime"), optimized=path)
     kinds = Counter(layer.layer.kind for layer in tiny.plan(name).quantized)
@@ -127,7 +131,9 @@ def test_onnxruntime_runs_every_planned_layer_on_integers(emitted: Any, tiny: An
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_layer_computes_what_the_simulation_computes(emitted: Any, tiny: Any, run_graph: Any, name: str, target: Any) -> None:
+def test_every_layer_computes_what_the_simulation_computes(
+    emitted: Any, tiny: Any, run_graph: Any, name: str, target: Any
+) -> None:
     plan, network = tiny.plan(name), tiny.checkpoint(name).unet
     graph = emitted.graph(name, target)
     endpoints = layer_endpoints(graph, plan)
@@ -153,7 +159,9 @@ def test_every_layer_computes_what_the_simulation_computes(emitted: Any, tiny: A
 
 
 @pytest.mark.parametrize("name", ["labels", "text"])
-def test_layers_of_the_float16_target_are_close_to_the_simulation(emitted: Any, tiny: Any, run_graph: Any, name: str) -> None:
+def test_layers_of_the_float16_target_are_close_to_the_simulation(
+    emitted: Any, tiny: Any, run_graph: Any, name: str
+) -> None:
     plan, network = tiny.plan(name), tiny.checkpoint(name).unet
     graph = emitted.graph(name, "tensorrt")
     endpoints = layer_endpoints(graph, plan)
@@ -199,9 +207,19 @@ def test_u8_and_s8_forms_give_the_same_codes_but_for_ties(emitted: Any, tiny: An
     ends = [{e.name: e.data for e in layer_endpoints(graph, plan)} for graph in (u8, s8)]
     for group, layers in tiny.topology(name).groups().items():
         entry = plan.layer(group)
-        shape = (entry.layer.in_channels, *entry.layer.spatial) if entry.layer.kind == "conv" else (9, entry.layer.in_channels)
-        amax = 150 * entry.scale * (1 if entry.inverse_r is None else 1 / entry.inverse_r.min())
-        x = rng.uniform(-amax, amax, (3, *shape)).astype(np.float32)
+        shape = (
+            (entry.layer.in_channels, *entry.layer.spatial)
+            if entry.layer.kind == "conv"
+            else (9, entry.layer.in_channels)
+        )
+        # A little more than the grid covers in every row.
+        steps = rng.uniform(entry.zero_offset - 140, entry.zero_offset + 139, (3, *shape))
+        gain = (
+            1.0
+            if entry.inverse_r is None
+            else 1 / entry.inverse_r[plan.bin_of_timestep()[timestep]].reshape(3, *[1] * len(shape))
+        )
+        x = (steps * entry.scale * gain).astype(np.float32)
         feeds = {"x": x, "timestep": timestep}
         dims = ("batch", *shape)
         codes = []
@@ -230,7 +248,9 @@ def signed_form(tiny: Any, name: str) -> ir.Model:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_signed_form_computes_what_the_simulation_computes(tiny: Any, emitted: Any, run_graph: Any, name: str) -> None:
+def test_the_signed_form_computes_what_the_simulation_computes(
+    tiny: Any, emitted: Any, run_graph: Any, name: str
+) -> None:
     """Zero offsets as subtraction and constant maps, before float16 rounds anything."""
     plan, network = tiny.plan(name), tiny.checkpoint(name).unet
     graph = signed_form(tiny, name)
@@ -239,7 +259,9 @@ def test_the_signed_form_computes_what_the_simulation_computes(tiny: Any, emitte
     values = run_graph(with_outputs(graph, [n for e in endpoints for n in (e.data, e.result)]), feeds, optimize=False)
     bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"]])
     for item in endpoints:
-        layer = quantized_layer(network.get_submodule(f"unet.{item.name}"), plan.layer(item.name), "tensorrt", dtype=torch.float64)
+        layer = quantized_layer(
+            network.get_submodule(f"unet.{item.name}"), plan.layer(item.name), "tensorrt", dtype=torch.float64
+        )
         layer.time_bin = bins
         with torch.inference_mode():
             expected = layer(torch.from_numpy(values[item.data])).numpy()
@@ -296,7 +318,11 @@ def test_shared_weights_store_equal_tensors_once(emitted: Any, run_graph: Any, t
     assert saved > 0.2 * sum(map(len, large))
     for path in graphs:
         assert path.stat().st_size < size
-        external = [t for t in onnx.load(path, load_external_data=False).graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        external = [
+            t
+            for t in onnx.load(path, load_external_data=False).graph.initializer
+            if t.data_location == onnx.TensorProto.EXTERNAL
+        ]
         assert external
         for tensor in external:
             entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -309,7 +335,9 @@ def test_shared_weights_store_equal_tensors_once(emitted: Any, run_graph: Any, t
 def test_graphs_and_weights_in_different_folders_are_refused(emitted: Any, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(ExportError, match=r"other/a\.onnx and its weights .*weights\.bin must be in the same folder"):
-        save_with_shared_weights({tmp_path / "other" / "a.onnx": emitted.graph("rgb", "openvino").clone()}, tmp_path / "weights.bin")
+        save_with_shared_weights(
+            {tmp_path / "other" / "a.onnx": emitted.graph("rgb", "openvino").clone()}, tmp_path / "weights.bin"
+        )
 
 
 def test_a_graph_that_is_not_valid_is_refused(emitted: Any, tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from qdm_export.topology import MODULE_KEY, layer_nodes, topology_of
 from torch import nn
 
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import ExportError
+from qdm_export.topology import MODULE_KEY, layer_nodes, topology_of
 
 NAMES = ("labels", "rgb", "text", "variance")
 
@@ -17,7 +17,9 @@ NAMES = ("labels", "rgb", "text", "variance")
 def test_every_conv_and_linear_that_reads_the_sample_is_a_layer(tiny: Any, name: str) -> None:
     modules = dict(tiny.checkpoint(name).unet.unet.named_modules())
     expected = {
-        path: tuple(module.weight.shape) for path, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)
+        path: tuple(module.weight.shape)
+        for path, module in modules.items()
+        if isinstance(module, nn.Conv2d | nn.Linear)
     }
     found = {layer.name: layer for layer in tiny.topology(name)}
     # What only depends on the timestep may be folded into a table.
@@ -35,7 +37,7 @@ def test_every_conv_and_linear_that_reads_the_sample_is_a_layer(tiny: Any, name:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_order_inputs_sizes_and_branches_are_what_a_forward_pass_meets(tiny: Any, name: str) -> None:
-    unet, topology = tiny.checkpoint(name).unet, tiny.topology(name)
+    unet, topology, calibration = tiny.checkpoint(name).unet, tiny.topology(name), tiny.calibration(name)
     order: list[str] = []
     shapes: dict[str, Any] = {}
     data: dict[str, torch.Tensor] = {}
@@ -43,10 +45,12 @@ def test_order_inputs_sizes_and_branches_are_what_a_forward_pass_meets(tiny: Any
     keep: list[torch.Tensor] = []
     handles = []
     for layer in topology:
+
         def hook(module: nn.Module, args: Any, path: str = layer.name) -> None:
             order.append(path)
             shapes[path], data[path] = tuple(args[0].shape), args[0]
-        handles.append(unet.unet.get_submodule(layer.name).register_forward_pre_hook(hook))  # fmt: skip
+
+        handles.append(unet.unet.get_submodule(layer.name).register_forward_pre_hook(hook))
     original = torch.cat
 
     def cat(tensors: Any, dim: int = 0, **rest: Any) -> torch.Tensor:
@@ -56,7 +60,6 @@ def test_order_inputs_sizes_and_branches_are_what_a_forward_pass_meets(tiny: Any
             concatenated[id(result)] = tuple(t.shape[1] for t in tensors)
         return result
 
-    calibration = tiny.calibration(name)
     conditioning = {key: torch.from_numpy(value[:1]) for key, value in calibration.conditioning.items()}
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(torch, "cat", cat)
@@ -65,7 +68,11 @@ def test_order_inputs_sizes_and_branches_are_what_a_forward_pass_meets(tiny: Any
         handle.remove()
     heads = [layer.name for layer in topology]
     assert sorted(order) == sorted(heads)
-    ours = [path for path in heads if "emb_proj" not in path and "shortcut" not in path and "attn" not in path and ".to_" not in path]
+    ours = [
+        path
+        for path in heads
+        if "emb_proj" not in path and "shortcut" not in path and "attn" not in path and ".to_" not in path
+    ]
     theirs = [path for path in order if path in ours]
     assert theirs == ours  # parallel branches may be listed in either order, the main path may not
     for layer in topology:
@@ -118,11 +125,21 @@ def test_the_topology_does_not_go_by_names(tiny: Any) -> None:
             if value not in model.graph.outputs:
                 value.name = f"v{i}_{j}"
     expected = [
-        (renamed[a.name], renamed[a.input_group], a.branches, a.normalized, a.strides, a.pads, a.spatial, a.float_reason)
+        (
+            renamed[a.name],
+            renamed[a.input_group],
+            a.branches,
+            a.normalized,
+            a.strides,
+            a.pads,
+            a.spatial,
+            a.float_reason,
+        )
         for a in tiny.topology("labels")
     ]
     found = [
-        (a.name, a.input_group, a.branches, a.normalized, a.strides, a.pads, a.spatial, a.float_reason) for a in topology_of(model)
+        (a.name, a.input_group, a.branches, a.normalized, a.strides, a.pads, a.spatial, a.float_reason)
+        for a in topology_of(model)
     ]
     assert found == expected
 
@@ -130,9 +147,13 @@ def test_the_topology_does_not_go_by_names(tiny: Any) -> None:
 def test_groups_hold_the_candidates_in_order(tiny: Any) -> None:
     topology: Topology = tiny.topology("labels")
     groups = topology.groups()
-    assert [layer.name for layers in groups.values() for layer in layers].sort() == [a.name for a in topology.candidates].sort()
+    assert sorted(layer.name for layers in groups.values() for layer in layers) == sorted(
+        a.name for a in topology.candidates
+    )
     assert all(name == layers[0].name for name, layers in groups.items())
-    assert {tuple(a.name.rpartition(".")[2] for a in layers) for layers in groups.values() if len(layers) > 1} == {("to_q", "to_k", "to_v")}
+    assert {tuple(a.name.rpartition(".")[2] for a in layers) for layers in groups.values() if len(layers) > 1} == {
+        ("to_q", "to_k", "to_v")
+    }
     with pytest.raises(KeyError, match="nowhere"):
         topology.layer("nowhere")
 

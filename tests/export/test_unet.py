@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from qdm_export.unet import load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qdm_deploy.errors import ModelError
+from qdm_export.unet import load_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -40,10 +40,20 @@ def reweight(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 def test_specs(tiny: Any) -> None:
     labels, rgb, text, variance = (tiny.checkpoint(name).spec for name in ("labels", "rgb", "text", "variance"))
-    assert (labels.sample_shape, labels.num_classes, labels.labels, labels.null_label) == ((1, 10, 10), 3, ("shirt", "bag", "boot"), 3)
+    assert (labels.sample_shape, labels.num_classes, labels.labels, labels.null_label) == (
+        (1, 10, 10),
+        3,
+        ("shirt", "bag", "boot"),
+        3,
+    )
     assert (rgb.sample_shape, rgb.conditioning, rgb.num_coefficients) == ((3, 8, 12), (), 7)
     assert text.conditioning[0].model_dump() == {"name": "encoder_hidden_states", "dtype": "float32", "shape": (77, 16)}
-    assert (variance.learned_variance, variance.num_coefficients, variance.num_classes, variance.null_label) == (True, 9, 3, None)
+    assert (variance.learned_variance, variance.num_coefficients, variance.num_classes, variance.null_label) == (
+        True,
+        9,
+        3,
+        None,
+    )
     assert {spec.sample_kind for spec in (labels, rgb, text, variance)} == {"pixels"}
     assert rgb.num_train_timesteps == 1000
     assert labels.name == "labels"
@@ -111,16 +121,23 @@ def test_float16_weights_are_loaded_as_float32(copy: Any) -> None:
     folder = copy()
     state = load_file(folder / "unet" / WEIGHTS)
     (folder / "unet" / WEIGHTS).unlink()
-    save_file({name: value.half() for name, value in state.items()}, folder / "unet" / WEIGHTS.replace(".saf", ".fp16.saf"))
+    save_file(
+        {name: value.half() for name, value in state.items()}, folder / "unet" / WEIGHTS.replace(".saf", ".fp16.saf")
+    )
     loaded = load_checkpoint(folder).unet.unet.state_dict()
-    assert all(value.dtype == torch.float32 and torch.equal(value, state[name].half().float()) for name, value in loaded.items())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, state[name].half().float())
+        for name, value in loaded.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"there is no model folder '{tmp_path}/nothing'; give a local diffusers folder"):
+    with pytest.raises(
+        ModelError, match=f"there is no model folder '{tmp_path}/nothing'; give a local diffusers folder"
+    ):
         load_checkpoint(tmp_path / "nothing")
 
 
@@ -134,7 +151,10 @@ def test_a_repository_that_cannot_be_reached_is_refused(monkeypatch: pytest.Monk
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="'nobody/no-such-model' is no local folder, and downloading it from the Hugging Face hub failed"):
+    with pytest.raises(
+        ModelError,
+        match="'nobody/no-such-model' is no local folder, and downloading it from the Hugging Face hub failed",
+    ):
         load_checkpoint("nobody/no-such-model")
 
 
@@ -148,13 +168,20 @@ def test_a_folder_without_config_is_refused(copy: Any) -> None:
 def test_a_folder_without_scheduler_is_refused(copy: Any) -> None:
     folder = copy()
     (folder / "scheduler" / "scheduler_config.json").unlink()
-    with pytest.raises(ModelError, match=r"scheduler_config\.json is missing: the sampler's noise schedule is read from it"):
+    with pytest.raises(
+        ModelError, match=r"scheduler_config\.json is missing: the sampler's noise schedule is read from it"
+    ):
         load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "holds a list"), (b" " * (1 << 20) + b"{}", "has 1048578 bytes")],
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "holds a list"),
+        (b" " * (1 << 20) + b"{}", "has 1048578 bytes"),
+    ],
 )
 def test_a_config_that_is_none_is_refused(copy: Any, content: bytes, text: str) -> None:
     folder = copy()
@@ -166,10 +193,16 @@ def test_a_config_that_is_none_is_refused(copy: Any, content: bytes, text: str) 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"_class_name": "SD3Transformer2DModel"}, "describes a 'SD3Transformer2DModel'; supported are UNet2DConditionModel, UNet2DModel"),
+        (
+            {"_class_name": "SD3Transformer2DModel"},
+            "describes a 'SD3Transformer2DModel'; supported are UNet2DConditionModel, UNet2DModel",
+        ),
         ({"_class_name": ...}, "describes a None; supported are"),
         ({"_class_name": ["UNet2DModel"]}, r"describes a \['UNet2DModel'\]; supported are"),
-        ({"down_block_types": ["SkipDownBlock2D"]}, "has an unknown block 'SkipDownBlock2D'; a UNet2DModel may use AttnDownBlock2D"),
+        (
+            {"down_block_types": ["SkipDownBlock2D"]},
+            "has an unknown block 'SkipDownBlock2D'; a UNet2DModel may use AttnDownBlock2D",
+        ),
         ({"up_block_types": ["KUpBlock2D"]}, "has an unknown block 'KUpBlock2D'"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "has an unknown block 'UNetMidBlock2DSimpleCrossAttn'"),
         ({"turbo": True, "boost": 2}, "has options that UNet2DModel does not know: boost, turbo"),
@@ -215,7 +248,9 @@ def test_truncated_weights_are_refused(copy: Any, keep: int) -> None:
 def test_missing_and_unexpected_weights_are_refused(copy: Any) -> None:
     folder = copy()
     reweight(folder, lambda state: state.update(surprise=state.pop("conv_in.bias")))
-    with pytest.raises(ModelError, match=r"1 missing \(first: \['conv_in\.bias'\]\), 1 unexpected \(first: \['surprise'\]\)"):
+    with pytest.raises(
+        ModelError, match=r"1 missing \(first: \['conv_in\.bias'\]\), 1 unexpected \(first: \['surprise'\]\)"
+    ):
         load_checkpoint(folder)
 
 
@@ -237,8 +272,13 @@ def test_weights_with_nan_are_refused(copy: Any, value: float) -> None:
 def test_output_channels_that_mean_nothing_are_refused(copy: Any) -> None:
     folder = copy()
     configure(folder, out_channels=3)
-    reweight(folder, lambda state: state.update({"conv_out.weight": torch.zeros(3, 16, 3, 3), "conv_out.bias": torch.zeros(3)}))
-    with pytest.raises(ModelError, match="has 1 input and 3 output channels; qdm-deploy runs models whose output is the noise"):
+    reweight(
+        folder,
+        lambda state: state.update({"conv_out.weight": torch.zeros(3, 16, 3, 3), "conv_out.bias": torch.zeros(3)}),
+    )
+    with pytest.raises(
+        ModelError, match="has 1 input and 3 output channels; qdm-deploy runs models whose output is the noise"
+    ):
         load_checkpoint(folder)
 
 

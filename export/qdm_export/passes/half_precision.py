@@ -8,6 +8,7 @@ kernel.
 import numpy as np
 import onnx_ir as ir
 
+from qdm_deploy.errors import ExportError
 from qdm_export.passes.base import graph_of, values_of
 from qdm_export.topology import MODULE_KEY
 
@@ -84,7 +85,13 @@ def _feeds_only(node: ir.Node, *kinds: str) -> bool:
 
 def _half_constant(model: ir.Model, value: ir.Value) -> ir.Value:
     name = f"{value.name}/float16"
-    tensor = ir.tensor(values_of(value).astype(np.float16), name=name)
+    with np.errstate(over="ignore"):
+        values = values_of(value).astype(np.float16)
+    if not np.isfinite(values).all():
+        raise ExportError(
+            f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which float16 cannot hold; keep its layer in float"
+        )
+    tensor = ir.tensor(values, name=name)
     half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)
     model.graph.register_initializer(half)
     return half

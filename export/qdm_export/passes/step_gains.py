@@ -58,7 +58,9 @@ class StepGains(PlanPass):
     ) -> ir.Value:
         # Tables shaped [K, 1, 1, 1] gather straight to [B, 1, 1, 1]; slicing one [B, layers] tensor cost engine builds
         # a multiple of the time for the same kernels.
-        ones = (1, 1, 1) if layer.kind == "conv" else (1, 1)
+        if layer.data.shape is None:
+            raise ExportError(f"the input of {layer.name} has no known rank, which its step-aware gains must follow")
+        ones = (1,) * (len(layer.data.shape) - 1)
         values = constant(model, f"{layer.name}/{label}_table", table.astype(np.float32).reshape(-1, *ones))
         node = insert_before(layer, "Gather", [], label, axis=0)
         node.replace_input_with(0, values)

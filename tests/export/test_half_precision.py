@@ -1,0 +1,88 @@
+"""The types of the float16 target: float16 around the kernels, float32 for time and sampler, no Cast in between."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qdm_deploy.errors import ExportError
+from qdm_export.passes.half_precision import HalfPrecision
+
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+KERNELS = ("Conv", "MatMul", "Gemm")
+
+
+@pytest.fixture(params=["labels", "rgb", "text", "variance"])
+def model(request: pytest.FixtureRequest, emitted: Any) -> ir.Model:
+    return emitted.graph(request.param, "tensorrt")
+
+
+def test_no_cast_stands_between_codes_and_kernel(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            assert node.inputs[0].dtype == node.inputs[1].dtype == HALF
+            for use in node.outputs[0].uses():
+                assert use.node.op_type == "DequantizeLinear"
+        if node.op_type == "DequantizeLinear":
+            assert node.inputs[1].dtype == node.outputs[0].dtype == HALF
+            assert {use.node.op_type for use in node.outputs[0].uses()} <= set(KERNELS)
+
+
+def test_planned_kernels_are_float16(model: ir.Model) -> None:
+    planned = [
+        n
+        for n in model.graph
+        if n.op_type in KERNELS and n.inputs[0].producer() and n.inputs[0].producer().op_type == "DequantizeLinear"
+    ]
+    assert len(planned) >= 12
+    for node in planned:
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None} == {HALF}
+
+
+def test_resize_keeps_float32_scales(emitted: Any) -> None:
+    found = [n for n in emitted.graph("labels", "tensorrt").graph if n.op_type == "Resize"]
+    assert found
+    for node in found:
+        assert node.inputs[0].dtype == node.outputs[0].dtype == HALF
+        assert node.inputs[2] is None or node.inputs[2].dtype == FLOAT
+
+
+def test_time_and_sampler_stay_float32(model: ir.Model) -> None:
+    nodes = {node.name: node for node in model.graph}
+    assert nodes["time_embedding"].outputs[0].dtype == FLOAT
+    time_path = [
+        n for n in model.graph if "time_emb_proj" in n.metadata_props.get("qdm.module", "") and n.op_type == "Gemm"
+    ]
+    assert time_path
+    assert all(value.dtype == FLOAT for n in time_path for value in (*n.inputs, *n.outputs))
+    assert all(value.dtype == FLOAT for value in model.graph.outputs)
+    assert all(value.dtype in (FLOAT, ir.DataType.INT64) for value in model.graph.inputs)
+    for node in model.graph:
+        if "qdm.module" not in node.metadata_props and node.op_type in ("Mul", "Add", "Sub", "Min", "Max", "Exp"):
+            assert {value.dtype for value in (*node.inputs, *node.outputs)} == {FLOAT}, node.name
+
+
+def test_every_operator_gets_one_float_type(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type in ("Cast", "Resize", "Gather", "Shape"):
+            continue
+        types = {
+            value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in (HALF, FLOAT)
+        }
+        assert len(types) <= 1, (node.name, node.op_type)
+
+
+def test_a_second_run_changes_nothing(emitted: Any) -> None:
+    model = emitted.graph("variance", "tensorrt").clone()
+    before = [(n.op_type, n.name) for n in model.graph]
+    assert not HalfPrecision()(model).modified
+    assert [(n.op_type, n.name) for n in model.graph] == before
+
+
+def test_a_constant_that_float16_cannot_hold_is_refused(tiny: Any) -> None:
+    model = tiny.float_graph("variance").clone()
+    value = next(v for v in model.graph.initializers.values() if v.name and v.name.endswith("conv_in.weight"))
+    value.const_value = ir.tensor(np.full(tuple(value.shape), 1e6, dtype=np.float32), name=value.name)
+    with pytest.raises(ExportError, match=r"conv_in\.weight holds 1e\+06, which float16 cannot hold"):
+        HalfPrecision()(model)

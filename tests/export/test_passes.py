@@ -1,0 +1,346 @@
+"""Each pass alone on small graphs: what it inserts, that it runs once, that the function is what it should be."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from qdm_deploy.errors import ExportError
+from qdm_export.passes.branch_factors import BranchFactors
+from qdm_export.passes.instance_norm import InstanceNormForm
+from qdm_export.passes.quantize_inputs import QuantizeInputs
+from qdm_export.passes.quantize_outputs import QuantizeOutputs
+from qdm_export.passes.quantize_weights import QuantizeWeights
+from qdm_export.passes.step_gains import StepGains
+from qdm_export.passes.time_table import TimeTable
+from qdm_export.passes.zero_offsets import ZeroOffsets, offset_map
+
+Array = NDArray[Any]
+K = np.array([8.0, 1.0, 0.5, 2.0], dtype=np.float32)
+R = np.array([1.0, 0.25], dtype=np.float32)
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph if node.op_type != "Identity"]
+
+
+def feeds(graph: Any, batch: int = 3) -> dict[str, Array]:
+    shape = [int(size) for size in list(graph.x.shape)[1:]]
+    x = np.random.default_rng(8).normal(size=(batch, *shape)).astype(np.float32) * 3
+    return {"x": x, "timestep": np.array([0, 399, 400, 999, 10][:batch])}
+
+
+def conv(x: Array, weight: Array, stride: int, pad: int) -> Array:
+    x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    k = weight.shape[2]
+    h, w = ((n - k) // stride + 1 for n in x.shape[2:])
+    y = np.zeros((len(x), len(weight), h, w))
+    for i in range(h):
+        for j in range(w):
+            patch = x[:, :, i * stride : i * stride + k, j * stride : j * stride + k]
+            y[:, :, i, j] = np.einsum("bcij,ocij->bo", patch, weight.astype(np.float64))
+    return y
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda plan: BranchFactors(plan), id="BranchFactors"),
+        pytest.param(lambda plan: StepGains(plan), id="StepGains"),
+        pytest.param(lambda plan: QuantizeWeights(plan), id="QuantizeWeights"),
+        pytest.param(lambda plan: ZeroOffsets(plan), id="ZeroOffsets"),
+        pytest.param(lambda plan: QuantizeInputs(plan, unsigned=True), id="QuantizeInputs-u8"),
+        pytest.param(lambda plan: QuantizeInputs(plan, unsigned=False), id="QuantizeInputs-s8"),
+        pytest.param(lambda plan: QuantizeOutputs(plan), id="QuantizeOutputs"),
+    ],
+)
+def test_a_second_run_changes_nothing(small: Any, make: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(inverse_k=K, inverse_r=R, zero_offset=50))
+    first = make(graph.plan)(graph.model)
+    assert first.modified
+    assert first.model is graph.model
+    before = operators(graph.model), list(graph.graph.initializers)
+    second = make(graph.plan)(graph.model)
+    assert not second.modified
+    assert (operators(graph.model), list(graph.graph.initializers)) == before
+
+
+@pytest.mark.parametrize("make", [BranchFactors, StepGains, ZeroOffsets])
+def test_a_pass_without_work_says_so(small: Any, make: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv())
+    assert not make(graph.plan)(graph.model).modified
+    assert operators(graph.model) == ["Conv"]
+
+
+def test_the_plan_must_be_of_the_graph(small: Any) -> None:
+    graph, other = small((4, 6, 5)), small((4, 6, 5))
+    graph.output(graph.conv("conv"))
+    other.output(other.conv("elsewhere"))
+    with pytest.raises(
+        ExportError, match=r"the plan is not of this graph: 1 of its layers are not in it \(first: elsewhere\)"
+    ):
+        BranchFactors(other.plan)(graph.model)
+
+
+# ------------------------------------------------------------------------------------------------------- branch factors
+
+
+@pytest.mark.parametrize("kind", ["conv", "Gemm", "MatMul"])
+def test_branch_factors_with_w_times_k_keep_the_function(small: Any, run_graph: Any, kind: str) -> None:
+    graph = small((4, 6, 5) if kind == "conv" else ((4,) if kind == "Gemm" else (7, 4)))
+    graph.output(graph.conv(inverse_k=K) if kind == "conv" else graph.linear(kind=kind, inverse_k=K))
+    given = feeds(graph)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    BranchFactors(graph.plan)(graph.model)
+    assert operators(graph.model)[0] == "Mul"
+    (half,) = run_graph(graph.model, given, optimize=False).values()
+    assert np.abs(before - half).max() > 1  # without W * k it is another function
+    QuantizeWeights(graph.plan)(graph.model)
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4 * np.abs(before).max())
+
+
+def test_branch_factors_stand_on_the_path_into_their_layer_only(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a", inverse_k=K))
+    graph.output(graph.conv("b", group="a", inverse_k=K))
+    graph.output(graph.node("Sigmoid", [graph.x], [4, 6, 5]))
+    BranchFactors(graph.plan)(graph.model)
+    counts = Counter(operators(graph.model))
+    assert counts["Mul"] == 1  # shared by both readers
+    sigmoid = next(node for node in graph.graph if node.op_type == "Sigmoid")
+    assert sigmoid.inputs[0] is graph.x
+
+
+# ----------------------------------------------------------------------------------------------------------- step gains
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["conv", "Gemm", "MatMul", "sequence"])
+def test_step_gains_keep_the_function(small: Any, run_graph: Any, kind: str, bias: bool) -> None:
+    graph = small({"conv": (4, 6, 5), "Gemm": (4,), "MatMul": (7, 4), "sequence": (2, 7, 4)}[kind])
+    make = graph.conv if kind == "conv" else graph.linear
+    arguments = {} if kind == "conv" else {"kind": "Gemm" if kind == "Gemm" else "MatMul"}
+    graph.output(make(bias=bias, inverse_r=R, **arguments))
+    given = feeds(graph, 5)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    assert StepGains(graph.plan)(graph.model).modified
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    assert after.shape == before.shape
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5 * np.abs(before).max())
+    assert Counter(operators(graph.model))["Gather"] == 3  # the row's bin, r and 1 / r
+
+
+def test_each_row_is_scaled_by_the_gain_of_its_timestep(small: Any, run_graph: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(inverse_r=R))
+    StepGains(graph.plan)(graph.model)
+    scaled = next(node.outputs[0] for node in graph.graph if node.name == "conv/scale_step")
+    graph.graph.outputs.append(scaled)
+    given = feeds(graph, 4)
+    found = run_graph(graph.model, given, optimize=False)[scaled.name]
+    for row, inverse in enumerate([1.0, 1.0, 0.25, 0.25]):  # the bins meet at 400
+        np.testing.assert_array_equal(found[row], given["x"][row] * np.float32(inverse))
+
+
+def test_one_bin_lookup_serves_all_layers(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a", inverse_r=R))
+    graph.output(graph.conv("b", group="a", inverse_r=R))
+    StepGains(graph.plan)(graph.model)
+    assert sum(node.name == "step_bin" for node in graph.graph) == 1
+    assert Counter(operators(graph.model))["Gather"] == 3
+    assert sum(node.name.endswith("/scale_step") for node in graph.graph) == 1
+
+
+def test_gains_need_the_timestep(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(inverse_r=R))
+    graph.graph.inputs.remove(graph.t)
+    with pytest.raises(ExportError, match="step-aware gains need the graph's timestep input"):
+        StepGains(graph.plan)(graph.model)
+
+
+# --------------------------------------------------------------------------------------------------------- zero offsets
+
+
+@pytest.mark.parametrize("offset", [-127, 60, 128])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 1, 0), (1, 1, 1), (5, 2, 2), (5, 3, 1)]
+)
+def test_the_offset_map_is_the_convolution_of_a_constant(
+    small: Any, offset: int, kernel: int, stride: int, pad: int
+) -> None:
+    graph = small((4, 7, 6))
+    graph.conv(kernel=kernel, stride=stride, pad=pad, zero_offset=offset)
+    (plan,) = graph.plans
+    constant = np.full((1, 4, 7, 6), offset * plan.scale)
+    expected = conv(constant, graph.weights["conv"], stride, pad)
+    found = offset_map(plan)
+    if pad:
+        np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
+    else:
+        assert found.shape == (3,)
+        np.testing.assert_allclose(np.broadcast_to(found.reshape(1, 3, 1, 1), expected.shape), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_zero_offsets_keep_the_convolution(
+    small: Any, run_graph: Any, kernel: int, stride: int, pad: int, bias: bool
+) -> None:
+    graph = small((4, 7, 6))
+    graph.output(graph.conv(kernel=kernel, stride=stride, pad=pad, bias=bias, zero_offset=77))
+    given = feeds(graph)
+    before = conv(given["x"], graph.weights["conv"], stride, pad)
+    before = before + (graph.biases["conv"].reshape(1, -1, 1, 1) if bias else 0)
+    assert ZeroOffsets(graph.plan)(graph.model).modified
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, atol=2e-6 * 77 * np.abs(before).max())
+    merged = not pad and bias
+    assert operators(graph.model) == (["Sub", "Conv"] if merged else ["Sub", "Conv", "Add"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul"])
+def test_zero_offsets_keep_the_matrix_product(small: Any, run_graph: Any, kind: str, bias: bool) -> None:
+    graph = small((4,) if kind == "Gemm" else (5, 4))
+    graph.output(graph.linear(kind=kind, bias=bias, zero_offset=-30))
+    given = feeds(graph)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    ZeroOffsets(graph.plan)(graph.model)
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("kind", ["conv", "Gemm", "MatMul"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_gains_and_offsets_together_keep_the_function(small: Any, run_graph: Any, kind: str, pad: int) -> None:
+    graph = small({"conv": (4, 6, 5), "Gemm": (4,), "MatMul": (7, 4)}[kind])
+    if kind == "conv":
+        graph.output(graph.conv(pad=pad, zero_offset=40, inverse_r=R, inverse_k=K))
+    else:
+        graph.output(graph.linear(kind=kind, zero_offset=40, inverse_r=R, inverse_k=K))
+    given = feeds(graph, 5)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    for step in (BranchFactors, StepGains, QuantizeWeights, ZeroOffsets):
+        step(graph.plan)(graph.model)
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+# ---------------------------------------------------------------------------------------------------- quantize, dequantize
+
+
+def test_signed_inputs_are_quantized_once_and_dequantized_per_reader(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a"))
+    graph.output(graph.conv("b", group="a"))
+    QuantizeInputs(graph.plan, unsigned=False)(graph.model)
+    assert Counter(operators(graph.model)) == {"QuantizeLinear": 1, "DequantizeLinear": 2, "Conv": 2}
+    assert graph.graph.initializers["a/zero_point"].const_value.numpy() == np.int8(0)
+
+
+def test_unsigned_inputs_have_a_pair_per_reader_and_the_offset_as_zero_point(small: Any, run_graph: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a", zero_offset=78))
+    graph.output(graph.conv("b", group="a", zero_offset=78))
+    QuantizeInputs(graph.plan, unsigned=True)(graph.model)
+    assert Counter(operators(graph.model)) == {"QuantizeLinear": 2, "DequantizeLinear": 2, "Conv": 2}
+    point = graph.graph.initializers["a/zero_point"].const_value.numpy()
+    assert (point, point.dtype) == (50, np.uint8)
+    codes = next(node.outputs[0] for node in graph.graph if node.op_type == "QuantizeLinear")
+    graph.graph.outputs.append(codes)
+    x = np.zeros((1, 4, 6, 5), dtype=np.float32)
+    x[0, 0, 0] = [0.0625, 0.1875, -0.0625, 100.0, -100.0]  # 0.5, 1.5 and -0.5 steps of 0.125: half to even
+    found = run_graph(graph.model, {"x": x, "timestep": np.array([0])}, optimize=False)[codes.name]
+    assert found[0, 0, 0].tolist() == [50, 52, 50, 255, 0]
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("conv", 0), ("Gemm", 0), ("MatMul", 1)])
+def test_weights_become_codes_in_the_layout_of_their_node(small: Any, run_graph: Any, kind: str, axis: int) -> None:
+    graph = small((4, 6, 5) if kind == "conv" else (5, 4) if kind == "MatMul" else (4,))
+    graph.output(graph.conv() if kind == "conv" else graph.linear(kind=kind))
+    given = feeds(graph)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    QuantizeWeights(graph.plan)(graph.model)
+    node = next(node for node in graph.graph if node.op_type == "DequantizeLinear")
+    assert node.attributes["axis"].as_int() == axis
+    assert node.inputs[0].dtype == ir.DataType.INT8
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+def test_outputs_are_quantized_behind_the_kernel_and_before_the_gain(small: Any, run_graph: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(bias=True, inverse_r=R))
+    for step in (StepGains, QuantizeWeights, QuantizeOutputs):
+        step(graph.plan)(graph.model)
+    order = [op for op in operators(graph.model) if op not in ("Gather",)]
+    assert order == ["Mul", "DequantizeLinear", "Conv", "QuantizeLinear", "DequantizeLinear", "Mul", "Add"]
+    assert next(node for node in graph.graph if node.op_type == "Conv").inputs[2:] in ((None,), ())
+
+
+def test_a_bias_becomes_int32_in_units_of_the_product(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv())
+    QuantizeOutputs(graph.plan)(graph.model)
+    (plan,) = graph.plans
+    codes = graph.graph.initializers["conv/bias_codes"].const_value.numpy()
+    assert codes.dtype == np.int32
+    np.testing.assert_array_equal(codes, np.rint(graph.biases["conv"] / (plan.weight_scales * np.float32(plan.scale))))
+
+
+def test_a_bias_that_does_not_fit_is_refused(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(scale=2.0**-14, weight_scale=np.full(3, 2.0**-14, dtype=np.float32)))
+    node = next(iter(graph.graph))
+    node.replace_input_with(2, graph.constant("huge", np.full(3, 100.0, dtype=np.float32)))
+    with pytest.raises(ExportError, match="the bias of conv does not fit 32 bits at scale 6.1e-05"):
+        QuantizeOutputs(graph.plan)(graph.model)
+
+
+def test_a_plan_without_output_scales_is_refused(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv(output_scale=None))
+    with pytest.raises(ExportError, match="the plan has no output scale for conv, which the onnxruntime target needs"):
+        QuantizeOutputs(graph.plan)(graph.model)
+
+
+# --------------------------------------------------------------------------------------------- norms and the time table
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_instance_norm_form_is_the_group_norm(small: Any, run_graph: Any, groups: int) -> None:
+    graph = small((4, 6, 5))
+    rng = np.random.default_rng(0)
+    scale, bias = (graph.constant(n, rng.normal(size=4).astype(np.float32)) for n in ("scale", "bias"))
+    graph.output(graph.node("GroupNormalization", [graph.x, scale, bias], [4, 6, 5], num_groups=groups, epsilon=1e-3))
+    given = feeds(graph)
+    x = given["x"].astype(np.float64).reshape(3, groups, -1)
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3)
+    values = [v.const_value.numpy().reshape(1, 4, 1, 1) for v in (scale, bias)]
+    expected = normal.reshape(3, 4, 6, 5) * values[0] + values[1]
+    assert InstanceNormForm()(graph.model).modified
+    (found,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert "GroupNormalization" not in operators(graph.model)
+    assert not InstanceNormForm()(graph.model).modified
+
+
+def test_the_time_table_is_made_once(tiny: Any) -> None:
+    model = tiny.float_graph("rgb").clone()
+    assert not TimeTable(1000)(model).modified
+
+
+def test_a_time_table_needs_a_timestep(small: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv())
+    graph.graph.inputs.remove(graph.t)
+    with pytest.raises(ExportError, match="the graph has no timestep input to make a table of"):
+        TimeTable(10)(graph.model)
