@@ -1,11 +1,12 @@
 """What each factor of the plan is worth, on the embedded model: every feature on and off, on every target.
 
-`onnxruntime` and `openvino` run their own graphs; `tensorrt` runs the simulation of its integers. Teacher-forced SQNR of
-the network's output (mean over the steps, and at the last step), PSNR of the finished images, unseen seeds.
+`onnxruntime` and `openvino` run their own graphs; `tensorrt` runs the simulation of its integers. Teacher-forced SQNR
+of the network's output (mean over the steps, and at the last step), PSNR of the finished images, unseen seeds.
 
     python benchmarks/ablation.py --save
 """
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.quality import compare_with, reference_run
 from qdm_deploy.pipeline.simulation import TorchSession
+from qdm_deploy.report.model import QualityRow
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
@@ -34,6 +36,7 @@ VARIANTS = {
     "default without k": PlanOptions(concat_scales="none"),
     "default, min-max range": PlanOptions(ranges="minmax"),
     "default, Lp 2.4 range": PlanOptions(ranges="lp"),
+    "default, gains from 5 % on": PlanOptions(gain_ratio=1.05),
 }
 # Seeds that no calibration uses.
 FIRST_SEED = 2**40
@@ -48,12 +51,31 @@ def session_for(model: Case, plan: QuantizationPlan, target: Target, folder: Pat
     return target, OnnxRuntimeSession(path) if target == "onnxruntime" else OpenVinoSession(path, precision="f32")
 
 
+def measured(name: str, plan: QuantizationPlan, row: QualityRow) -> dict[str, Any]:
+    """One line of the table."""
+    summary = plan.summary()
+    return {
+        "plan": name,
+        "target": row.label,
+        "eps SQNR dB": row.eps_sqnr_mean_db,
+        "last step": row.eps_sqnr_db[-1],
+        "PSNR dB": row.psnr_mean_db,
+        "worst PSNR": row.psnr_min_db,
+        "z": summary["zero_offset"],
+        "k": summary["branch_factors"],
+        "r": summary["step_gains"],
+    }
+
+
 def main() -> None:
     arguments = parser("Ablation of the quantization plan on the embedded model.")
     arguments.add_argument("--seeds", type=int, default=64)
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--calibration-samples", type=int, default=16)
     arguments.add_argument("--targets", default=",".join(TARGETS))
+    arguments.add_argument(
+        "--cache", type=Path, help="folder of finished rows, to go on from after an interruption"
+    )
     given = arguments.parse_args()
     model = case("fashion", samples=given.calibration_samples)
     spec = model.checkpoint.spec
@@ -64,27 +86,20 @@ def main() -> None:
         with OnnxRuntimeSession(write_float(model, Path(scratch) / "float")) as session:
             say("float reference")
             reference = reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, given.seeds))
-        for number, (name, options) in enumerate(VARIANTS.items()):
-            plan = model.plan(options)
-            for target in TARGETS:
-                if target not in given.targets.split(","):
+        for number, name in enumerate(sorted(VARIANTS, key=lambda name: VARIANTS[name] not in (PLAIN, FULL))):
+            plan = model.plan(VARIANTS[name])
+            for target in (target for target in TARGETS if target in given.targets.split(",")):
+                cached = given.cache and given.cache / f"{number}-{target}-{given.seeds}x{given.steps}.json"
+                if cached and cached.is_file():
+                    rows.append(json.loads(cached.read_text()))
                     continue
                 backend, opened = session_for(model, plan, target, Path(scratch) / str(number))
                 with opened as session:
                     row, _ = compare_with(reference, session, spec, target=target, backend=backend)
-                rows.append(
-                    {
-                        "plan": name,
-                        "target": row.label,
-                        "eps SQNR dB": row.eps_sqnr_mean_db,
-                        "last step": row.eps_sqnr_db[-1],
-                        "PSNR dB": row.psnr_mean_db,
-                        "worst PSNR": row.psnr_min_db,
-                        "z": plan.summary()["zero_offset"],
-                        "k": plan.summary()["branch_factors"],
-                        "r": plan.summary()["step_gains"],
-                    }
-                )
+                rows.append(measured(name, plan, row))
+                if cached:
+                    given.cache.mkdir(parents=True, exist_ok=True)
+                    cached.write_text(json.dumps(rows[-1]))
                 say(f"{name} | {row.label}: {row.eps_sqnr_mean_db:.2f} dB, PSNR {row.psnr_mean_db:.2f} dB")
     plain = {row["target"]: row["eps SQNR dB"] for row in rows if row["plan"] == "symmetric min-max"}
     for row in rows:

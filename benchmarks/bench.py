@@ -33,8 +33,8 @@ __all__ = ["RESULTS", "Case", "case", "finish", "parser", "say", "write_float", 
 
 RESULTS = Path(__file__).parent / "results"
 
-# google/ddpm-cifar10-32: the U-Net of Ho et al. (2020) for CIFAR-10, 35.7 M parameters. Its weights are not shipped; speed
-# does not depend on them, so they are drawn at random here.
+# google/ddpm-cifar10-32: the U-Net of Ho et al. (2020) for CIFAR-10, 35.7 M parameters. Its weights are not shipped;
+# speed does not depend on them, so they are drawn at random here.
 _CIFAR10 = {
     "sample_size": 32,
     "in_channels": 3,

@@ -1,0 +1,19 @@
+"""INT8 deployment of diffusion U-Nets: ``from qdm_deploy import build, generate``. Importing it loads no stage."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdm_deploy.pipeline import BuildOptions as BuildOptions
+    from qdm_deploy.pipeline import GenerateOptions as GenerateOptions
+    from qdm_deploy.pipeline import build as build
+    from qdm_deploy.pipeline import generate as generate
+
+__all__ = ["BuildOptions", "GenerateOptions", "build", "generate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qdm_deploy import pipeline
+
+    return getattr(pipeline, name)

@@ -54,6 +54,19 @@ def mount(tmp_path: Path) -> Iterator[Callable[[Path, str], Path]]:
 TINY = ("labels", "rgb", "text", "variance")
 
 
+def _once(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep what a stage makes, by its arguments, for as long as its models live."""
+
+    @functools.wraps(stage)
+    def kept(self: Any, *arguments: Any, **options: Any) -> Any:
+        key = (stage.__name__, arguments, tuple(sorted(options.items())))
+        if key not in self.made:
+            self.made[key] = stage(self, *arguments, **options)
+        return self.made[key]
+
+    return kept
+
+
 class TinyModels:
     """Four U-Nets of diffusers with random weights, and what the pipeline makes of them; each stage runs once.
 
@@ -69,8 +82,9 @@ class TinyModels:
         # One thread: the same bits on every machine, and no time lost where the other cores are busy.
         torch.set_num_threads(1)
         self.root = root
+        self.made: dict[Any, Any] = {}
 
-    @functools.cache
+    @_once
     def folder(self, name: str) -> Path:
         import torch
         from diffusers import DDPMScheduler
@@ -91,26 +105,26 @@ class TinyModels:
             (folder / "labels.json").write_text(json.dumps(["shirt", "bag", "boot"]))
         return folder
 
-    @functools.cache
+    @_once
     def checkpoint(self, name: str) -> Any:
         from qdm_export.unet import load_checkpoint
 
         return load_checkpoint(self.folder(name))
 
-    @functools.cache
+    @_once
     def float_graph(self, name: str) -> Any:
         """The exported float graph; clone it before you change it."""
         from qdm_export.float_graph import export_float_graph
 
         return export_float_graph(self.checkpoint(name))
 
-    @functools.cache
+    @_once
     def topology(self, name: str) -> Any:
         from qdm_export.topology import topology_of
 
         return topology_of(self.float_graph(name))
 
-    @functools.cache
+    @_once
     def table(self, name: str, steps: int = 12) -> Any:
         from qdm_deploy.samplers import NoiseSchedule, step_table
 
@@ -118,7 +132,7 @@ class TinyModels:
         sampler = "ddim" if name == "rgb" else "ddpm"
         return step_table(schedule, sampler, steps, learned_variance=name == "variance")
 
-    @functools.cache
+    @_once
     def calibration(self, name: str) -> Any:
         from qdm_calibration.collect import collect_calibration_set
         from qdm_calibration.timesteps import SamplingPlan
@@ -130,13 +144,13 @@ class TinyModels:
             guidance=1.5 if guided else 1.0, conditioning=states if name == "text" else None,
         )  # fmt: skip
 
-    @functools.cache
+    @_once
     def statistics(self, name: str) -> Any:
         from qdm_calibration.statistics import collect_statistics
 
         return collect_statistics(self.checkpoint(name).unet, self.topology(name), self.calibration(name), 1000)
 
-    @functools.cache
+    @_once
     def plan(self, name: str, **options: Any) -> Any:
         """A plan with every factor in use: thresholds low, ranges without a search unless ``options`` say otherwise."""
         from qdm_calibration.plan import PlanOptions, make_plan

@@ -82,7 +82,7 @@ _FILE = click.Path(path_type=Path)
     help="Take this saved calibration set rather than making one.",
 )
 @option(
-    "--save-calibration", type=click.Path(path_type=Path), section=_CALIBRATION, help="Keep the calibration set in this file."
+    "--save-calibration", type=_FILE, section=_CALIBRATION, help="Keep the calibration set in this file."
 )
 @option(
     "--conditioning",
@@ -119,7 +119,7 @@ _FILE = click.Path(path_type=Path)
     "--step-bins",
     type=int,
     section=_QUANTIZATION,
-    help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer timesteps]",
+    help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer steps]",
 )
 @option(
     "--targets",

@@ -127,7 +127,7 @@ class EngineCache:
             EnvironmentProblem: The cache cannot be written, or others could write to it.
             ResourceProblem: The disk is full.
         """
-        self._prepare()
+        self.prepare()
         key = identity.key
         folder = self.root / key
         with self._locked(key, progress):
@@ -146,7 +146,7 @@ class EngineCache:
 
     def timing_cache(self, identity: EngineIdentity) -> Path:
         """Where kernel timings of this library on this GPU are kept between builds."""
-        self._prepare()
+        self.prepare()
         name = hashlib.sha256(f"{identity.backend} {identity.library_version} {identity.target}".encode()).hexdigest()
         return self.root / "timing" / f"{name}.cache"
 
@@ -214,7 +214,12 @@ class EngineCache:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Make the folder, and refuse one that cannot be used or that others could put code into.
+
+        Raises:
+            EnvironmentProblem: With the fix.
+        """
         try:
             for folder in (self.root, self.root / "locks", self.root / "failed", self.root / "timing"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.bundle import BundleWriter
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.pipeline.calibrate import calibrated_plan, calibration_given
@@ -111,6 +112,7 @@ def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
             )
         progress.say("No TensorRT-RTX here, so no engine is built (pip install 'qdm-deploy[tensorrt-rtx]')")
         return ()
+    EngineCache().prepare()  # an unwritable cache is told now, not after the calibration
     return wanted
 
 

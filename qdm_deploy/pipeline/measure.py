@@ -28,6 +28,7 @@ from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, automatic_backend
 from qdm_deploy.samplers import StepTable
+from qdm_deploy.samplers.columns import NO_CLIP
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -176,7 +177,10 @@ def _checks(
 
 
 def trajectory_inputs(spec: ModelSpec, reference: ReferenceRun, rows: int = _CHECK_ROWS) -> dict[str, NDArray[Any]]:
-    """Inputs of the step graph from the float run's own trajectory: one row per sample, each at another step."""
+    """Inputs of the step graph from the float run's own trajectory: one row per sample, each at another step.
+
+    Coefficients p, q and clip are set so that the graph's x0 is the network's output itself: clipping would hide errors.
+    """
     steps, count = reference.inputs.shape[:2]
     picked = np.linspace(0, steps - 1, rows).round().astype(np.int64)
     sample = np.arange(rows) % count
@@ -184,6 +188,7 @@ def trajectory_inputs(spec: ModelSpec, reference: ReferenceRun, rows: int = _CHE
     inputs["sample"] = np.ascontiguousarray(reference.inputs[picked, sample])
     inputs["timestep"] = reference.table.timesteps[picked].copy()
     inputs["coefficients"] = reference.table.coefficients[picked].copy()
+    inputs["coefficients"][:, :3] = 0.0, 1.0, NO_CLIP
     if reference.conditioning is not None:
         for item in spec.conditioning:
             values = getattr(reference.conditioning, item.name)

@@ -14,10 +14,9 @@ from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.pipeline.measure import Measured, trajectory_inputs
 from qdm_deploy.pipeline.options import BuildOptions
-from qdm_deploy.pipeline.selftest import answers, write_selftest
+from qdm_deploy.pipeline.selftest import answers, distance_db, write_selftest
 from qdm_deploy.report.html import render
 from qdm_deploy.report.machine import library_versions, machine_card
-from qdm_deploy.report.metrics import sqnr_db
 from qdm_deploy.report.model import EngineRow, LayerRow, Report, SizeBlock, Thresholds
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.verdict import decide
@@ -147,7 +146,7 @@ def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) ->
         opener = OpenVinoSession if row.backend == "openvino" else OnnxRuntimeSession
         with opener(unet / f"{row.target}.onnx") as session:
             got = answers(session, inputs)
-        reached[row.backend] = min(sqnr_db(expected[name], got[name]) for name in expected)
+        reached[row.backend] = distance_db(expected, got)
     write_selftest(root / "selftest", inputs, expected, reached)
 
 

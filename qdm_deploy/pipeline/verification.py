@@ -29,7 +29,7 @@ def verify(bundle: Path, backend: str = "auto", progress: Progress = SILENT) -> 
     """Check the closed file set and every hash, then run the self-test vectors.
 
     Raises:
-        BundleError: there is no bundle at all, or its self-test cannot be read.
+        BundleError: the self-test of an intact bundle cannot be read.
         EnvironmentProblem: the backend is not installed.
     """
     progress.say("Hashing files")

@@ -1,4 +1,4 @@
-"""A stored row is what the full-precision sampler met: it can be recomputed from its seed and continued to its image."""
+"""A stored row is what the full-precision sampler met: its seed recomputes it, it leads to its image."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +125,8 @@ def test_text_conditioning_goes_with_its_rows(tiny: Any) -> None:
 def test_provenance_says_how_the_set_was_made(tiny: Any) -> None:
     stored = collect(tiny, "labels", guidance=1.5, provenance={"model": "tiny"})
     assert stored.provenance == {
-        "model": "tiny", "sampler": "ddpm", "steps": 12, "strategy": "uniform", "samples": 4, "seed": 11, "guidance": 1.5,
+        "model": "tiny", "sampler": "ddpm", "steps": 12, "strategy": "uniform", "samples": 4,
+        "seed": 11, "guidance": 1.5,
     }  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def test_a_conditioning_input_the_model_does_not_have_is_refused() -> None:
         collect_toy(spec(), conditioning={"class_labels": np.array([1])})
 
 
-# ------------------------------------------------------------------------------------------------------- the saved value
+# ------------------------------------------------------------------------------------------------------ the saved value
 
 
 def rows(**changes: Any) -> CalibrationSet:

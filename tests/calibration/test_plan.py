@@ -64,7 +64,7 @@ MOVING = [(1.0,), (2.0,), (4.0,), (8.0,)]
 BRANCHES = [(1.0, 8.0)] * 4
 
 
-# --------------------------------------------------------------------------------------------------------------- factors
+# -------------------------------------------------------------------------------------------------------------- factors
 
 
 def test_static_plan_by_hand() -> None:
@@ -74,7 +74,8 @@ def test_static_plan_by_hand() -> None:
     assert layer.output_scale == pytest.approx(3 / 127, rel=1e-3)
     assert layer.output_zero_point == 128
     assert layer.notes == {
-        "s": "minmax range over 4 timestep ranges", "z": "switched off: symmetric grid", "r": "switched off: one step bin",
+        "s": "minmax range over 4 timestep ranges", "z": "switched off: symmetric grid",
+        "r": "switched off: one step bin",
     }  # fmt: skip
 
 
@@ -160,6 +161,14 @@ def test_k_and_r_combine() -> None:
     np.testing.assert_allclose(layer.inverse_k, [8.0] * 4 + [1.0] * 12, rtol=0.01)
     np.testing.assert_allclose(1 / layer.inverse_r, [1, 2, 4, 8], rtol=5e-3)
     assert layer.scale == pytest.approx(8 / 127, rel=0.01)  # every branch and bin fills [-8, 8]
+    # The wide branch is positive and the narrow one negative: only with its factor does the latter reach -8.
+    one_sided = tensor((1.0, 8.0), (2.0, 16.0), (4.0, 32.0), (8.0, 64.0), widths=(4, 12), one_sided=True)
+    one_sided.counts[:, 0] = one_sided.counts[:, 0, ::-1].copy()
+    layer = planned(conv(branches=(4, 12)), one_sided).layers[0]
+    assert layer.inverse_k is not None
+    assert layer.inverse_r is not None
+    assert layer.scale == pytest.approx(16 / 255, rel=0.01)
+    assert layer.zero_offset == pytest.approx(0, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +202,7 @@ def test_bins_that_cannot_be_told_apart_are_refused() -> None:
         make_plan(network(conv()), Topology((conv(),)), statistics, PlanOptions(step_bins=3))
 
 
-# --------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize(
@@ -203,8 +212,8 @@ def test_bins_that_cannot_be_told_apart_are_refused() -> None:
         ({"concat_scales": "split"}, "concat scales 'split' are not known; choose 'none' or 'branch'"),
         ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
         ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),
-        ({"branch_ratio": 0.5}, r"branch ratio 0\.5 and gain ratio 1\.15 must be at least 1"),
-        ({"gain_ratio": 0.9}, r"branch ratio 1\.25 and gain ratio 0\.9 must be at least 1"),
+        ({"branch_ratio": 0.5, "gain_ratio": 2.0}, r"branch ratio 0\.5 and gain ratio 2\.0 must be at least 1"),
+        ({"branch_ratio": 2.0, "gain_ratio": 0.9}, r"branch ratio 2\.0 and gain ratio 0\.9 must be at least 1"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], text: str) -> None:
@@ -212,7 +221,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], text: st
         PlanOptions(**options)
 
 
-# --------------------------------------------------------------------------------------------------------- whole networks
+# ------------------------------------------------------------------------------------------------------- whole networks
 
 
 def test_layers_that_read_one_tensor_share_its_grid(tiny: Any) -> None:
@@ -253,7 +262,7 @@ def test_the_tiny_plan_uses_every_factor(tiny: Any) -> None:
     assert (off["zero_offset"], off["branch_factors"], off["step_gains"]) == (0, 0, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the saved plan
+# ------------------------------------------------------------------------------------------------------- the saved plan
 
 
 def same(left: QuantizationPlan, right: QuantizationPlan) -> None:

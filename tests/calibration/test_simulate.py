@@ -68,6 +68,13 @@ def test_onnxruntime_also_rounds_its_bias_and_its_output() -> None:
     assert y[0, 0, 0].tolist() == [3 * 0.75, 3 * 0.75, -84 * 0.75]
     # Channel 1: 0.125 * (-4 - 24) = -3.5 is -4.67 steps; the others -3.75 and 29, 38.67 steps.
     assert y[0, 1, 0].tolist() == [-5 * 0.75, -5 * 0.75, 39 * 0.75]
+    # A bias of 7.6 units counts as 8: 16 units are 12.8 steps of 1.25 units, where 15.6 would be 12.48.
+    with torch.no_grad():
+        module.bias.fill_(7.6 * 0.125)
+    fine = quantized_layer(module, replace(plan, output_scale=0.15625), "onnxruntime")(image([1.0]))
+    assert fine[0, 0, 0, 0] == 13 * 0.15625
+    with torch.no_grad():
+        module.bias.copy_(torch.tensor([1.05, -3.0]))
     clipped = quantized_layer(module, replace(plan, output_zero_point=250), "onnxruntime")(image([1.0, 1.3, -70.0]))
     assert clipped[0, 1, 0, 2] == 5 * 0.75  # code 255
 
@@ -149,7 +156,7 @@ def test_gains_by_hand() -> None:
     assert y[1].tolist() == [[10 + 4 * 0.5 * 16, 20 + 4 * 0.25 * 250, 30 - 4 * 0.125 * 20]]
 
 
-# ---------------------------------------------------------------------------------------------------------- whole networks
+# ------------------------------------------------------------------------------------------------------- whole networks
 
 
 def inputs(tiny: Any, name: str, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -40,7 +40,7 @@ def collected(batches: list[Array]) -> Histogram:
     return collector.result().histogram(0)
 
 
-# ---------------------------------------------------------------------------------------------------------- histograms
+# ----------------------------------------------------------------------------------------------------------- histograms
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 50), st.integers(-4, 4)), min_size=1, max_size=6))
@@ -115,8 +115,8 @@ def test_centers_are_the_middles_of_the_bins() -> None:
 def test_channel_extremes_and_branches(shape: tuple[int, ...], axis: int) -> None:
     rng = np.random.default_rng(0)
     collector = TensorCollector(3, (4, 3))
-    parts = [(rng.normal(size=shape) * np.arange(1, 8).reshape(7, *[1] * (len(shape) - 2))
-              if axis == 1 else rng.normal(size=shape) * np.arange(1, 8)).astype(np.float32) for _ in range(2)]  # fmt: skip
+    widen = np.arange(1, 8).reshape(7, *[1] * (len(shape) - 2)) if axis == 1 else np.arange(1, 8)
+    parts = [(rng.normal(size=shape) * widen).astype(np.float32) for _ in range(2)]
     for part in parts:
         collector.add(1, torch.from_numpy(part), axis)
     result = collector.result()
@@ -300,7 +300,7 @@ def test_statistics_of_a_real_network_name_its_groups(tiny: Any) -> None:
         assert elements[0, 0] % (8 * layers[0].branches[0]) == 0
 
 
-# ------------------------------------------------------------------------------------------------------- the saved value
+# ------------------------------------------------------------------------------------------------------ the saved value
 
 
 def test_save_and_load_keep_every_bit(tiny: Any, tmp_path: Path) -> None:
@@ -386,7 +386,8 @@ samples = int(sys.argv[2])
 network = load_checkpoint(Path(sys.argv[1])).unet
 convs = [(n, m) for n, m in network.unet.named_modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels >= 16]
 topology = Topology(tuple(
-    Layer(n, "conv", tuple(m.weight.shape), n, (m.in_channels,), False, tuple(m.stride), (0, 0, 0, 0), (28, 28)) for n, m in convs
+    Layer(n, "conv", tuple(m.weight.shape), n, (m.in_channels,), False, tuple(m.stride), (0, 0, 0, 0), (28, 28))
+    for n, m in convs
 ))
 rng = np.random.default_rng(0)
 data = CalibrationSet(

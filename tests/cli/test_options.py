@@ -84,12 +84,12 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
         "--int8 m --out o.qdm --force --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 --calib-samples 3 "
         "--calib-steps 4 --strategy ndtc --ndtc-mean 0.1 --ndtc-spread 0.2 --ndtc-count 5 --calibration c.safetensors "
         "--conditioning t.safetensors --ranges lp --no-zero-offset --concat-scales none --step-bins 2 "
-        "--targets openvino,onnxruntime --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
+        "--targets tensorrt,onnxruntime --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
         "--min-psnr 31 --min-sqnr 26 --min-speedup 1.5"
     )
     built = options_of(replace, invoke, "build", line)
     assert built == BuildOptions(
-        out=Path("o.qdm"), model="m", targets=("openvino", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
+        out=Path("o.qdm"), model="m", targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
         strategy="ndtc", calibration_samples=3, calibration_steps=4, ndtc_mean=0.1, ndtc_spread=0.2, ndtc_count=5,
         calibration_file=Path("c.safetensors"), conditioning_file=Path("t.safetensors"), ranges="lp", zero_offset=False,
         concat_scales="none", step_bins=2, seed=9, engines=("8.9", "12.0"), float_graph=False, verify_samples=6,

@@ -1,6 +1,5 @@
 """The targets' graphs of the tiny models on disk, each written once, and small graphs for single passes."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +49,12 @@ class Emitted:
 
     def __init__(self, tiny: Any) -> None:
         self.tiny = tiny
+        self.made: dict[tuple[str, Target], ir.Model] = {}
 
-    @functools.cache
     def graph(self, name: str, target: Target) -> ir.Model:
-        return emit(self.tiny.float_graph(name), self.tiny.plan(name), target)
+        if (name, target) not in self.made:
+            self.made[name, target] = emit(self.tiny.float_graph(name), self.tiny.plan(name), target)
+        return self.made[name, target]
 
     def feeds(self, name: str, batch: int, seed: int = 1) -> Feeds:
         """Fresh random inputs, rows at different timesteps, by input name."""
@@ -126,8 +127,8 @@ class SmallGraph:
         self.plans.append(LayerPlan(layer, "int8", **{**values, **changes}))
 
     def conv(
-        self, name: str = "conv", *, out: int = 3, kernel: int = 3, stride: int = 1, pad: int = 1, bias: bool = True, seed: int = 0,
-        group: str | None = None, source: ir.Value | None = None, **changes: Any,
+        self, name: str = "conv", *, out: int = 3, kernel: int = 3, stride: int = 1, pad: int = 1, bias: bool = True,
+        seed: int = 0, group: str | None = None, source: ir.Value | None = None, **changes: Any,
     ) -> ir.Value:  # fmt: skip
         rng = np.random.default_rng(seed)
         data = self.x if source is None else source
@@ -161,8 +162,8 @@ class SmallGraph:
         return self.node("Conv", inputs, [out, *size], module=name, **attributes)
 
     def linear(
-        self, name: str = "linear", *, out: int = 3, kind: str = "Gemm", bias: bool = True, seed: int = 0, group: str | None = None,
-        **changes: Any,
+        self, name: str = "linear", *, out: int = 3, kind: str = "Gemm", bias: bool = True, seed: int = 0,
+        group: str | None = None, **changes: Any,
     ) -> ir.Value:  # fmt: skip
         rng = np.random.default_rng(seed)
         assert self.x.shape is not None

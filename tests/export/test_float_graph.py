@@ -1,4 +1,4 @@
-"""The exported step graph against PyTorch and the numpy sampler: fresh inputs, any batch, guided rows mixed with others."""
+"""The exported step graph against PyTorch and the numpy sampler: any batch, guided rows among others."""
 
 import json
 from typing import Any

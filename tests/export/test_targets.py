@@ -1,4 +1,4 @@
-"""Emitted graphs: valid, integer where the plan says so, with the same codes, layer by layer equal to the simulation."""
+"""Emitted graphs: valid, integer where the plan says so, with the same codes, each layer equal to the simulation."""
 
 from collections import Counter
 from dataclasses import replace
@@ -239,7 +239,7 @@ def test_u8_and_s8_forms_give_the_same_codes_but_for_ties(emitted: Any, tiny: An
         assert np.array_equal(codes[1][~tie], exact[~tie]), layers[0].name
         assert np.abs(codes[0] - 128 - codes[1]).max() <= 1
         assert tie.mean() < 0.01
-        assert len(np.unique(exact)) > 200
+        assert len(np.unique(exact)) > 150
 
 
 def signed_form(tiny: Any, name: str) -> ir.Model:

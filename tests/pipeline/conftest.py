@@ -55,8 +55,9 @@ def quick_build(tiny: Any) -> QuickBuild:
 
 @pytest.fixture(scope="session")
 def labels_build(quick_build: QuickBuild, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
-    """The class-conditional model with all targets, calibrated with guidance."""
-    return quick_build(tmp_path_factory.mktemp("labels") / "labels.qdm", guidance=1.5, command="a test")
+    """The class-conditional model with all targets, calibrated with guidance; its calibration set lies beside it."""
+    folder = tmp_path_factory.mktemp("labels")
+    return quick_build(folder / "labels.qdm", guidance=1.5, command="a test", save_calibration=folder / "calibration")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle, check_bundle
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError
 from qdm_deploy.pipeline import BuildOptions, BuildResult, build, inspect
@@ -43,10 +44,13 @@ def test_the_bundle_opens_with_everything_in_it(labels_build: BuildResult) -> No
 
 
 def test_a_guided_calibration_holds_the_unconditional_twin_of_every_row(labels_build: BuildResult) -> None:
-    provenance = inspect(labels_build.bundle).manifest.provenance
-    assert provenance["calibration"]["guidance"] == 1.5
+    inspection = inspect(labels_build.bundle)
+    calibration = CalibrationSet.load(labels_build.bundle.parent / "calibration")
+    assert calibration.provenance["guidance"] == 1.5
     # 4 trajectories at 8 steps, each row with its twin.
-    assert inspect(labels_build.bundle).plan.provenance["statistics"]["rows"] == 4 * 8 * 2
+    assert len(calibration) == inspection.plan.provenance["statistics"]["rows"] == 4 * 8 * 2
+    assert sorted(calibration.conditioning["class_labels"].tolist()) == [0] * 16 + [1] * 8 + [2] * 8 + [3] * 32
+    assert inspection.manifest.provenance["calibration"] == calibration.provenance
 
 
 def test_the_report_is_in_the_bundle(labels_build: BuildResult) -> None:

@@ -102,7 +102,11 @@ def test_an_unconditional_model_makes_pictures_without_labels(rgb: Path, tmp_pat
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("labels", {"label": "boots"}, r"unknown label 'boots' \(did you mean boot\?\); choose one of shirt, bag, boot"),
+        (
+            "labels",
+            {"label": "boots"},
+            r"unknown label 'boots' \(did you mean boot\?\); choose one of shirt, bag, boot",
+        ),
         ("labels", {"label": "3"}, r"unknown label '3'"),
         ("labels", {"backend": "onxruntime"}, r"backend 'onxruntime' is unknown; choose one of auto, onnxruntime"),
         ("labels", {"precision": "int4"}, r"precision 'int4' is unknown; choose int8 or float"),
@@ -186,7 +190,9 @@ def test_text_models_need_their_states(quick_build: Any, tiny: Any, text_states:
     assert row.psnr_db == ()
     assert row.eps_sqnr_min_db > 18
     assert "data:image/png" not in (result.bundle / "report.html").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match=r"text is conditioned on encoder_hidden_states \[77, 16\]; give a safetensors"):
+    with pytest.raises(
+        InputError, match=r"text is conditioned on encoder_hidden_states \[77, 16\]; give a safetensors"
+    ):
         make(result.bundle, tmp_path / "out")
     with pytest.raises(InputError, match=r"the samples of the model 'text' are latents"):
         make(result.bundle, tmp_path / "out", conditioning_file=text_states)

@@ -89,7 +89,8 @@ def _half_constant(model: ir.Model, value: ir.Value) -> ir.Value:
         values = values_of(value).astype(np.float16)
     if not np.isfinite(values).all():
         raise ExportError(
-            f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which float16 cannot hold; keep its layer in float"
+            f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which float16 cannot hold; "
+            "keep its layer in float"
         )
     tensor = ir.tensor(values, name=name)
     half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)

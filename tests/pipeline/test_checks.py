@@ -1,0 +1,115 @@
+"""The checks of a build fail where a graph does not compute what was planned."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdm_deploy.pipeline.checks import (
+    check_float_graph,
+    check_half_graph,
+    check_integer_kernels,
+    check_layers,
+    run_graph,
+)
+from qdm_deploy.pipeline.measure import simulation_of
+from qdm_deploy.pipeline.quality import network_output
+from qdm_deploy.pipeline.speed import random_inputs
+from qdm_deploy.runtime import Conditioning, OnnxRuntimeSession
+from qdm_export import targets
+from qdm_export.float_graph import save_graph
+from qdm_export.targets import emit, emit_float
+
+LAYER = "down_blocks.0.resnets.0.conv2"
+
+
+def altered(plan: Any, **changes: Any) -> Any:
+    """The same plan with other numbers for one layer."""
+    layers = tuple(dataclasses.replace(item, **changes) if item.name == LAYER else item for item in plan.layers)
+    return dataclasses.replace(plan, layers=layers)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_a_graph_of_the_plan_passes_and_one_of_another_plan_does_not(
+    tiny: Any, tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, plan, graph = tiny.checkpoint("labels"), tiny.plan("labels"), tiny.float_graph("labels")
+    inputs = random_inputs(checkpoint.spec, 3)
+    good = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
+    assert good.ok, good
+    other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
+    monkeypatch.setattr(targets, "emit", lambda graph, plan, target, **form: emit(graph, other, target, **form))
+    bad = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
+    assert not bad.ok
+    assert bad.detail.startswith(f"{len(plan.quantized) - 1} of {len(plan.quantized)} layers match")
+    assert bad.detail.endswith(f"least at {LAYER})")
+
+
+def test_a_lost_integer_kernel_is_counted(tiny: Any, tmp_path: Path) -> None:
+    plan, spec = tiny.plan("labels"), tiny.checkpoint("labels").spec
+    save_graph(emit(tiny.float_graph("labels"), plan, "onnxruntime"), tmp_path / "int8.onnx")
+    save_graph(emit_float(tiny.float_graph("labels")), tmp_path / "float.onnx")
+    rows = []
+    for name in ("int8", "float"):
+        run_graph("onnxruntime", tmp_path / f"{name}.onnx", random_inputs(spec, 2), optimized=tmp_path / "optimized")
+        rows.append(check_integer_kernels(plan, tmp_path / "optimized"))
+    assert [row.ok for row in rows] == [True, False]
+    assert rows[1].detail.startswith("0 of ")
+
+
+def test_a_float_graph_that_is_off_by_a_thousandth_fails(tiny: Any, tmp_path: Path) -> None:
+    checkpoint = tiny.checkpoint("variance")
+    save_graph(emit_float(tiny.float_graph("variance")), tmp_path / "float.onnx")
+    inputs = random_inputs(checkpoint.spec, 2, seed=3)
+    outputs = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)
+    assert check_float_graph(outputs, checkpoint, inputs).ok
+    off = {**outputs, "x0": outputs["x0"] * np.float32(1.001)}
+    row = check_float_graph(off, checkpoint, inputs)
+    assert not row.ok
+    assert "60 dB" in row.detail
+
+
+def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Path) -> None:
+    checkpoint, plan = tiny.checkpoint("labels"), tiny.plan("labels")
+    inputs = random_inputs(checkpoint.spec, 8)
+    save_graph(emit_float(tiny.float_graph("labels")), tmp_path / "float.onnx")
+    expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
+    with simulation_of(checkpoint, plan, "tensorrt") as session:
+        simulated = session.run(inputs).x0.copy()
+    other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
+    save_graph(emit(tiny.float_graph("labels"), other, "tensorrt"), tmp_path / "wrong.onnx")
+    row = check_half_graph(tmp_path / "wrong.onnx", expected, simulated, inputs)
+    assert not row.ok
+    assert "dB from the float model, its simulation" in row.detail
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("rgb", 1.0), ("labels", 1.0), ("labels", 2.5), ("variance", 1.0)])
+def test_the_network_output_is_read_through_the_step_graph(
+    tiny: Any, tmp_path: Path, name: str, guidance: float
+) -> None:
+    """Teacher-forced outputs are the U-Net's own, guided, its noise half alone where it predicts a variance."""
+    import torch
+
+    checkpoint, table = tiny.checkpoint(name), tiny.table(name)
+    spec = checkpoint.spec
+    save_graph(emit_float(tiny.float_graph(name)), tmp_path / "float.onnx")
+    states = np.random.default_rng(0).normal(size=(len(table.timesteps), 2, *spec.sample_shape)).astype(np.float32)
+    labels = np.array([1, 2]) if spec.conditional else None
+    with OnnxRuntimeSession(tmp_path / "float.onnx", threads=1) as session:
+        conditioning = None if labels is None else Conditioning(class_labels=labels)
+        read = network_output(session, table, states, spec, conditioning, guidance, 16, "reading")
+
+    def network(states: Any, timestep: int, labels: Any) -> Any:
+        given = {} if labels is None else {"class_labels": torch.from_numpy(labels)}
+        with torch.inference_mode():
+            output = checkpoint.unet(torch.from_numpy(states), torch.full((2,), timestep), **given)
+        return output.numpy()[:, : spec.sample_shape[0]]
+
+    for step, timestep in enumerate(table.timesteps.tolist()):
+        expected = network(states[step], timestep, labels)
+        if guidance != 1.0:
+            base = network(states[step], timestep, np.full(2, spec.null_label))
+            expected = base + np.float32(guidance) * (expected - base)
+        np.testing.assert_allclose(read[step], expected, atol=2e-5)

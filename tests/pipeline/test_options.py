@@ -1,0 +1,86 @@
+"""What cannot be done is refused when the options are made, with the value and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdm_deploy.errors import InputError
+from qdm_deploy.pipeline import BuildOptions, CompareOptions, GenerateOptions
+
+X = Path("x")
+BAD = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ()}, r"no target was given; choose from onnxruntime, openvino, tensorrt"),
+        ({"targets": ("onnxruntime", "tensort")}, r"unknown target 'tensort' \(did you mean tensorrt\?\)"),
+        ({"targets": ("openvino",)}, r"the target onnxruntime is part of every bundle"),
+        ({"targets": ("onnxruntime", "onnxruntime")}, r"a target is given twice: onnxruntime, onnxruntime"),
+        ({"targets": ("onnxruntime",), "engines": ("8.9",)}, r"engines for 8\.9 are built from the target tensorrt"),
+        ({"sampler": "DDIM"}, r"unknown sampler 'DDIM' \(did you mean ddim\?\); choose one of ddpm, ddim"),
+        ({"sampler": "qqq"}, r"unknown sampler 'qqq'; choose one of"),
+        ({"strategy": "gauss"}, r"unknown calibration strategy 'gauss'; choose one of uniform, ndtc"),
+        ({"ranges": "MinMax"}, r"unknown range method 'MinMax' \(did you mean minmax\?\)"),
+        ({"concat_scales": "split"}, r"unknown concat scales 'split'; choose one of none, branch"),
+        ({"steps": 0}, r"steps is 0; it must be from 1 to 10000"),
+        ({"calibration_samples": 0}, r"calibration samples is 0; it must be from 1 to 100000"),
+        ({"calibration_steps": -1}, r"calibration steps is -1; it must be from 1 to"),
+        ({"ndtc_count": 0}, r"ndtc count is 0; it must be from 1 to"),
+        ({"ndtc_mean": 1.5}, r"ndtc mean is 1\.5; it must be from 0 to 1"),
+        ({"ndtc_spread": 0.0}, r"ndtc spread is 0\.0; it must be from 0\.001 to 1"),
+        ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
+        ({"step_bins": 33}, r"step bins is 33; it must be from 1 to 32"),
+        ({"guidance": BAD}, r"guidance is nan; it must be from 0 to 100"),
+        ({"seed": -1}, r"seed is -1; it must be from 0 to"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808; it must be from 0 to 4611686018427387904"),
+        ({"verify_samples": 0}, r"verify samples is 0; it must be from 1 to 4096"),
+        ({"verify_steps": 0}, r"verify steps is 0; it must be from 1 to 10000"),
+        ({"min_psnr_db": BAD}, r"the PSNR threshold is nan; it must be from 0 to 1000"),
+        ({"min_eps_sqnr_db": -3.0}, r"the SQNR threshold is -3\.0; it must be from 0 to 1000"),
+        ({"min_speedup": -1.0}, r"the speed-up threshold is -1\.0; it must be from 0 to 1000"),
+        ({"threads": 0}, r"threads is 0; it must be from 1 to 1024"),
+    ],
+)
+def test_build_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BuildOptions(out=X, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "eular"}, r"unknown sampler 'eular' \(did you mean euler\?\)"),
+        ({"count": 0}, r"the number of images is 0; it must be from 1 to 100000"),
+        ({"steps": 10_001}, r"steps is 10001; it must be from 1 to 10000"),
+        ({"batch_size": 0}, r"batch size is 0; it must be from 1 to 1024"),
+        ({"seed": 2**63 - 1}, r"seed is 9223372036854775807; it must be from 0 to 9223372036854775791"),
+        ({"guidance": -0.5}, r"guidance is -0\.5; it must be from 0 to 100"),
+        ({"eta": 1.01}, r"eta is 1\.01; it must be from 0 to 1"),
+    ],
+)
+def test_generate_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GenerateOptions(bundle=X, out=X, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "ddpmm"}, r"unknown sampler 'ddpmm' \(did you mean ddpm\?\)"),
+        ({"samples": 5000}, r"samples is 5000; it must be from 1 to 4096"),
+        ({"steps": 0}, r"steps is 0; it must be from 1 to 10000"),
+        ({"seed": -7}, r"seed is -7; it must be from 0 to"),
+        ({"guidance": 101}, r"guidance is 101; it must be from 0 to 100"),
+    ],
+)
+def test_compare_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CompareOptions(a=X, b=X, **changes)
+
+
+def test_the_last_seeds_are_allowed() -> None:
+    assert GenerateOptions(bundle=X, out=X, count=16, seed=2**63 - 17).seed == 2**63 - 17
+    assert BuildOptions(out=X, seed=2**62).seed == 2**62
