@@ -73,9 +73,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--calibration-samples", type=int, default=16)
     arguments.add_argument("--targets", default=",".join(TARGETS))
-    arguments.add_argument(
-        "--cache", type=Path, help="folder of finished rows, to go on from after an interruption"
-    )
+    arguments.add_argument("--cache", type=Path, help="folder of finished rows, to go on from after an interruption")
     given = arguments.parse_args()
     model = case("fashion", samples=given.calibration_samples)
     spec = model.checkpoint.spec

@@ -81,9 +81,7 @@ _FILE = click.Path(path_type=Path)
     section=_CALIBRATION,
     help="Take this saved calibration set rather than making one.",
 )
-@option(
-    "--save-calibration", type=_FILE, section=_CALIBRATION, help="Keep the calibration set in this file."
-)
+@option("--save-calibration", type=_FILE, section=_CALIBRATION, help="Keep the calibration set in this file.")
 @option(
     "--conditioning",
     "conditioning_file",

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult, build
+    from qdm_deploy.pipeline.bundle_from_checkpoint import build
     from qdm_deploy.pipeline.comparison import Comparison, compare
     from qdm_deploy.pipeline.engine import EngineResult, build_engine
     from qdm_deploy.pipeline.images_from_bundle import GenerateResult, generate
     from qdm_deploy.pipeline.inspection import Inspection, inspect
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
+    from qdm_deploy.pipeline.publish import BuildResult
     from qdm_deploy.pipeline.verification import Verification, verify
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "BuildOptions": "options",
-    "BuildResult": "bundle_from_checkpoint",
+    "BuildResult": "publish",
     "CompareOptions": "options",
     "Comparison": "comparison",
     "EngineResult": "engine",

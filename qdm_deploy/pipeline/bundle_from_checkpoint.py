@@ -22,9 +22,9 @@ from qdm_deploy.pipeline.calibrate import calibrated_plan, calibration_given
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_deploy.pipeline.measure import measure
 from qdm_deploy.pipeline.options import BuildOptions
-from qdm_deploy.pipeline.publish import publish
+from qdm_deploy.pipeline.publish import BuildResult, publish
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.report.model import EngineRow, Report
+from qdm_deploy.report.model import EngineRow
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 
 if TYPE_CHECKING:
@@ -32,19 +32,10 @@ if TYPE_CHECKING:
 
     from qdm_export.unet import Checkpoint
 
-__all__ = ["EMBEDDED_MODEL", "BuildResult", "build"]
+__all__ = ["EMBEDDED_MODEL", "build"]
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "data" / "ddpm-fashion-mnist"
 _DEFAULT_ENGINES = ("8.9",)
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """A finished bundle and what was measured on the way."""
-
-    bundle: Path
-    bundle_id: str
-    report: Report
 
 
 @dataclass

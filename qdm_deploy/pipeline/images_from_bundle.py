@@ -104,6 +104,7 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
 
 
 def _label_names(options: GenerateOptions, model: ModelSpec) -> list[str | None]:
+    """What each picture shows, as ``conditioning_of`` chose it; None for a model without classes."""
     if model.num_classes is None:
         return [None] * options.count
     fixed = None if options.label is None else label_number(model, options.label)

@@ -179,7 +179,7 @@ def _checks(
 def trajectory_inputs(spec: ModelSpec, reference: ReferenceRun, rows: int = _CHECK_ROWS) -> dict[str, NDArray[Any]]:
     """Inputs of the step graph from the float run's own trajectory: one row per sample, each at another step.
 
-    Coefficients p, q and clip are set so that the graph's x0 is the network's output itself: clipping would hide errors.
+    Coefficients p, q and clip are set so that the graph returns the network's output as x0: clipping would hide errors.
     """
     steps, count = reference.inputs.shape[:2]
     picked = np.linspace(0, steps - 1, rows).round().astype(np.int64)

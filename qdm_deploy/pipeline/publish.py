@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,21 @@ from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.images import to_pictures
 
 if TYPE_CHECKING:
-    from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult
     from qdm_export.unet import Checkpoint
 
-__all__ = ["publish"]
+__all__ = ["BuildResult", "publish"]
 
 # Versions before this one do not know this bundle layout.
 _MIN_RUNTIME = "0.1.0"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle and what was measured on the way."""
+
+    bundle: Path
+    bundle_id: str
+    report: Report
 
 
 def publish(
@@ -42,9 +50,8 @@ def publish(
     measured: Measured,
     engines: tuple[EngineRow, ...],
     seconds: Mapping[str, float],
-) -> "BuildResult":
+) -> BuildResult:
     """Write what is left to write and seal the bundle."""
-    from qdm_deploy.pipeline.bundle_from_checkpoint import BuildResult
     from qdm_export.float_graph import OPSET
 
     root = writer.root
