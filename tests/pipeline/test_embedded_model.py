@@ -1,4 +1,4 @@
-"""The embedded model, built as a user builds it: every planned layer INT8 in the engine, and pictures worth shipping."""
+"""The embedded model, built as a user builds it: all planned layers INT8 in the engine, pictures worth shipping."""
 
 from pathlib import Path
 
@@ -15,15 +15,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
-    """16 pictures of 50 DDIM steps, an engine for SM 8.9, and whatever speed this machine has left."""
+    """16 pictures of 50 DDIM steps, the default engine, and whatever speed this machine has left."""
     folder = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QDM_CACHE_DIR", str(folder / "cache"))
-        return build(
-            BuildOptions(
-                out=folder / "fashion.qdm", verify_samples=16, verify_steps=50, engines=("8.9",), min_speedup=0.0
-            )
-        )
+        return build(BuildOptions(out=folder / "fashion.qdm", verify_samples=16, verify_steps=50, min_speedup=0.0))
 
 
 def test_it_ships(embedded: BuildResult) -> None:
@@ -59,8 +55,9 @@ def test_the_weight_codes_of_all_graphs_are_those_of_the_plan(embedded: BuildRes
         values = {tensor.name: tensor for tensor in graph.initializer}
         for item in plan.quantized:
             codes = onnx.numpy_helper.to_array(values[f"{item.name}/weight_codes"])
-            expected = item.codes if codes.shape == item.codes.shape else item.codes.T
-            np.testing.assert_array_equal(codes, expected, err_msg=f"{item.name} in {target}")
+            # A matrix product may read its weight as [inputs, outputs].
+            readings = [item.codes] if item.layer.kind == "conv" else [item.codes, item.codes.T]
+            assert any(np.array_equal(codes, reading) for reading in readings), f"{item.name} in {target}"
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -1,0 +1,81 @@
+"""Times per step, taken in turn."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.pipeline.speed import measure_speed, random_inputs, speedup_of
+from qdm_deploy.report.model import SpeedRow
+from qdm_deploy.runtime.session import StepOutput
+
+MODEL = ModelSpec(
+    name="m", sample_shape=(1, 2, 2), num_train_timesteps=50, num_classes=3, learned_variance=True,
+    conditioning=(
+        ConditioningInput(name="class_labels", dtype="int64", shape=()),
+        ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(5, 4)),
+    ),
+)  # fmt: skip
+
+
+class Sleeper:
+    """A session that takes a known time."""
+
+    max_batch = None
+    input_names = ()
+
+    def __init__(self, name: str, seconds: float, log: list[str]) -> None:
+        self.name, self.seconds, self.log = name, seconds, log
+
+    def run(self, inputs: Any) -> StepOutput:
+        self.log.append(self.name)
+        time.sleep(self.seconds)
+        return StepOutput(inputs["sample"], inputs["sample"])
+
+
+def test_sessions_are_timed_in_turn_after_a_warm_up() -> None:
+    log: list[str] = []
+    sessions: Any = {("a", "float"): Sleeper("f", 0.02, log), ("a", "int8"): Sleeper("i", 0.005, log)}
+    rows = measure_speed(sessions, MODEL, (2, 4), runs=3)
+    # Two rounds to warm up and three that count, for each batch size.
+    assert "".join(log) == "fi" * 5 * 2
+    assert [(row.backend, row.precision, row.batch, row.runs) for row in rows] == [
+        ("a", "float", 2, 3), ("a", "int8", 2, 3), ("a", "float", 4, 3), ("a", "int8", 4, 3),
+    ]  # fmt: skip
+    assert rows[0].median_ms >= 20
+    assert rows[1].median_ms >= 5
+    assert rows[1].p95_ms >= rows[1].median_ms
+
+
+def test_the_speed_up_is_float_over_int8_on_one_backend_and_batch() -> None:
+    def row(backend: str, precision: Any, batch: int, median: float) -> SpeedRow:
+        return SpeedRow(backend=backend, precision=precision, batch=batch, median_ms=median, p95_ms=99.0, runs=1)
+
+    rows = [row("a", "float", 4, 30.0), row("a", "int8", 4, 10.0), row("a", "float", 8, 80.0), row("b", "int8", 4, 1.0)]
+    assert speedup_of(rows, "a", 4) == pytest.approx(3.0)
+    assert speedup_of(rows, "a", 8) is None
+    assert speedup_of(rows, "b", 4) is None
+    assert speedup_of(rows, "c", 4) is None
+
+
+def test_random_inputs_are_valid_and_repeatable() -> None:
+    inputs = random_inputs(MODEL, 6, seed=3)
+    assert {name: (value.dtype.name, value.shape) for name, value in inputs.items()} == {
+        "sample": ("float32", (6, 1, 2, 2)),
+        "timestep": ("int64", (6,)),
+        "coefficients": ("float32", (6, 9)),
+        "noise": ("float32", (6, 1, 2, 2)),
+        "previous_x0": ("float32", (6, 1, 2, 2)),
+        "class_labels": ("int64", (6,)),
+        "encoder_hidden_states": ("float32", (6, 5, 4)),
+        "guidance": ("float32", (6,)),
+        "unconditional_row": ("int64", (6,)),
+        "owner_row": ("int64", (6,)),
+    }
+    assert 0 <= inputs["class_labels"].min() <= inputs["class_labels"].max() < 3
+    again, other = random_inputs(MODEL, 6, seed=3), random_inputs(MODEL, 6, seed=4)
+    for name, value in inputs.items():
+        np.testing.assert_array_equal(value, again[name])
+    assert not np.array_equal(inputs["sample"], other["sample"])
