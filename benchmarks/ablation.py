@@ -73,6 +73,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--calibration-samples", type=int, default=16)
     arguments.add_argument("--targets", default=",".join(TARGETS))
+    arguments.add_argument("--headline", action="store_true", help="only symmetric min-max and the default")
     arguments.add_argument("--cache", type=Path, help="folder of finished rows, to go on from after an interruption")
     given = arguments.parse_args()
     model = case("fashion", samples=given.calibration_samples)
@@ -85,6 +86,8 @@ def main() -> None:
             say("float reference")
             reference = reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, given.seeds))
         for number, name in enumerate(sorted(VARIANTS, key=lambda name: VARIANTS[name] not in (PLAIN, FULL))):
+            if given.headline and VARIANTS[name] not in (PLAIN, FULL):
+                continue
             plan = model.plan(VARIANTS[name])
             for target in (target for target in TARGETS if target in given.targets.split(",")):
                 cached = given.cache and given.cache / f"{number}-{target}-{given.seeds}x{given.steps}.json"
@@ -110,7 +113,7 @@ def main() -> None:
         "sampler": "ddim",
         "calibration_samples": given.calibration_samples,
     }
-    finish("ablation", columns, rows, extra, save=given.save)
+    finish("headline" if given.headline else "ablation", columns, rows, extra, save=given.save)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from qdm_deploy.artifacts.manifest import (
 )
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
-from qdm_deploy.errors import BundleError
+from qdm_deploy.errors import BundleError, ResourceProblem
 
 __all__ = ["Bundle", "BundleWriter", "check_bundle"]
 
@@ -311,6 +311,9 @@ class BundleWriter:
         stage, self._stage = self._entered(), None
         if error is not None or self._manifest is None:
             stage.discard(error)
+            if isinstance(error, ResourceProblem) and str(stage.root) in str(error):
+                # Say it of the bundle: the user never sees the folder it was written in.
+                raise ResourceProblem(str(error).replace(str(stage.root), str(stage.final))) from error
             if error is not None:
                 raise_if_full(stage.final, error)
             return

@@ -45,6 +45,13 @@ _PRECISION = click.Choice(["int8", "float"])
 @option("--steps", type=int, default=50, section="Sampling", help="Denoising steps.")
 @option("--seed", type=int, default=0, section="Sampling", help="Seed of the first sample; the others count up.")
 @option("--guidance", type=float, default=1.0, section="Sampling", help="Classifier-free guidance; 1 is none.")
+@option(
+    "--conditioning",
+    "conditioning_file",
+    type=click.Path(path_type=Path),
+    section="Sampling",
+    help="Safetensors file with encoder_hidden_states for a text-conditional model.",
+)
 @click.pass_obj
 def compare(output: Output, /, **options: Any) -> None:
     """Sample from A and B with the same seeds and print the error of B in decibels, step by step.

@@ -7,7 +7,7 @@ from typing import cast
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of
+from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import CompareOptions
 from qdm_deploy.pipeline.quality import compare_with, reference_run
 from qdm_deploy.progress import SILENT, Progress
@@ -59,7 +59,9 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
         learned_variance=model.learned_variance,
     )
     seeds = range(options.seed, options.seed + options.samples)
-    conditioning = conditioning_of(model, options.samples)
+    conditioning = conditioning_of(
+        model, options.samples, hidden_states=read_hidden_states(options.conditioning_file)
+    )
     with (
         open_session(first, options.backend_a, precision=options.precision_a, threads=options.threads) as a,
         open_session(second, options.backend_b, precision=options.precision_b, threads=options.threads) as b,

@@ -140,6 +140,8 @@ class BuildOptions:
             within("threads", self.threads, 1, 1024)
         if self.save_calibration is not None and not self.save_calibration.absolute().parent.is_dir():
             raise InputError(f"the calibration set cannot be saved as {self.save_calibration}: there is no such folder")
+        if self.save_calibration is not None and self.save_calibration.exists() and not self.force:
+            raise InputError(f"{self.save_calibration} exists; choose another file, or add --force to replace it")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class CompareOptions:
         a, b: bundle folders; they may be the same.
         backend_a, backend_b, precision_a, precision_b: what runs each.
         samples, steps, sampler, seed, guidance: what is run.
+        conditioning_file: as in ``BuildOptions``.
         out: PNG file for the picture strip A | B | difference; None writes none.
         force: replace an existing ``out``.
     """
@@ -209,6 +212,7 @@ class CompareOptions:
     sampler: str = "ddim"
     seed: int = 0
     guidance: float = 1.0
+    conditioning_file: Path | None = None
     out: Path | None = None
     force: bool = False
     threads: int | None = None

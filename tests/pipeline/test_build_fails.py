@@ -111,6 +111,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     quick_build: Any, tmp_path: Path, mount: Callable[[Path, str], Path], kilobytes: int
 ) -> None:
     disk = mount(tmp_path / "disk", f"size={kilobytes}k")
-    with pytest.raises(ResourceProblem, match=r"x\.qdm.* cannot be written .*MiB are free in .*disk"):
+    with pytest.raises(ResourceProblem, match=r"disk/x\.qdm.* cannot be written .*MiB are free in .*disk"):
         quick_build(disk / "x.qdm", **SMALL)
     assert list(disk.iterdir()) == []

@@ -84,3 +84,13 @@ def test_compare_options(changes: dict[str, Any], message: str) -> None:
 def test_the_last_seeds_are_allowed() -> None:
     assert GenerateOptions(bundle=X, out=X, count=16, seed=2**63 - 17).seed == 2**63 - 17
     assert BuildOptions(out=X, seed=2**62).seed == 2**62
+
+
+def test_a_calibration_set_is_saved_where_it_can_be_and_replaces_nothing(tmp_path: Path) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"")
+    with pytest.raises(InputError, match=r"taken\.safetensors exists; choose another file, or add --force"):
+        BuildOptions(out=tmp_path / "x", save_calibration=taken)
+    assert BuildOptions(out=tmp_path / "x", save_calibration=taken, force=True).save_calibration == taken
+    with pytest.raises(InputError, match=r"cannot be saved as .*nowhere/c: there is no such folder"):
+        BuildOptions(out=tmp_path / "x", save_calibration=tmp_path / "nowhere" / "c")
