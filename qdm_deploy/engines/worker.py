@@ -90,9 +90,13 @@ def _started(log: IO[bytes]) -> "subprocess.Popen[str]":
 def _send(child: "subprocess.Popen[str]", request: BuildRequest) -> None:
     stream = cast(IO[str], child.stdin)
     # A child that cannot even start breaks the pipe; its exit status says so, and its log says why.
-    with contextlib.suppress(BrokenPipeError):
+    try:
         stream.write(request.model_dump_json() + "\n")
         stream.flush()  # and left open: its end tells the child that we are gone
+    except BrokenPipeError:
+        # What could not be sent is still in the buffer, and closing tries once more.
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 def _crash(request: BuildRequest, status: int, phase: str) -> QdmError:
