@@ -59,9 +59,7 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
         learned_variance=model.learned_variance,
     )
     seeds = range(options.seed, options.seed + options.samples)
-    conditioning = conditioning_of(
-        model, options.samples, hidden_states=read_hidden_states(options.conditioning_file)
-    )
+    conditioning = conditioning_of(model, options.samples, hidden_states=read_hidden_states(options.conditioning_file))
     with (
         open_session(first, options.backend_a, precision=options.precision_a, threads=options.threads) as a,
         open_session(second, options.backend_b, precision=options.precision_b, threads=options.threads) as b,
