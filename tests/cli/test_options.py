@@ -92,7 +92,8 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     assert built == BuildOptions(
         out=Path("o.qdm"), model="m", targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
         strategy="ndtc", calibration_samples=3, calibration_steps=4, ndtc_mean=0.1, ndtc_spread=0.2, ndtc_count=5,
-        calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"), conditioning_file=Path("t.safetensors"), ranges="lp", zero_offset=False,
+        calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"),
+        conditioning_file=Path("t.safetensors"), ranges="lp", zero_offset=False,
         concat_scales="none", step_bins=2, seed=9, engines=("8.9", "12.0"), float_graph=False, verify_samples=6,
         verify_steps=8, min_psnr_db=31, min_eps_sqnr_db=26, min_speedup=1.5, force=True, threads=2,
         command=f"qdm-deploy build {line}",
