@@ -104,11 +104,6 @@ class ActivationStatistics:
     products: Mapping[str, TensorStatistics]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def num_bins(self) -> int:
-        """Number of timestep bins M."""
-        return len(self.timestep_edges) - 1
-
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
         arrays: dict[str, NDArray[Any]] = {"timestep_edges": self.timestep_edges}
