@@ -54,13 +54,14 @@ define prepare-venv
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
 endef
 
-# torch comes alone and first: what follows finds it installed and takes it, from whichever index it came. The build backend
-# is installed too, rather than fetched into an isolated environment, so that constraints.txt pins it as well.
+# torch comes alone and first: what follows finds it installed and takes it, from whichever index it came. The build backends
+# (ours, and setuptools for tensorrt_rtx, which is published as source: the one that venv brings is too old to make a wheel)
+# are installed too, rather than fetched into an isolated environment, so that constraints.txt pins them as well.
 $(RUN_READY): pyproject.toml constraints.txt $(VENV)/bin/python
 	$(require-python)
 	$(prepare-venv)
 	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt) $(QUIETLY)
-	$(PIP_INSTALL) --constraint constraints.txt hatchling $(QUIETLY)
+	$(PIP_INSTALL) --constraint constraints.txt hatchling setuptools $(QUIETLY)
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable '.[$(RUN_EXTRAS)]' $(QUIETLY)
 	@rm $(VENV)/.incomplete && touch $@
 
