@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_scale
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
@@ -61,6 +62,7 @@ def make_plan(
     statistics: ActivationStatistics,
     options: PlanOptions = PlanOptions(),
     *,
+    factors: Mapping[str, ChannelFactors] | None = None,
     submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
@@ -72,6 +74,8 @@ def make_plan(
         topology: the layers in execution order.
         statistics: ranges of every activation.
         options: which factors may be used.
+        factors: k by input group, already searched; ``statistics`` then hold x / k where there is one. None decides k
+            by the ranges of the skip branches alone.
         submodule_prefix: where the U-Net sits inside ``network``.
         provenance: what to remember.
         progress: where to report.
@@ -85,7 +89,9 @@ def make_plan(
     plans: dict[str, LayerPlan] = {}
     with progress.task("Searching scales", len(groups)) as advance:
         for name, layers in groups.items():
-            decision = _decide_input(layers[0], statistics.inputs[name], bin_of, options)
+            decision = _decide_input(
+                layers[0], statistics.inputs[name], bin_of, options, None if factors is None else factors[name]
+            )
             for layer in layers:
                 weight = network.get_parameter(f"{submodule_prefix}{layer.name}.weight").detach().numpy()
                 plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
@@ -146,11 +152,21 @@ def _merged(tensor: TensorStatistics, time_bins: Sequence[int], branch: int) -> 
     return merged
 
 
-def _decide_input(layer: Layer, tensor: TensorStatistics, bin_of: NDArray[np.int64], options: PlanOptions) -> _Input:
+def _decide_input(
+    layer: Layer,
+    tensor: TensorStatistics,
+    bin_of: NDArray[np.int64],
+    options: PlanOptions,
+    searched: ChannelFactors | None,
+) -> _Input:
     everything = list(range(len(bin_of)))
     whole = [_merged(tensor, everything, branch) for branch in range(tensor.branches)]
     notes: dict[str, str] = {}
-    factors = _branch_factors(layer, whole, options, notes)
+    if searched is None:
+        factors = _branch_factors(layer, whole, options, notes)
+    else:
+        factors = (1.0,) * len(whole)
+        notes["k"] = searched.note
     gains = _step_gains(layer, tensor, factors, bin_of, options, notes)
     if gains is None:
         seen = list(zip(whole, factors, strict=True))
@@ -167,7 +183,7 @@ def _decide_input(layer: Layer, tensor: TensorStatistics, bin_of: NDArray[np.int
     else:
         low, high = (grid.zero_offset - 128) * grid.scale, (grid.zero_offset + 127) * grid.scale
         notes["z"] = f"the grid covers {low:.3g} to {high:.3g}"
-    inverse_k = None
+    inverse_k = None if searched is None else searched.inverse_k
     if any(factor != 1.0 for factor in factors):
         inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
     inverse_r = None if gains is None else np.array([1.0 / gain for gain in gains], dtype=np.float32)

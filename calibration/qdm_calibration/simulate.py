@@ -92,6 +92,7 @@ class _QuantizedLayer(nn.Module):
     weight_scale: Tensor
     inverse_k: Tensor | None
     inverse_r: Tensor | None
+    axis_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, module: nn.Module, plan: LayerPlan, target: Target, dtype: torch.dtype) -> None:
@@ -101,6 +102,8 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("weight_codes", torch.from_numpy(plan.codes).to(dtype))
         self.register_buffer("weight_scale", self._per_channel(plan.weight_scales))
         self.register_buffer("inverse_k", None if plan.inverse_k is None else self._per_channel(plan.inverse_k))
+        axis_scale = None if target == "tensorrt" else plan.axis_scale
+        self.register_buffer("axis_scale", None if axis_scale is None else self._per_channel(axis_scale))
         inverse_r = None if plan.inverse_r is None else torch.from_numpy(plan.inverse_r)
         self.register_buffer("inverse_r", inverse_r)
         bias = module.bias
@@ -109,6 +112,8 @@ class _QuantizedLayer(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """Activation codes q in [-128, 127] for x, in the order of operations of the target."""
         plan = self.plan
+        if self.axis_scale is not None:
+            return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(-128, 127)
         if self.inverse_k is not None:
             x = x * self.inverse_k
         if self.inverse_r is not None:

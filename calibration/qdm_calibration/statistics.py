@@ -4,7 +4,7 @@ One pass over the calibration set with hooks on the layers. A histogram starts a
 doubles when a value falls outside; since ranges are powers of two the counts move exactly, nothing is resampled.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import CalibrationError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["TensorCollector", "collect_statistics", "timestep_edges"]
+__all__ = ["TensorCollector", "collect_scaled_inputs", "collect_statistics", "timestep_edges"]
 
 # More bins than this would cost memory without telling neighbouring timesteps apart any better.
 _MAX_TIMESTEP_BINS = 32
@@ -152,18 +152,9 @@ def collect_statistics(
             )
         for layer in convs:
             handles.append(network.get_submodule(submodule_prefix + layer.name).register_forward_hook(on_output(layer)))
-        with progress.task("Measuring activations", len(calibration)) as advance, torch.inference_mode():
-            for time_bin, rows in _batches(calibration.timestep, edges, batch_size):
+        with progress.task("Measuring activations", len(calibration)) as advance:
+            for time_bin in _run(network, calibration, edges, batch_size, advance):
                 current = time_bin
-                conditioning = {
-                    name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()
-                }
-                network(
-                    torch.from_numpy(calibration.sample[rows]),
-                    torch.from_numpy(calibration.timestep[rows]),
-                    **conditioning,
-                )
-                advance(len(rows))
     finally:
         for handle in handles:
             handle.remove()
@@ -175,6 +166,73 @@ def collect_statistics(
         {name: item.result() for name, item in products.items()},
         provenance={"calibration": dict(calibration.provenance), "rows": len(calibration)},
     )
+
+
+def collect_scaled_inputs(
+    network: nn.Module,
+    topology: Topology,
+    calibration: CalibrationSet,
+    edges: NDArray[np.int64],
+    inverse_k: Mapping[str, NDArray[np.float32]],
+    *,
+    submodule_prefix: str = "unet.",
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+) -> dict[str, TensorStatistics]:
+    """Statistics of x / k for the shared inputs that have per-channel factors, one branch each.
+
+    Args:
+        network: as for ``collect_statistics``, like what is not explained here.
+        topology: the layers and what they share.
+        calibration: network inputs with their timesteps.
+        edges: [M + 1] timestep bins of the other statistics.
+        inverse_k: 1 / k per channel, [C], by input group.
+        submodule_prefix: where the U-Net sits inside ``network``.
+        batch_size: rows per forward pass.
+        progress: where to report.
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite.
+    """
+    groups = topology.groups()
+    collectors = {name: TensorCollector(len(edges) - 1, (len(factor),)) for name, factor in inverse_k.items()}
+    current = 0
+
+    def on_input(name: str) -> Callable[[nn.Module, Any], None]:
+        conv = groups[name][0].kind == "conv"
+        factor = torch.from_numpy(inverse_k[name]).reshape((1, -1, 1, 1) if conv else (-1,))
+        return lambda module, args: collectors[name].add(current, args[0] * factor, 1 if conv else -1)
+
+    handles = [
+        network.get_submodule(submodule_prefix + name).register_forward_pre_hook(on_input(name)) for name in collectors
+    ]
+    try:
+        with progress.task("Measuring scaled activations", len(calibration)) as advance:
+            for time_bin in _run(network, calibration, edges, batch_size, advance):
+                current = time_bin
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: collector.result() for name, collector in collectors.items()}
+
+
+def _run(
+    network: nn.Module,
+    calibration: CalibrationSet,
+    edges: NDArray[np.int64],
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> Iterator[int]:
+    """Run the set through the network, each batch within one timestep bin; yields that bin before its batch runs."""
+    for time_bin, rows in _batches(calibration.timestep, edges, batch_size):
+        yield time_bin
+        with torch.inference_mode():
+            network(
+                torch.from_numpy(calibration.sample[rows]),
+                torch.from_numpy(calibration.timestep[rows]),
+                **{name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()},
+            )
+        advance(len(rows))
 
 
 def _batches(

@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
-from qdm_export.passes.branch_factors import BranchFactors
+from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.quantize_inputs import QuantizeInputs
@@ -61,7 +61,11 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     form = FORMS[target]
-    passes: list[ir.passes.PassBase] = [BranchFactors(plan), StepGains(plan), QuantizeWeights(plan)]
+    passes: list[ir.passes.PassBase] = [
+        ChannelFactors(plan, unsigned=form.unsigned),
+        StepGains(plan),
+        QuantizeWeights(plan),
+    ]
     if not form.unsigned:
         passes.append(ZeroOffsets(plan))
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))

@@ -77,6 +77,19 @@ class LayerPlan:
         return 128 - self.zero_offset
 
     @property
+    def axis_scale(self) -> NDArray[np.float32] | None:
+        """s k per input channel, [C], where unsigned targets quantize with it and so get k for nothing.
+
+        A QuantizeLinear may have a scale per channel while the DequantizeLinear behind it has the plain s: the kernel
+        sees one scale, and dividing by k costs no operation. None where there is no k, where a gain stands in between,
+        and for linear layers, whose channels are innermost (a scale per element is slower than a multiply).
+        """
+        if self.inverse_k is None or self.inverse_r is not None or self.layer.kind != "conv":
+            return None
+        scale: NDArray[np.float32] = np.float32(self.scale) / self.inverse_k
+        return scale
+
+    @property
     def codes(self) -> NDArray[np.int8]:
         """The weight codes of an INT8 layer."""
         if self.weight_codes is None:

@@ -114,6 +114,13 @@ _FILE = click.Path(path_type=Path)
     help="Scales at skip concatenations: one for all, or one for each branch.",
 )
 @option(
+    "--channel-scales",
+    type=click.Choice(["none", "auto"]),
+    default="none",
+    section=_QUANTIZATION,
+    help="Scales per input channel: none, or searched layer by layer and kept where the layer then errs less.",
+)
+@option(
     "--step-bins",
     type=int,
     section=_QUANTIZATION,

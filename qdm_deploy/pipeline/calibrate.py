@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,10 @@ def calibrated_plan(
     progress: Progress,
 ) -> tuple[CalibrationSet, QuantizationPlan]:
     """Sample the calibration set unless one was given, measure every activation, and decide."""
+    from qdm_calibration.channel_factors import search_channel_factors
     from qdm_calibration.collect import collect_calibration_set
     from qdm_calibration.plan import PlanOptions, make_plan
-    from qdm_calibration.statistics import collect_statistics
+    from qdm_calibration.statistics import collect_scaled_inputs, collect_statistics
     from qdm_export.topology import topology_of
 
     spec = checkpoint.spec
@@ -92,6 +94,23 @@ def calibrated_plan(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
     with stage("plan"):
+        factors = None
+        if options.channel_scales == "auto":
+            factors = search_channel_factors(
+                checkpoint.unet,
+                topology,
+                statistics,
+                calibration,
+                ranges=options.ranges,
+                zero_offset=options.zero_offset,
+                branch_fold=options.concat_scales == "branch",
+                progress=progress,
+            )
+            inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}
+            scaled = collect_scaled_inputs(
+                checkpoint.unet, topology, calibration, statistics.timestep_edges, inverse_k, progress=progress
+            )
+            statistics = replace(statistics, inputs={**statistics.inputs, **scaled})
         plan = make_plan(
             checkpoint.unet,
             topology,
@@ -102,6 +121,7 @@ def calibrated_plan(
                 concat_scales=options.concat_scales,
                 step_bins=_step_bins(options, calibration.timestep, spec.num_train_timesteps),
             ),
+            factors=factors,
             provenance={"weights_sha256": checkpoint.weights_sha256},
             progress=progress,
         )

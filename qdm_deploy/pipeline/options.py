@@ -60,6 +60,8 @@ class BuildOptions:
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
             fewer where the calibrated timesteps cannot tell 4 apart.
+        channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
+            keeps it where the layer then errs less; "none" leaves only the factors of skip branches.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -89,6 +91,7 @@ class BuildOptions:
     ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
+    channel_scales: Literal["none", "auto"] = "none"
     step_bins: int | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
@@ -121,6 +124,7 @@ class BuildOptions:
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
         one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
         one_of("concat scales", self.concat_scales, ("none", "branch"))
+        one_of("channel scales", self.channel_scales, ("none", "auto"))
         within("steps", self.steps, 1, _MAX_STEPS)
         within("calibration samples", self.calibration_samples, 1, _MAX_IMAGES)
         within("calibration steps", self.calibration_steps, 1, _MAX_STEPS)

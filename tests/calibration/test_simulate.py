@@ -115,10 +115,11 @@ def test_float32_and_float64_hold_the_same_integers() -> None:
     assert double(x).dtype == torch.float32
 
 
-def test_branch_factors_scale_the_input() -> None:
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_channel_factors_scale_the_input(target: Any) -> None:
     inverse_k = np.array([8.0, 1.0], dtype=np.float32)
     module, plan = conv_plan(np.ones((1, 2, 3, 3)), inverse_k=inverse_k)
-    layer = quantized_layer(module, plan, "openvino")
+    layer = quantized_layer(module, plan, target)
     codes = layer.codes(torch.tensor([0.5, 4.0]).reshape(1, 2, 1, 1)).flatten().tolist()
     assert codes == [8, 8]
 

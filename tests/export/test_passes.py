@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.branch_factors import BranchFactors
+from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
@@ -21,6 +22,10 @@ from qdm_export.passes.zero_offsets import ZeroOffsets, offset_map
 Array = NDArray[Any]
 K = np.array([8.0, 1.0, 0.5, 2.0], dtype=np.float32)
 R = np.array([1.0, 0.25], dtype=np.float32)
+
+
+def signed_channel_factors(plan: QuantizationPlan) -> ChannelFactors:
+    return ChannelFactors(plan, unsigned=False)
 
 
 def operators(model: ir.Model) -> list[str]:
@@ -48,7 +53,7 @@ def conv(x: Array, weight: Array, stride: int, pad: int) -> Array:
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(lambda plan: BranchFactors(plan), id="BranchFactors"),
+        pytest.param(signed_channel_factors, id="ChannelFactors"),
         pytest.param(lambda plan: StepGains(plan), id="StepGains"),
         pytest.param(lambda plan: QuantizeWeights(plan), id="QuantizeWeights"),
         pytest.param(lambda plan: ZeroOffsets(plan), id="ZeroOffsets"),
@@ -69,7 +74,7 @@ def test_a_second_run_changes_nothing(small: Any, make: Any) -> None:
     assert (operators(graph.model), list(graph.graph.initializers)) == before
 
 
-@pytest.mark.parametrize("make", [BranchFactors, StepGains, ZeroOffsets])
+@pytest.mark.parametrize("make", [signed_channel_factors, StepGains, ZeroOffsets])
 def test_a_pass_without_work_says_so(small: Any, make: Any) -> None:
     graph = small((4, 6, 5))
     graph.output(graph.conv())
@@ -84,19 +89,19 @@ def test_the_plan_must_be_of_the_graph(small: Any) -> None:
     with pytest.raises(
         ExportError, match=r"the plan is not of this graph: 1 of its layers are not in it \(first: elsewhere\)"
     ):
-        BranchFactors(other.plan)(graph.model)
+        signed_channel_factors(other.plan)(graph.model)
 
 
-# ------------------------------------------------------------------------------------------------------- branch factors
+# ------------------------------------------------------------------------------------------------------ channel factors
 
 
 @pytest.mark.parametrize("kind", ["conv", "Gemm", "MatMul"])
-def test_branch_factors_with_w_times_k_keep_the_function(small: Any, run_graph: Any, kind: str) -> None:
+def test_channel_factors_with_w_times_k_keep_the_function(small: Any, run_graph: Any, kind: str) -> None:
     graph = small((4, 6, 5) if kind == "conv" else ((4,) if kind == "Gemm" else (7, 4)))
     graph.output(graph.conv(inverse_k=K) if kind == "conv" else graph.linear(kind=kind, inverse_k=K))
     given = feeds(graph)
     (before,) = run_graph(graph.model, given, optimize=False).values()
-    BranchFactors(graph.plan)(graph.model)
+    signed_channel_factors(graph.plan)(graph.model)
     assert operators(graph.model)[0] == "Mul"
     (half,) = run_graph(graph.model, given, optimize=False).values()
     assert np.abs(before - half).max() > 1  # without W * k it is another function
@@ -105,12 +110,12 @@ def test_branch_factors_with_w_times_k_keep_the_function(small: Any, run_graph: 
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-4 * np.abs(before).max())
 
 
-def test_branch_factors_stand_on_the_path_into_their_layer_only(small: Any) -> None:
+def test_channel_factors_stand_on_the_path_into_their_layer_only(small: Any) -> None:
     graph = small((4, 6, 5))
     graph.output(graph.conv("a", inverse_k=K))
     graph.output(graph.conv("b", group="a", inverse_k=K))
     graph.output(graph.node("Sigmoid", [graph.x], [4, 6, 5]))
-    BranchFactors(graph.plan)(graph.model)
+    signed_channel_factors(graph.plan)(graph.model)
     counts = Counter(operators(graph.model))
     assert counts["Mul"] == 1  # shared by both readers
     sigmoid = next(node for node in graph.graph if node.op_type == "Sigmoid")
@@ -228,7 +233,7 @@ def test_gains_and_offsets_together_keep_the_function(small: Any, run_graph: Any
         graph.output(graph.linear(kind=kind, zero_offset=40, inverse_r=R, inverse_k=K))
     given = feeds(graph, 5)
     (before,) = run_graph(graph.model, given, optimize=False).values()
-    for step in (BranchFactors, StepGains, QuantizeWeights, ZeroOffsets):
+    for step in (signed_channel_factors, StepGains, QuantizeWeights, ZeroOffsets):
         step(graph.plan)(graph.model)
     (after,) = run_graph(graph.model, given, optimize=False).values()
     np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
@@ -260,6 +265,32 @@ def test_unsigned_inputs_have_a_pair_per_reader_and_the_offset_as_zero_point(sma
     x[0, 0, 0] = [0.0625, 0.1875, -0.0625, 100.0, -100.0]  # 0.5, 1.5 and -0.5 steps of 0.125: half to even
     found = run_graph(graph.model, {"x": x, "timestep": np.array([0])}, optimize=False)[codes.name]
     assert found[0, 0, 0].tolist() == [50, 52, 50, 255, 0]
+
+
+def test_unsigned_targets_quantize_a_convolution_per_axis_and_need_no_multiply(small: Any, run_graph: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a", zero_offset=78, inverse_k=K))
+    assert not ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
+    QuantizeInputs(graph.plan, unsigned=True)(graph.model)
+    assert Counter(operators(graph.model)) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Conv": 1}
+    quantize, dequantize = list(graph.graph)[:2]
+    assert dequantize.inputs[1].shape == ()  # the kernel knows one scale
+    graph.graph.outputs.append(quantize.outputs[0])
+    x = np.zeros((1, 4, 6, 5), dtype=np.float32)
+    x[0, :, 0, 0] = 1.0  # 8 steps of 0.125
+    codes = run_graph(graph.model, {"x": x, "timestep": np.array([0])}, optimize=False)[quantize.outputs[0].name]
+    assert codes[0, :, 0, 0].tolist() == [50 + 64, 50 + 8, 50 + 4, 50 + 16]
+
+
+@pytest.mark.parametrize("changes", [{"inverse_r": R}, {"kind": "MatMul"}])
+def test_unsigned_targets_multiply_where_a_scale_per_axis_cannot_stand(small: Any, changes: dict[str, Any]) -> None:
+    kind = changes.get("kind")
+    graph = small((7, 4) if kind else (4, 6, 5))
+    graph.output(graph.linear(inverse_k=K, **changes) if kind else graph.conv(inverse_k=K, **changes))
+    assert ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
+    QuantizeInputs(graph.plan, unsigned=True)(graph.model)
+    quantize = next(node for node in graph.graph if node.op_type == "QuantizeLinear")
+    assert quantize.inputs[1].shape == ()
 
 
 @pytest.mark.parametrize(("kind", "axis"), [("conv", 0), ("Gemm", 0), ("MatMul", 1)])

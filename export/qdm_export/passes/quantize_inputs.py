@@ -34,10 +34,27 @@ class QuantizeInputs(PlanPass):
             codes: ir.Value | None = None
             for _, layer in group:
                 if codes is None or self.unsigned:
-                    quantize = insert_before(layer, "QuantizeLinear", [scale, zero_point], "quantize")
+                    quantize = self._quantize(model, plan, first, layer, scale, zero_point)
                     codes = quantize.outputs[0]
                     codes.dtype = ir.DataType.UINT8 if self.unsigned else ir.DataType.INT8
                 dequantize = insert_before(layer, "DequantizeLinear", [scale, zero_point], "dequantize")
                 dequantize.replace_input_with(0, codes)
                 layer.node.replace_input_with(0, dequantize.outputs[0])
         return bool(layers)
+
+    def _quantize(
+        self,
+        model: ir.Model,
+        plan: LayerPlan,
+        first: LayerNode,
+        layer: LayerNode,
+        scale: ir.Value,
+        zero_point: ir.Value,
+    ) -> ir.Node:
+        if not self.unsigned or plan.axis_scale is None:
+            return insert_before(layer, "QuantizeLinear", [scale, zero_point], "quantize")
+        # Dividing by k happens inside: codes of x / k on the one scale that the kernel and the dequantize know.
+        per_channel = constant(model, f"{first.name}/axis_scale", plan.axis_scale)
+        points = np.full(len(plan.axis_scale), plan.zero_point_u8, dtype=np.uint8)
+        same_points = constant(model, f"{first.name}/axis_zero_point", points)
+        return insert_before(layer, "QuantizeLinear", [per_channel, same_points], "quantize", axis=1)

@@ -1,0 +1,210 @@
+"""Per-channel factors k on a layer's input, chosen by the error that the layer itself then makes.
+
+Dividing channel c by k_c and multiplying its weight columns by k_c changes nothing in exact arithmetic, but moves range
+between activations and weights (SmoothQuant, arXiv 2211.10438, eq. 4; cross-layer equalisation, arXiv 1906.04721). The
+family searched is k_c = (amax_c / max)**alpha, and for a skip concatenation the full fold of its branches' ranges.
+Which one is best depends on how the weights share the load, so it is measured: every candidate runs the layer on real
+inputs from the trajectory, with the codes it would be deployed with.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qdm_calibration.ranges import ActivationScale, RangeMethod, activation_scale, quantize_weight, weight_scale
+from qdm_calibration.simulate import quantized_layer
+from qdm_calibration.statistics import TensorCollector
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
+from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.artifacts.statistics import ActivationStatistics, TensorStatistics
+from qdm_deploy.artifacts.topology import Layer, Topology
+from qdm_deploy.progress import SILENT, Advance, Progress
+
+__all__ = ["ChannelFactors", "search_channel_factors"]
+
+EXPONENTS = (0.25, 0.5, 0.75)
+# A factor that removes less of a layer's error than this is not worth an operation in the graph.
+_MIN_GAIN_DB = 0.1
+_ROWS = 40
+
+
+@dataclass(frozen=True)
+class ChannelFactors:
+    """The decision for one shared input.
+
+    Attributes:
+        inverse_k: 1 / k per input channel, [C] float32, exact in float16, at least 1; None for no factor.
+        note: what was decided and why.
+        gain_db: how much less error the layer's output has than without a factor.
+    """
+
+    inverse_k: NDArray[np.float32] | None
+    note: str
+    gain_db: float
+
+
+def search_channel_factors(
+    network: nn.Module,
+    topology: Topology,
+    statistics: ActivationStatistics,
+    calibration: CalibrationSet,
+    *,
+    ranges: RangeMethod = "mse",
+    zero_offset: bool = True,
+    branch_fold: bool = True,
+    channels: bool = True,
+    rows: int = _ROWS,
+    submodule_prefix: str = "unet.",
+    batch_size: int = 8,
+    progress: Progress = SILENT,
+) -> dict[str, ChannelFactors]:
+    """Choose k for every shared input of the layers that may become INT8.
+
+    Args:
+        network: takes (sample, timestep, **conditioning); its layers are ``submodule_prefix`` + layer name.
+        topology: the layers and what they share.
+        statistics: channel ranges of every input.
+        calibration: where the rows come from that candidates are measured on.
+        ranges: how activation and weight ranges are chosen.
+        zero_offset: allow z.
+        branch_fold: offer the full fold of branch ranges at skip concatenations.
+        channels: offer k_c = (amax_c / max)**alpha.
+        rows: calibration rows to measure on, spread over the timesteps.
+        submodule_prefix: where the U-Net sits inside ``network``.
+        batch_size: rows per forward pass.
+        progress: where to report.
+    """
+    groups = topology.groups()
+    candidates = {
+        name: _candidates(layers[0], statistics.inputs[name], branch_fold=branch_fold, channels=channels)
+        for name, layers in groups.items()
+    }
+    # Spread over the timesteps, and over the samples within each.
+    order = np.argsort(calibration.timestep, kind="stable")
+    picked = order[np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(np.int64)]
+    searched = {name: groups[name] for name, found in candidates.items() if len(found) > 1}
+    collectors = {
+        name: [TensorCollector(1, (layers[0].in_channels,)) for _ in candidates[name]]
+        for name, layers in searched.items()
+    }
+    grids: dict[str, list[ActivationScale]] = {}
+    errors = {name: np.zeros(len(found)) for name, found in candidates.items()}
+
+    def on_input(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            conv = searched[name][0].kind == "conv"
+            for collector, (_, inverse_k) in zip(collectors[name], candidates[name], strict=True):
+                collector.add(0, _scaled(args[0], inverse_k, conv=conv), 1 if conv else -1)
+
+        return hook
+
+    def on_output(name: str, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            for index, (_, inverse_k) in enumerate(candidates[name]):
+                errors[name][index] += _error(layer, module, args[0], output, inverse_k, grids[name][index])
+
+        return hook
+
+    def run(handles: Sequence[RemovableHandle], advance: Advance) -> None:
+        try:
+            for start in range(0, len(picked), batch_size):
+                batch = picked[start : start + batch_size]
+                network(
+                    torch.from_numpy(calibration.sample[batch]),
+                    torch.from_numpy(calibration.timestep[batch]),
+                    **{key: torch.from_numpy(values[batch]) for key, values in calibration.conditioning.items()},
+                )
+                advance(len(batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def module_of(name: str) -> nn.Module:
+        return network.get_submodule(submodule_prefix + name)
+
+    with progress.task("Searching channel factors", 2 * len(picked)) as advance, torch.inference_mode():
+        run([module_of(name).register_forward_pre_hook(on_input(name)) for name in searched], advance)
+        for name, found in collectors.items():
+            grids[name] = [
+                activation_scale([(item.result().histogram(0), 1.0)], ranges, zero_offset=zero_offset) for item in found
+            ]
+        run(
+            [
+                module_of(layer.name).register_forward_hook(on_output(name, layer))
+                for name, layers in searched.items()
+                for layer in layers
+            ],
+            advance,
+        )
+    return {name: _decide(found, errors[name]) for name, found in candidates.items()}
+
+
+_Candidate = tuple[str, NDArray[np.float32] | None]
+
+
+def _candidates(layer: Layer, tensor: TensorStatistics, *, branch_fold: bool, channels: bool) -> list[_Candidate]:
+    amax = np.maximum(np.abs(tensor.channel_min), np.abs(tensor.channel_max)).max(axis=0).astype(np.float64)
+    peak = float(amax.max())
+    found: list[_Candidate] = [("none", None)]
+    if peak == 0.0:
+        return found
+    # A channel that calibration hardly saw must not blow up: nothing is stretched more than 64-fold.
+    share = np.maximum(amax / peak, 1 / 64)
+    if channels:
+        found += [(f"alpha {alpha:g}", _float16(share**-alpha)) for alpha in EXPONENTS]
+    if branch_fold and layer.reads_concat:
+        ends = np.cumsum(layer.branches)
+        per_branch = [float(part.max()) for part in np.split(share, ends[:-1])]
+        found.append(("branch fold", _float16(1 / np.repeat(per_branch, layer.branches))))
+    return found
+
+
+def _float16(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _scaled(x: Tensor, inverse_k: NDArray[np.float32] | None, *, conv: bool) -> Tensor:
+    if inverse_k is None:
+        return x
+    return x * torch.from_numpy(inverse_k).reshape((1, -1, 1, 1) if conv else (-1,))
+
+
+def _error(
+    layer: Layer,
+    module: nn.Module,
+    x: Tensor,
+    expected: Tensor,
+    inverse_k: NDArray[np.float32] | None,
+    grid: ActivationScale,
+) -> float:
+    """Squared error of the layer's output with this k, relative to the output's power."""
+    weight = module.get_parameter("weight").detach().numpy()
+    if inverse_k is not None:
+        weight = weight / inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
+    scale = weight_scale(weight, "minmax")
+    plan = LayerPlan(
+        layer, "int8", scale=grid.scale, zero_offset=grid.zero_offset, inverse_k=inverse_k,
+        weight_codes=quantize_weight(weight, scale), weight_scale=scale,
+    )  # fmt: skip
+    got = quantized_layer(module, plan, "tensorrt")(x)
+    return float((got - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
+
+
+def _decide(candidates: Sequence[_Candidate], errors: NDArray[np.float64]) -> ChannelFactors:
+    if len(candidates) == 1:
+        return ChannelFactors(None, "none: this input offers no factor", 0.0)
+    db: Mapping[str, float] = {
+        name: 10 * float(np.log10(max(errors[0], 1e-300) / max(error, 1e-300)))
+        for (name, _), error in zip(candidates, errors, strict=True)
+    }
+    best = max(db, key=lambda name: db[name])
+    tried = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in db.items() if name != "none")
+    if db[best] < _MIN_GAIN_DB:
+        return ChannelFactors(None, f"left out: measured on the layer's output, {tried}", 0.0)
+    return ChannelFactors(dict(candidates)[best], f"{best}: measured on the layer's output, {tried}", db[best])
