@@ -12,6 +12,7 @@ from qdm_deploy.report.distribution import (
     frechet_distance,
     gaussian_of,
     kernel_distance,
+    kernel_mean,
     precision_recall,
     probabilities,
 )
@@ -73,6 +74,7 @@ def test_kernel_distance_equals_its_definition() -> None:
 
     expected = mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(x, y, first_mean=kernel_mean(x)) == kernel_distance(x, y)
 
 
 def test_precision_and_recall_of_known_sets() -> None:
