@@ -79,6 +79,7 @@ def test_paired_metrics_where_no_classifier_fits(labels: Path, tmp_path: Path) -
     assert Evaluation.model_validate_json((tmp_path / "new" / "result.json").read_bytes()) == found
 
 
+@pytest.mark.slow  # 2000 resamples, and the 10,000 real pictures among themselves
 def test_against_real_pictures(clothes: Path, tmp_path: Path) -> None:
     watcher = Watcher()
     found = evaluate(options(clothes, tmp_path, num=20), watcher)
