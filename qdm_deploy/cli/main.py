@@ -14,6 +14,7 @@ from qdm_deploy.cli.build import build
 from qdm_deploy.cli.compare import compare
 from qdm_deploy.cli.doctor import doctor
 from qdm_deploy.cli.engine import engine
+from qdm_deploy.cli.evaluate import evaluate
 from qdm_deploy.cli.failures import EXIT_CODES, Terminated, show_failure
 from qdm_deploy.cli.generate import generate
 from qdm_deploy.cli.inspect import inspect
@@ -79,7 +80,7 @@ def cli() -> None:
 
 
 cli.params += common_switches()
-for _command in (build, generate, inspect, verify, engine, compare, doctor):
+for _command in (build, generate, inspect, verify, engine, compare, evaluate, doctor):
     cli.add_command(_command)
 
 

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from qdm_deploy.pipeline.bundle_from_checkpoint import build
     from qdm_deploy.pipeline.comparison import Comparison, compare
     from qdm_deploy.pipeline.engine import EngineResult, build_engine
+    from qdm_deploy.pipeline.evaluate_options import EvaluateOptions
+    from qdm_deploy.pipeline.evaluation import evaluate
     from qdm_deploy.pipeline.images_from_bundle import GenerateResult, generate
     from qdm_deploy.pipeline.inspection import Inspection, inspect
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
@@ -18,6 +20,7 @@ __all__ = [
     "CompareOptions",
     "Comparison",
     "EngineResult",
+    "EvaluateOptions",
     "GenerateOptions",
     "GenerateResult",
     "Inspection",
@@ -25,6 +28,7 @@ __all__ = [
     "build",
     "build_engine",
     "compare",
+    "evaluate",
     "generate",
     "inspect",
     "verify",
@@ -36,6 +40,7 @@ _HOME = {
     "CompareOptions": "options",
     "Comparison": "comparison",
     "EngineResult": "engine",
+    "EvaluateOptions": "evaluate_options",
     "GenerateOptions": "options",
     "GenerateResult": "images_from_bundle",
     "Inspection": "inspection",
@@ -43,6 +48,7 @@ _HOME = {
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
     "compare": "comparison",
+    "evaluate": "evaluation",
     "generate": "images_from_bundle",
     "inspect": "inspection",
     "verify": "verification",

@@ -11,7 +11,7 @@ import pytest
 from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
-from qdm_deploy.pipeline import BuildOptions, CompareOptions, GenerateOptions
+from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions
 from qdm_deploy.runtime import BACKENDS
 from qdm_deploy.samplers import SAMPLERS
 
@@ -40,6 +40,7 @@ def options_of(replace: Replace, invoke: Invoke, verb: str, line: str) -> Any:
         ("build", BuildOptions, {"int8", "no_engines"}, {"command"}),
         ("generate", GenerateOptions, set(), set()),
         ("compare", CompareOptions, set(), set()),
+        ("evaluate", EvaluateOptions, set(), set()),
     ],
 )
 def test_every_option_of_the_pipeline_is_on_the_command_line(
@@ -56,6 +57,7 @@ def test_defaults_are_those_of_the_pipeline(replace: Replace, invoke: Invoke) ->
     assert made == GenerateOptions(bundle=Path("x.qdm"), out=Path("images"))
     compared = options_of(replace, invoke, "compare", "x.qdm y.qdm")
     assert compared == CompareOptions(a=Path("x.qdm"), b=Path("y.qdm"))
+    assert options_of(replace, invoke, "evaluate", "x.qdm") == EvaluateOptions(bundle=Path("x.qdm"))
 
 
 @pytest.mark.parametrize(
@@ -155,9 +157,34 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
                 threads=1,
             ),
         ),
+        (
+            "evaluate",
+            (
+                "a --against b -n 9 --paired 2 --features f --cache c --out o.json --force --sampler ddpm --steps 3 "
+                "--seed 4 --guidance 5 --conditioning t.st --backend openvino --batch-size 6 --threads 1"
+            ),
+            EvaluateOptions(
+                bundle=Path("a"),
+                against="b",
+                num=9,
+                paired=2,
+                sampler="ddpm",
+                steps=3,
+                seed=4,
+                guidance=5,
+                conditioning_file=Path("t.st"),
+                features=Path("f"),
+                backend="openvino",
+                threads=1,
+                batch_size=6,
+                cache=Path("c"),
+                out=Path("o.json"),
+                force=True,
+            ),
+        ),
     ],
 )
-def test_each_option_of_generate_and_compare_arrives(
+def test_each_option_of_generate_compare_and_evaluate_arrives(
     verb: str, line: str, expected: Any, replace: Replace, invoke: Invoke
 ) -> None:
     assert options_of(replace, invoke, verb, line) == expected
@@ -172,9 +199,14 @@ def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
         assert isinstance(parameter, click.Option)
         return f"{parameter.help} {parameter.default}"
 
-    for verb in ("build", "generate", "compare"):
+    for verb in ("build", "generate", "compare", "evaluate"):
         assert [name for name in SAMPLERS if name not in words(verb, "--sampler")] == []
-    for verb, option in (("generate", "--backend"), ("compare", "--backend-a"), ("verify", "--backend")):
+    for verb, option in (
+        ("generate", "--backend"),
+        ("compare", "--backend-a"),
+        ("verify", "--backend"),
+        ("evaluate", "--backend"),
+    ):
         assert [name for name in BACKENDS if not name.startswith("tensorrt") and name not in words(verb, option)] == []
     assert [name for name in BACKENDS if name.startswith("tensorrt") and name not in words("engine", "--backend")] == []
     assert [name for name in TARGETS if name not in words("build", "--targets")] == []

@@ -12,6 +12,7 @@ from qdm_deploy.artifacts import Compatibility, FileEntry, Manifest, ModelSpec
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Layer
 from qdm_deploy.pipeline import BuildResult, Comparison, EngineResult, GenerateResult, Inspection, Verification
+from qdm_deploy.report.evaluation import DistributionRow, Evaluation, PairedRow, Side
 from qdm_deploy.report.model import (
     CheckRow,
     EngineRow,
@@ -248,3 +249,32 @@ def test_compare_prints_each_step_and_the_means(replace: Replace, invoke: Invoke
     assert invoke("compare", "a", "b", "-q").stdout.splitlines() == squeezed[4:7]
     document = one_document(invoke("compare", "a", "b", "--json").stdout)
     assert (document["quality"]["eps_sqnr_db"], document["strip"]) == ([31.0, 33.0], None)
+
+
+def test_evaluate_prints_the_verdict_last(replace: Replace, invoke: Invoke, one_document: OneDocument) -> None:
+    def side(precision: Any) -> Side:
+        return Side(bundle="b.qdm", bundle_id="0" * 64, precision=precision, backend={"backend": "openvino"})
+
+    found = Evaluation(
+        a=side("float"), b=side("int8"), images=1000, paired_seeds=64, sampler="ddim", steps=20, seed=0, guidance=1.0,
+        classifier="1" * 64, classifier_accuracy=0.92,
+        paired=(PairedRow(metric="image PSNR (dB)", mean=34.25, low=34, high=34.5, worst=28.125),),
+        distribution=(
+            DistributionRow(metric="Frechet distance, features", a=1.5, b=1.75, low=0.125, high=0.5, floor=0.0625),
+            DistributionRow(metric="recall", a=0.5, b=0.25),
+        ),
+        verdict="The difference is distinguishable.", notes=("A note.",),
+    )  # fmt: skip
+    replace("evaluate", lambda options, progress: found)
+    result = invoke("evaluate", "b.qdm", "--out", "r.json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[:2] == ["A: b.qdm, float on openvino", "B: b.qdm, int8 on openvino"]
+    assert "image PSNR (dB) 34.25 34 to 34.5 28.12" in lines
+    assert "Frechet distance, features 1.5 1.75 +0.25 +0.125 to +0.5 0.0625" in lines
+    assert "recall 0.5 0.25 -0.25 - -" in lines
+    assert lines[-3:] == ["A note.", "The difference is distinguishable.", "result: r.json"]
+
+    document = one_document(invoke("evaluate", "b.qdm", "--json").stdout)
+    assert Evaluation.model_validate(document["evaluation"]) == found
+    assert invoke("evaluate", "b.qdm", "-q").stdout == "A note.\nThe difference is distinguishable.\n"
