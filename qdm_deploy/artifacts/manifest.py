@@ -165,7 +165,9 @@ class Manifest(BaseModel):
         if self.float_below is None:
             return self
         if all(entry.path != FLOAT_GRAPH for entry in self.files):
-            raise ValueError(f"steps below timestep {self.float_below} need {FLOAT_GRAPH}, which is not among the files")
+            raise ValueError(
+                f"steps below timestep {self.float_below} need {FLOAT_GRAPH}, which is not among the files"
+            )
         if self.float_below >= self.model.num_train_timesteps:
             raise ValueError(
                 f"float_below is {self.float_below}; allowed: 1 to {self.model.num_train_timesteps - 1}, or no step "

@@ -71,9 +71,7 @@ def open_session(
         return session
 
 
-def _open_graph(
-    bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None
-) -> StepSession:
+def _open_graph(bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None) -> StepSession:
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
         return OpenVinoSession(graph, threads=threads, precision="auto" if precision == "int8" else "f32")

@@ -122,7 +122,9 @@ def test_both_parts_are_described_and_closed() -> None:
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
-    with pytest.raises(InputError, match=r"the INT8 graph takes sample, timestep and the float graph sample, timestep, un"):
+    with pytest.raises(
+        InputError, match=r"the INT8 graph takes sample, timestep and the float graph sample, timestep, un"
+    ):
         MixedSession(Recorder(0, PLAIN), Recorder(0, GUIDED), BELOW)
     with pytest.raises(InputError, match=r"float_below is 0; give a timestep of at least 1"):
         MixedSession(Recorder(0, PLAIN), Recorder(0, PLAIN), 0)
