@@ -9,7 +9,7 @@ import click
 
 from qdm_deploy.cli.output import Output, results_apart
 
-__all__ = ["CommaList", "Settings", "Verb", "option"]
+__all__ = ["CommaList", "CountOrAuto", "Settings", "Verb", "option"]
 
 
 @dataclass
@@ -55,6 +55,22 @@ class CommaList(click.ParamType[tuple[str, ...]]):
         if not all(entries):
             self.fail(f"{value!r} has an empty entry; separate names by single commas", param, ctx)
         return entries
+
+
+class CountOrAuto(click.ParamType[int | str]):
+    """A number of something, or the word ``auto``."""
+
+    name = "auto|N"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number as int; a default is taken as it is."""
+        text = str(value).strip()
+        if text == "auto":
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
 
 
 def _switch(*names: str, help: str) -> click.Option:

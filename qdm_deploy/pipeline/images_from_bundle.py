@@ -78,6 +78,9 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             seconds = time.perf_counter() - start
         pictures = to_pictures(samples, model)
         names = _label_names(options, model)
+        ran = f"{backend['backend']} {options.precision}"
+        if "float_below" in backend:
+            ran += f", float below timestep {backend['float_below']}"
         width = max(5, len(str(seeds[-1])))
         images = []
         for seed, picture, name in zip(seeds, pictures, names, strict=True):
@@ -94,7 +97,7 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
                     eta=options.eta,
                     guidance=options.guidance,
                     label=name,
-                    backend=f"{backend['backend']} {options.precision}",
+                    backend=ran,
                 ),
             )
             images.append(options.out / path.name)

@@ -20,14 +20,15 @@ from qdm_deploy.pipeline.checks import (
     run_graph,
 )
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.pipeline.float_steps import best_count, float_below_of, summary, trial_of, try_counts
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.pipeline.speed import measure_speed, random_inputs, speedup_of
 from qdm_deploy.progress import Progress
-from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, automatic_backend
-from qdm_deploy.samplers import StepTable
+from qdm_deploy.report.model import CheckRow, FloatSteps, QualityRow, SpeedRow
+from qdm_deploy.runtime import MixedSession, OnnxRuntimeSession, OpenVinoSession, StepSession, automatic_backend
+from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 from qdm_deploy.samplers.columns import NO_CLIP
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ class Measured:
 
     Attributes:
         reference: the float run.
-        samples: finished samples per target, [N, C, H, W].
+        samples: finished samples per target, [N, C, H, W]; with the float steps, where there are any.
         backend: what a user of this machine would get by default.
         speedup: float over INT8 on it, at the smallest measured batch.
+        float_steps: the steps that run in float; None where none was asked for.
     """
 
     checks: tuple[CheckRow, ...]
@@ -63,6 +65,7 @@ class Measured:
     backend: str
     reference: ReferenceRun
     samples: Mapping[Target, NDArray[np.float32]]
+    float_steps: FloatSteps | None = None
 
 
 def unseen_seeds(options: BuildOptions) -> range:
@@ -97,9 +100,22 @@ def measure(
                 guidance=options.guidance,
                 progress=progress,
             )
+            default = automatic_backend(tuple(options.targets))
+            own_table = _table_of(options, checkpoint)
+            trial, float_below = None, None
+            if options.float_steps == "auto":
+                trial = try_counts(
+                    reference, open_sessions[default, "int8"], open_sessions[default, "float"], spec, progress=progress
+                )
+                float_below = float_below_of(table, best_count(trial.score_db))
+            else:
+                float_below = float_below_of(own_table, options.float_steps)
             quality, samples = [], {}
             for target in options.targets:
                 backend, session = _judge(target, open_sessions, checkpoint, plan)
+                if float_below is not None:
+                    floating = open_sessions.get((backend, "float"), open_sessions["onnxruntime", "float"])
+                    session = MixedSession(session, floating, float_below)
                 row, samples[target] = compare_with(
                     reference, session, spec, target=target, backend=backend, progress=progress
                 )
@@ -108,10 +124,18 @@ def measure(
             checks = _checks(options.targets, checkpoint, plan, float_graph, folder, scratch, reference, progress)
         with stage("speed"):
             speed = measure_speed(open_sessions, spec, _SPEED_BATCHES, progress=progress)
-    backend = automatic_backend(tuple(options.targets))
-    return Measured(
-        checks, tuple(quality), speed, speedup_of(speed, backend, _SPEED_BATCHES[0]), backend, reference, samples
-    )
+    speedup = speedup_of(speed, default, _SPEED_BATCHES[0])
+    float_steps = None
+    if options.float_steps != 0:
+        shown = next(row for row in quality if row.backend == default)
+        float_steps = summary(trial or trial_of(shown, table), shown, float_below, own_table, speedup)
+    return Measured(checks, tuple(quality), speed, speedup, default, reference, samples, float_steps)
+
+
+def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:
+    """The steps of the sampler that the bundle is built for."""
+    schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+    return step_table(schedule, options.sampler, options.steps, learned_variance=checkpoint.spec.learned_variance)
 
 
 def _sessions(options: BuildOptions, folder: Path) -> list[tuple[Key, StepSession]]:

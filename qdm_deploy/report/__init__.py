@@ -5,6 +5,7 @@ from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.report.model import (
     CheckRow,
     EngineRow,
+    FloatSteps,
     LayerRow,
     QualityRow,
     Report,
@@ -19,6 +20,7 @@ from qdm_deploy.report.verdict import decide
 __all__ = [
     "CheckRow",
     "EngineRow",
+    "FloatSteps",
     "LayerRow",
     "QualityRow",
     "Report",

@@ -2,6 +2,7 @@
 
 from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, open_session
 from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.session import StepOutput, StepSession
@@ -9,6 +10,7 @@ from qdm_deploy.runtime.session import StepOutput, StepSession
 __all__ = [
     "BACKENDS",
     "Conditioning",
+    "MixedSession",
     "OnnxRuntimeSession",
     "OpenVinoSession",
     "StepOutput",

@@ -1,12 +1,14 @@
 """From a bundle and the name of a backend to an open session."""
 
 import platform
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import EnvironmentProblem, InputError
+from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.session import StepSession
@@ -37,8 +39,8 @@ def open_session(
         bundle: an opened bundle.
         backend: one of ``BACKENDS``, or ``"auto"``: openvino on x86 where it is installed and the bundle has its
             graph, otherwise onnxruntime.
-        precision: ``"int8"``: the graph of the backend's own target; ``"float"``: the unquantized step graph, in
-            float32.
+        precision: ``"int8"``: the graph of the backend's own target, with the float graph for those steps that the
+            bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32.
         threads: CPU threads; None takes the cores this process may use.
 
     Raises:
@@ -59,6 +61,17 @@ def open_session(
             f"the backend {backend!r} builds engines but has no session in qdm-deploy {version('qdm-deploy')}; "
             "run the bundle with onnxruntime or openvino"
         )
+    float_below = bundle.manifest.float_below
+    if precision == "float" or float_below is None:
+        return _open_graph(bundle, backend, precision, threads)
+    with ExitStack() as opened:
+        parts = [opened.enter_context(_open_graph(bundle, backend, kind, threads)) for kind in ("int8", "float")]
+        session = MixedSession(parts[0], parts[1], float_below)
+        opened.pop_all()  # the mixed session closes them from here on
+        return session
+
+
+def _open_graph(bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None) -> StepSession:
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
         return OpenVinoSession(graph, threads=threads, precision="auto" if precision == "int8" else "f32")

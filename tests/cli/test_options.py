@@ -102,8 +102,16 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     )  # fmt: skip
     defaults = BuildOptions(out=Path("x"))
     unchanged = [field.name for field in fields(built) if getattr(built, field.name) == getattr(defaults, field.name)]
-    assert unchanged == [], "the line above must change every option"
+    assert unchanged == ["float_steps"], "the line above must change every option but the one that --no-float rules out"
     assert options_of(replace, invoke, "build", "--int8 --no-engines").engines == ()
+
+
+def test_float_steps_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> None:
+    assert options_of(replace, invoke, "build", "--int8 --float-steps 2").float_steps == 2
+    assert options_of(replace, invoke, "build", "--int8 --float-steps auto").float_steps == "auto"
+    refused = invoke("build", "--int8", "--float-steps", "few")
+    assert refused.exit_code == 2
+    assert "'few' is neither a number nor auto" in refused.stderr
 
 
 @pytest.mark.parametrize(
