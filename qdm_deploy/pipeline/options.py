@@ -60,6 +60,8 @@ class BuildOptions:
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
             fewer where the calibrated timesteps cannot tell 4 apart.
+        from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
+            safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -90,6 +92,7 @@ class BuildOptions:
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
     step_bins: int | None = None
+    from_modelopt: str | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -129,6 +132,8 @@ class BuildOptions:
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
         if self.step_bins is not None:
             within("step bins", self.step_bins, 1, 32)
+        if self.from_modelopt is not None:
+            _refuse_beside_modelopt(self)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
@@ -142,6 +147,20 @@ class BuildOptions:
             raise InputError(f"the calibration set cannot be saved as {self.save_calibration}: there is no such folder")
         if self.save_calibration is not None and self.save_calibration.exists() and not self.force:
             raise InputError(f"{self.save_calibration} exists; choose another file, or add --force to replace it")
+
+
+def _refuse_beside_modelopt(options: BuildOptions) -> None:
+    asked = {
+        "ranges": options.ranges != "mse",
+        "no zero offset": not options.zero_offset,
+        "concat scales": options.concat_scales != "branch",
+        "step bins": options.step_bins is not None,
+    }
+    if any(asked.values()):
+        raise InputError(
+            f"scales from ModelOpt ({options.from_modelopt}) were asked for together with "
+            f"{', '.join(name for name, given in asked.items() if given)}, which choose our own; leave one out"
+        )
 
 
 @dataclass(frozen=True)
