@@ -21,7 +21,7 @@ from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["PlanOptions", "check_step_bins", "make_plan"]
+__all__ = ["PlanOptions", "check_step_bins", "make_plan", "output_grid"]
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _plan_layer(
     codes = quantize_weight(weight, scale)
     dequantized = codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))
     noise = float(((weight - dequantized) ** 2).sum())
-    output_scale, output_zero_point = _output_grid(layer, decision, statistics, bin_of, options)
+    output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
     return LayerPlan(
         layer=layer,
         precision="int8",
@@ -280,20 +280,35 @@ def _plan_layer(
     )
 
 
-def _output_grid(
-    layer: Layer, decision: _Input, statistics: ActivationStatistics, bin_of: NDArray[np.int64], options: PlanOptions
+def output_grid(
+    layer: Layer,
+    inverse_r: NDArray[np.float32] | None,
+    statistics: ActivationStatistics,
+    bin_of: NDArray[np.int64],
+    options: PlanOptions,
 ) -> tuple[float | None, int | None]:
-    """Grid of what the integer kernel returns: with its bias, or, under gains, before the gain and the bias."""
+    """Grid of what the integer kernel returns: with its bias, or, under gains, before the gain and the bias.
+
+    Args:
+        layer: the layer; only convolutions have an output grid.
+        inverse_r: 1 / r per gain bin, [K]; None where the layer is static.
+        statistics: ranges of the outputs and products.
+        bin_of: gain bin of each timestep bin, [M].
+        options: how the range is chosen.
+
+    Returns:
+        The scale and the u8 zero point; (None, None) for "linear".
+    """
     if layer.kind != "conv":
         return None, None
     everything = list(range(len(bin_of)))
-    if decision.inverse_r is None:
+    if inverse_r is None:
         seen = [(_merged(statistics.outputs[layer.name], everything, 0), 1.0)]
     else:
         tensor = statistics.products[layer.name]
         seen = [
             (_merged(tensor, np.flatnonzero(bin_of == j).tolist(), 0), 1.0 / float(inverse))
-            for j, inverse in enumerate(decision.inverse_r)
+            for j, inverse in enumerate(inverse_r)
         ]
     grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
     return grid.scale, 128 - grid.zero_offset

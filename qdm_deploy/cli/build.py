@@ -127,6 +127,13 @@ _FILE = click.Path(path_type=Path)
     help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer steps]",
 )
 @option(
+    "--from-modelopt",
+    metavar="CONFIG|FILE",
+    section=_QUANTIZATION,
+    help="Scales of NVIDIA ModelOpt rather than our own: INT8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG, INT8_DIFFUSERS, or a "
+    "safetensors file with its quantizers' state. Goes with none of the options above.",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.artifacts.statistics import ActivationStatistics
+from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import BuildOptions
@@ -39,6 +41,8 @@ def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: St
     from qdm_calibration.collect import conditioning_rows, unconditional_rows
     from qdm_calibration.timesteps import sampling_plan
 
+    if options.from_modelopt is not None:
+        _check_modelopt(options.from_modelopt)
     spec = checkpoint.spec
     states = read_hidden_states(options.conditioning_file)
     conditioning_of(spec, options.verify_samples, hidden_states=states)
@@ -94,6 +98,8 @@ def calibrated_plan(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
     with stage("plan"):
+        if options.from_modelopt is not None:
+            return calibration, _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
         factors = None
         if options.channel_scales == "auto":
             factors = search_channel_factors(
@@ -126,6 +132,38 @@ def calibrated_plan(
             progress=progress,
         )
     return calibration, plan
+
+
+def _check_modelopt(source: str) -> None:
+    """Refuse before any work what ``_modelopt_plan`` could not do."""
+    from qdm_calibration.modelopt import CONFIGS, read_quantizer_state, require_modelopt
+
+    if source in CONFIGS:
+        require_modelopt()
+    else:
+        read_quantizer_state(Path(source))
+
+
+def _modelopt_plan(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    topology: Topology,
+    calibration: CalibrationSet,
+    statistics: ActivationStatistics,
+    progress: Progress,
+) -> QuantizationPlan:
+    from qdm_calibration.modelopt import CONFIGS, plan_from_modelopt, plan_from_quantizers, read_quantizer_state
+
+    source, unet = str(options.from_modelopt), checkpoint.unet
+    provenance = {"weights_sha256": checkpoint.weights_sha256}
+    if source in CONFIGS:
+        return plan_from_modelopt(
+            unet, topology, calibration, source, statistics, provenance=provenance, progress=progress
+        )
+    path = Path(source)
+    quantizers = read_quantizer_state(path)
+    # The file's name alone: a bundle says nothing of the folders of the machine that built it.
+    return plan_from_quantizers(unet, topology, quantizers, statistics, source=path.name, provenance=provenance)
 
 
 def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:

@@ -62,6 +62,8 @@ class BuildOptions:
             fewer where the calibrated timesteps cannot tell 4 apart.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "none" leaves only the factors of skip branches.
+        from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
+            safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -94,6 +96,7 @@ class BuildOptions:
     concat_scales: Literal["none", "branch"] = "branch"
     channel_scales: Literal["none", "auto"] = "none"
     step_bins: int | None = None
+    from_modelopt: str | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -135,6 +138,8 @@ class BuildOptions:
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
         if self.step_bins is not None:
             within("step bins", self.step_bins, 1, 32)
+        if self.from_modelopt is not None:
+            _refuse_beside_modelopt(self)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
@@ -162,6 +167,21 @@ class BuildOptions:
                 f"float steps is {self.float_steps}, and the float graph that runs them shall be left out of the "
                 "bundle; keep the graph, or set float steps to 0"
             )
+
+
+def _refuse_beside_modelopt(options: BuildOptions) -> None:
+    asked = {
+        "ranges": options.ranges != "mse",
+        "no zero offset": not options.zero_offset,
+        "concat scales": options.concat_scales != "branch",
+        "channel scales": options.channel_scales != "none",
+        "step bins": options.step_bins is not None,
+    }
+    if any(asked.values()):
+        raise InputError(
+            f"scales from ModelOpt ({options.from_modelopt}) were asked for together with "
+            f"{', '.join(name for name, given in asked.items() if given)}, which choose our own; leave one out"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,14 @@ BAD = float("nan")
         ({"ndtc_mean": 1.5}, r"ndtc mean is 1\.5; it must be from 0 to 1"),
         ({"ndtc_spread": 0.0}, r"ndtc spread is 0\.0; it must be from 0\.001 to 1"),
         ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
+        (
+            {"from_modelopt": "INT8_DIFFUSERS", "ranges": "lp", "step_bins": 1},
+            r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with ranges, step bins, which choose",
+        ),
+        (
+            {"from_modelopt": "f", "zero_offset": False, "concat_scales": "none"},
+            r"from ModelOpt \(f\) were asked for together with no zero offset, concat scales, which choose",
+        ),
         ({"step_bins": 33}, r"step bins is 33; it must be from 1 to 32"),
         ({"guidance": BAD}, r"guidance is nan; it must be from 0 to 100"),
         ({"seed": -1}, r"seed is -1; it must be from 0 to"),
