@@ -120,6 +120,12 @@ _FILE = click.Path(path_type=Path)
     help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer steps]",
 )
 @option(
+    "--keep-fp",
+    section=_QUANTIZATION,
+    metavar="auto|N%|NAMES",
+    help="Layers to keep in float: as few as reach --min-sqnr, the noisiest N percent, or names and patterns (a,b*).",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import BuildOptions
@@ -71,6 +72,8 @@ def calibrated_plan(
     from qdm_export.topology import topology_of
 
     spec = checkpoint.spec
+    topology = topology_of(float_graph)
+    _check_keep_fp(options, topology)
     with stage("calibrate"):
         states = read_hidden_states(options.conditioning_file)
         calibration = given or collect_calibration_set(
@@ -87,7 +90,6 @@ def calibrated_plan(
         )
         if options.save_calibration is not None:
             calibration.save(options.save_calibration)
-        topology = topology_of(float_graph)
         statistics = collect_statistics(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
@@ -105,7 +107,36 @@ def calibrated_plan(
             provenance={"weights_sha256": checkpoint.weights_sha256},
             progress=progress,
         )
+    if options.keep_fp is not None:
+        with stage("sensitivity"):
+            plan = _within_budget(options, checkpoint, calibration, plan, progress)
     return calibration, plan
+
+
+def _check_keep_fp(options: BuildOptions, topology: Topology) -> None:
+    from qdm_calibration.budget import check_choice
+
+    if options.keep_fp is not None:
+        check_choice(options.keep_fp, topology)
+
+
+def _within_budget(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    calibration: CalibrationSet,
+    plan: QuantizationPlan,
+    progress: Progress,
+) -> QuantizationPlan:
+    """The plan with the layers of ``keep_fp`` in float; measured only where the choice needs it."""
+    from qdm_calibration.budget import keep_float, needs_sensitivity
+    from qdm_calibration.sensitivity import measure_sensitivity
+
+    choice = options.keep_fp or ""
+    if not needs_sensitivity(choice):
+        return keep_float(plan, choice)
+    # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
+    sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress).relative()
+    return keep_float(plan, choice, sensitivity, min_sqnr_db=options.min_eps_sqnr_db)
 
 
 def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:

@@ -60,6 +60,8 @@ class BuildOptions:
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
             fewer where the calibrated timesteps cannot tell 4 apart.
+        keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
+            that add most noise), or names and patterns separated by commas; None keeps none.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -90,6 +92,7 @@ class BuildOptions:
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
     step_bins: int | None = None
+    keep_fp: str | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
