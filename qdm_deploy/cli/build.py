@@ -134,6 +134,12 @@ _FILE = click.Path(path_type=Path)
     "safetensors file with its quantizers' state. Goes with none of the options above.",
 )
 @option(
+    "--keep-fp",
+    section=_QUANTIZATION,
+    metavar="auto|N%|NAMES",
+    help="Layers to keep in float: as few as reach --min-sqnr, the noisiest N percent, or names and patterns (a,b*).",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

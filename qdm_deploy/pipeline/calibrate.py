@@ -70,13 +70,13 @@ def calibrated_plan(
     progress: Progress,
 ) -> tuple[CalibrationSet, QuantizationPlan]:
     """Sample the calibration set unless one was given, measure every activation, and decide."""
-    from qdm_calibration.channel_factors import search_channel_factors
     from qdm_calibration.collect import collect_calibration_set
-    from qdm_calibration.plan import PlanOptions, make_plan
-    from qdm_calibration.statistics import collect_scaled_inputs, collect_statistics
+    from qdm_calibration.statistics import collect_statistics
     from qdm_export.topology import topology_of
 
     spec = checkpoint.spec
+    topology = topology_of(float_graph)
+    _check_keep_fp(options, topology)
     with stage("calibrate"):
         states = read_hidden_states(options.conditioning_file)
         calibration = given or collect_calibration_set(
@@ -93,45 +93,63 @@ def calibrated_plan(
         )
         if options.save_calibration is not None:
             calibration.save(options.save_calibration)
-        topology = topology_of(float_graph)
         statistics = collect_statistics(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
     with stage("plan"):
         if options.from_modelopt is not None:
-            return calibration, _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
-        factors = None
-        if options.channel_scales == "auto":
-            factors = search_channel_factors(
-                checkpoint.unet,
-                topology,
-                statistics,
-                calibration,
-                ranges=options.ranges,
-                zero_offset=options.zero_offset,
-                branch_fold=options.concat_scales == "branch",
-                progress=progress,
-            )
-            inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}
-            scaled = collect_scaled_inputs(
-                checkpoint.unet, topology, calibration, statistics.timestep_edges, inverse_k, progress=progress
-            )
-            statistics = replace(statistics, inputs={**statistics.inputs, **scaled})
-        plan = make_plan(
+            plan = _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
+        else:
+            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, progress)
+    if options.keep_fp is not None:
+        with stage("sensitivity"):
+            plan = _within_budget(options, checkpoint, calibration, plan, progress)
+    return calibration, plan
+
+
+def _searched_plan(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    topology: Topology,
+    calibration: CalibrationSet,
+    statistics: ActivationStatistics,
+    progress: Progress,
+) -> QuantizationPlan:
+    from qdm_calibration.channel_factors import search_channel_factors
+    from qdm_calibration.plan import PlanOptions, make_plan
+    from qdm_calibration.statistics import collect_scaled_inputs
+
+    factors = None
+    if options.channel_scales == "auto":
+        factors = search_channel_factors(
             checkpoint.unet,
             topology,
             statistics,
-            PlanOptions(
-                ranges=options.ranges,
-                zero_offset=options.zero_offset,
-                concat_scales=options.concat_scales,
-                step_bins=_step_bins(options, calibration.timestep, spec.num_train_timesteps),
-            ),
-            factors=factors,
-            provenance={"weights_sha256": checkpoint.weights_sha256},
+            calibration,
+            ranges=options.ranges,
+            zero_offset=options.zero_offset,
+            branch_fold=options.concat_scales == "branch",
             progress=progress,
         )
-    return calibration, plan
+        inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}
+        scaled = collect_scaled_inputs(
+            checkpoint.unet, topology, calibration, statistics.timestep_edges, inverse_k, progress=progress
+        )
+        statistics = replace(statistics, inputs={**statistics.inputs, **scaled})
+    return make_plan(
+        checkpoint.unet,
+        topology,
+        statistics,
+        PlanOptions(
+            ranges=options.ranges,
+            zero_offset=options.zero_offset,
+            concat_scales=options.concat_scales,
+            step_bins=_step_bins(options, calibration.timestep, spec.num_train_timesteps),
+        ),
+        factors=factors,
+        provenance={"weights_sha256": checkpoint.weights_sha256},
+        progress=progress,
+    )
 
 
 def _check_modelopt(source: str) -> None:
@@ -164,6 +182,32 @@ def _modelopt_plan(
     quantizers = read_quantizer_state(path)
     # The file's name alone: a bundle says nothing of the folders of the machine that built it.
     return plan_from_quantizers(unet, topology, quantizers, statistics, source=path.name, provenance=provenance)
+
+
+def _check_keep_fp(options: BuildOptions, topology: Topology) -> None:
+    from qdm_calibration.budget import check_choice
+
+    if options.keep_fp is not None:
+        check_choice(options.keep_fp, topology)
+
+
+def _within_budget(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    calibration: CalibrationSet,
+    plan: QuantizationPlan,
+    progress: Progress,
+) -> QuantizationPlan:
+    """The plan with the layers of ``keep_fp`` in float; measured only where the choice needs it."""
+    from qdm_calibration.budget import keep_float, needs_sensitivity
+    from qdm_calibration.sensitivity import measure_sensitivity
+
+    choice = options.keep_fp or ""
+    if not needs_sensitivity(choice):
+        return keep_float(plan, choice)
+    # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
+    sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress).relative()
+    return keep_float(plan, choice, sensitivity, min_sqnr_db=options.min_eps_sqnr_db)
 
 
 def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:

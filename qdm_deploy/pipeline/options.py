@@ -64,6 +64,8 @@ class BuildOptions:
             keeps it where the layer then errs less; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
+        keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
+            that add most noise), or names and patterns separated by commas; None keeps none.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -97,6 +99,7 @@ class BuildOptions:
     channel_scales: Literal["none", "auto"] = "none"
     step_bins: int | None = None
     from_modelopt: str | None = None
+    keep_fp: str | None = None
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True

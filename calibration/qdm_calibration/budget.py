@@ -1,0 +1,175 @@
+"""Which layers to keep in float, given how much noise each adds and what it costs to leave INT8."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from qdm_calibration.sensitivity import Sensitivity
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.topology import Topology
+from qdm_deploy.errors import InputError
+
+__all__ = ["FrontierPoint", "check_choice", "frontier", "keep_float", "needs_sensitivity"]
+
+_PERCENT = re.compile(r"([^,]*)%")
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What one more layer in float gives.
+
+    Attributes:
+        layer: the layer that goes float at this point; None for the plan as it is.
+        int8_share: part of the planned INT8 cost that still runs in INT8, 0 to 1.
+        noise: predicted noise power of the output, in the sensitivity's weighting.
+        sqnr_db: predicted SQNR of the output in dB, mean over the timesteps.
+    """
+
+    layer: str | None
+    int8_share: float
+    noise: float
+    sqnr_db: float
+
+
+def needs_sensitivity(choice: str) -> bool:
+    """Whether a choice needs a measurement: "auto" and "N%" do, names do not."""
+    return choice == "auto" or _PERCENT.fullmatch(choice) is not None
+
+
+def check_choice(choice: str, topology: Topology) -> None:
+    """Refuse, before any calibration, a choice that cannot be kept.
+
+    Raises:
+        InputError: a percentage outside 0 to 100, or a name or pattern that fits no layer that may become INT8.
+    """
+    if choice == "auto":
+        return
+    if needs_sensitivity(choice):
+        _percentage(choice)
+    else:
+        _named(choice, [layer.name for layer in topology.candidates])
+
+
+def keep_float(
+    plan: QuantizationPlan,
+    choice: str,
+    sensitivity: Sensitivity | None = None,
+    cost: Mapping[str, float] | None = None,
+    *,
+    min_sqnr_db: float = 25.0,
+    max_float_share: float = 0.1,
+) -> QuantizationPlan:
+    """The plan with some of its INT8 layers kept in float, each with its reason.
+
+    Args:
+        plan: every layer that may be INT8 is.
+        choice: "auto", "N%" (the N percent of the layers that add most noise, rounded to whole layers) or names and
+            patterns (``*``, ``?``, ``[...]``) separated by commas.
+        sensitivity: of this plan; needed for "auto" and "N%".
+        cost: of each layer in INT8, in any unit; None takes its multiply-accumulates.
+        min_sqnr_db: "auto" stops as soon as the predicted SQNR of the output reaches this.
+        max_float_share: "auto" keeps no more than this part of the cost in float.
+
+    Raises:
+        InputError: a name that fits no INT8 layer, a percentage outside 0 to 100.
+        ValueError: no sensitivity where the choice needs one.
+    """
+    names = [layer.name for layer in plan.quantized]
+    if not needs_sensitivity(choice):
+        return _with_float(plan, dict.fromkeys(_named(choice, names), "kept in float: asked for by name"))
+    if sensitivity is None:
+        raise ValueError(f"keeping {choice!r} in float needs the sensitivity of the layers")
+    if choice == "auto":
+        kept = _greedy(sensitivity, _costs(sensitivity, cost), min_sqnr_db, max_float_share)
+    else:
+        count = round(len(names) * _percentage(choice) / 100)
+        kept = list(sensitivity.ranked()[:count])
+    shares = sensitivity.shares()
+    return _with_float(plan, {name: f"kept in float: adds {_percent(shares[name])} of the noise" for name in kept})
+
+
+def frontier(sensitivity: Sensitivity, cost: Mapping[str, float] | None = None) -> tuple[FrontierPoint, ...]:
+    """What is predicted when the layers go float one after the other, the one that adds most noise first.
+
+    It starts with the plan as it is and ends before no noise is left.
+    """
+    costs = _costs(sensitivity, cost)
+    total = sum(costs.values())
+    noise = dict(zip(sensitivity.layers, sensitivity.mean_noise.tolist(), strict=True))
+    points: list[FrontierPoint] = []
+    kept: set[str] = set()
+    for layer in (None, *sensitivity.ranked()):
+        kept |= set() if layer is None else {layer}
+        sqnr = sensitivity.sqnr_db(kept)
+        if sqnr is None:
+            break
+        left = [name for name in sensitivity.layers if name not in kept]
+        share = sum(costs[name] for name in left) / total
+        points.append(FrontierPoint(layer, share, sum(noise[name] for name in left), sqnr))
+    return tuple(points)
+
+
+def _greedy(
+    sensitivity: Sensitivity, costs: Mapping[str, float], min_sqnr_db: float, max_float_share: float
+) -> list[str]:
+    """Layers by noise removed per cost, until the target is met; one that would break the limit is passed over."""
+    noise = dict(zip(sensitivity.layers, sensitivity.mean_noise.tolist(), strict=True))
+    budget = max_float_share * sum(costs.values())
+    kept: list[str] = []
+    for name in sorted(sensitivity.layers, key=lambda name: noise[name] / costs[name], reverse=True):
+        predicted = sensitivity.sqnr_db(set(kept))
+        if predicted is None or predicted >= min_sqnr_db:
+            break
+        if costs[name] <= budget:
+            budget -= costs[name]
+            kept.append(name)
+    return kept
+
+
+def _costs(sensitivity: Sensitivity, cost: Mapping[str, float] | None) -> dict[str, float]:
+    if cost is None:
+        return dict(zip(sensitivity.layers, map(float, sensitivity.macs), strict=True))
+    bad = [name for name in sensitivity.layers if not cost.get(name, 0.0) > 0]
+    if bad:
+        raise InputError(f"{len(bad)} INT8 layers have no cost above 0 (first: {bad[0]}); give one for each layer")
+    return {name: cost[name] for name in sensitivity.layers}
+
+
+def _percentage(choice: str) -> float:
+    try:
+        value = float(choice.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise InputError(f"{choice!r} of the layers cannot be kept in float; give a percentage from 0% to 100%")
+    return value
+
+
+def _named(choice: str, names: list[str]) -> list[str]:
+    """The layers that the comma-separated names and patterns mean."""
+    found: set[str] = set()
+    for pattern in (part.strip() for part in choice.split(",")):
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            close = get_close_matches(pattern, names, n=3)
+            hint = f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
+            raise InputError(
+                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'N%', or names or patterns of "
+                "the layers that `qdm-deploy inspect` lists"
+            )
+        found.update(matches)
+    return [name for name in names if name in found]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "less than 1%"
+
+
+def _with_float(plan: QuantizationPlan, reasons: Mapping[str, str]) -> QuantizationPlan:
+    layers = tuple(
+        LayerPlan(item.layer, "float", reason=reasons[item.name]) if item.name in reasons else item
+        for item in plan.layers
+    )
+    return replace(plan, layers=layers)

@@ -1,0 +1,193 @@
+"""How much noise each INT8 layer adds to the network's output, measured with one quantized layer at a time.
+
+Rounding errors of different layers are nearly uncorrelated, so their powers add up: the sum over the quantized layers
+predicts the noise of the whole plan within a few dB, and a layer's share tells what keeping it in float would remove.
+"""
+
+import copy
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qdm_calibration.simulate import Simulation, quantized_layer
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
+from qdm_deploy.errors import InputError
+from qdm_deploy.progress import SILENT, Progress
+
+__all__ = ["Sensitivity", "measure_sensitivity", "spread_rows"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Noise that each layer, quantized alone, adds to the network's output.
+
+    Attributes:
+        layers: the L planned INT8 layers, in execution order.
+        timesteps: [M] int64, the distinct timesteps of the rows, rising.
+        noise: [L, M] float64, mean squared error of the output against the float network's.
+        signal: [M] float64, mean square of the float network's output.
+        weights: [M] float64, how much each timestep counts in ``mean_noise``; not all 0.
+        macs: [L] int64, multiply-accumulates of each layer for one row.
+    """
+
+    layers: tuple[str, ...]
+    timesteps: NDArray[np.int64]
+    noise: NDArray[np.float64]
+    signal: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    macs: NDArray[np.int64]
+
+    @property
+    def mean_noise(self) -> NDArray[np.float64]:
+        """Weighted mean over the timesteps, [L] float64."""
+        mean: NDArray[np.float64] = self.noise @ self.weights / self.weights.sum()
+        return mean
+
+    def shares(self) -> dict[str, float]:
+        """Each layer's part of the noise that all of them add; the parts sum to 1 (all 0 where there is no noise)."""
+        mean = self.mean_noise
+        total = float(mean.sum())
+        return {name: float(value) / total if total else 0.0 for name, value in zip(self.layers, mean, strict=True)}
+
+    def ranked(self) -> tuple[str, ...]:
+        """The layers, the one that adds most noise first."""
+        return tuple(self.layers[i] for i in np.argsort(-self.mean_noise, kind="stable"))
+
+    def weighted(self, weights: NDArray[np.float64]) -> Self:
+        """The same measurement with other ``weights`` [M].
+
+        Raises:
+            InputError: another number of weights than timesteps, a negative one, or nothing but zeros.
+        """
+        weights = np.asarray(weights, dtype=np.float64)
+        if weights.shape != self.timesteps.shape or not (weights >= 0).all() or not weights.sum() > 0:
+            raise InputError(
+                f"{len(self.timesteps)} timestep weights are needed, none negative and not all 0; given: "
+                f"{weights.tolist()}"
+            )
+        return replace(self, weights=weights)
+
+    def relative(self) -> Self:
+        """The same measurement, noise counted relative to each timestep's signal: what SQNR sees."""
+        return self.weighted(1.0 / self.signal)
+
+    def sqnr_db(self, kept: Set[str] = frozenset()) -> float | None:
+        """Predicted SQNR of the output in dB with the layers ``kept`` in float: the mean over the timesteps.
+
+        None where no noise is left.
+        """
+        quantized = [i for i, name in enumerate(self.layers) if name not in kept]
+        noise = self.noise[quantized].sum(axis=0)
+        if not (noise > 0).all():
+            return None
+        return float(np.mean(10 * np.log10(self.signal / noise)))
+
+
+def spread_rows(calibration: CalibrationSet, count: int) -> NDArray[np.int64]:
+    """Indices of at most ``count`` rows, spread over the timesteps and, as far as there are several, the seeds.
+
+    One row for each timestep where ``count`` allows; evenly spread timesteps otherwise.
+
+    Raises:
+        InputError: ``count`` is less than 1.
+    """
+    if count < 1:
+        raise InputError(f"{count} sensitivity rows were asked for; at least 1 is needed")
+    timesteps = np.unique(calibration.timestep)
+    picked = timesteps[np.unique(np.linspace(0, len(timesteps) - 1, min(count, len(timesteps))).round().astype(int))]
+    rows = []
+    for turn, timestep in enumerate(picked):
+        candidates = np.flatnonzero(calibration.timestep == timestep)
+        rows.append(int(candidates[turn % len(candidates)]))
+    return np.array(rows, dtype=np.int64)
+
+
+@torch.inference_mode()
+def measure_sensitivity(
+    network: nn.Module,
+    plan: QuantizationPlan,
+    calibration: CalibrationSet,
+    *,
+    target: Target = "onnxruntime",
+    rows: int = 20,
+    weights: NDArray[np.float64] | None = None,
+    submodule_prefix: str = "unet.",
+    progress: Progress = SILENT,
+) -> Sensitivity:
+    """Quantize each layer of ``plan`` alone, and compare the output with the float network's.
+
+    Args:
+        network: takes (sample, timestep, **conditioning); it is left as it is.
+        plan: what to quantize, with which numbers.
+        calibration: where the rows are taken from.
+        target: whose arithmetic; ``onnxruntime`` also rounds outputs, so it is the least favourable.
+        rows: rows to run, one per timestep (``spread_rows``); they run as one batch.
+        weights: of each of the rows' distinct timesteps, rising, [M]; None is uniform.
+        submodule_prefix: where the U-Net sits inside ``network``.
+        progress: where to report.
+
+    Raises:
+        InputError: the plan has no INT8 layer, or the weights do not fit.
+    """
+    if not plan.quantized:
+        raise InputError("the plan has no INT8 layer, so there is no sensitivity to measure")
+    index = spread_rows(calibration, rows)
+    sample = torch.from_numpy(calibration.sample[index])
+    timestep = torch.from_numpy(calibration.timestep[index])
+    conditioning = {name: torch.from_numpy(values[index]) for name, values in calibration.conditioning.items()}
+
+    # One twin that shares every weight; only one of its modules is another at a time.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
+    twin = Simulation(copy.deepcopy(network, memo).eval(), plan.bin_of_timestep()).eval()
+    paths = [submodule_prefix + layer.name for layer in plan.quantized]
+    macs = np.zeros(len(paths), dtype=np.int64)
+    handles = [_count_macs(twin.network.get_submodule(path), macs, i) for i, path in enumerate(paths)]
+    # The predicted noise alone: a learned variance behind it reaches the sample through another path.
+    channels = sample.shape[1]
+    expected = twin(sample, timestep, **conditioning)[:, :channels].double()
+    for handle in handles:
+        handle.remove()
+
+    rows_noise = np.empty((len(paths), len(index)))
+    with progress.task("Measuring sensitivity", len(paths)) as advance:
+        for i, (path, layer) in enumerate(zip(paths, plan.quantized, strict=True)):
+            module = twin.network.get_submodule(path)
+            _replace(twin.network, path, quantized_layer(module, layer, target))
+            found = twin(sample, timestep, **conditioning)[:, :channels].double()
+            _replace(twin.network, path, module)
+            rows_noise[i] = _mean_square(found - expected)
+            advance()
+    distinct, place = np.unique(calibration.timestep[index], return_inverse=True)
+    noise = np.stack([rows_noise[:, place == m].mean(axis=1) for m in range(len(distinct))], axis=1)
+    power = _mean_square(expected)
+    signal = np.array([power[place == m].mean() for m in range(len(distinct))])
+    names = tuple(layer.name for layer in plan.quantized)
+    found_all = Sensitivity(names, distinct, noise, signal, np.ones(len(distinct)), macs)
+    return found_all if weights is None else found_all.weighted(weights)
+
+
+def _mean_square(values: Tensor) -> NDArray[np.float64]:
+    """Of each row, [B] float64."""
+    mean: NDArray[np.float64] = (values**2).flatten(1).mean(dim=1).numpy()
+    return mean
+
+
+def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
+
+
+def _count_macs(module: nn.Module, macs: NDArray[np.int64], place: int) -> Any:
+    """Note a layer's multiply-accumulates per row when it runs: weights times the positions they are applied at."""
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        macs[place] = weight.numel() * (output.numel() // (len(output) * len(weight)))
+
+    return module.register_forward_hook(note)

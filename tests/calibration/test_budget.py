@@ -1,0 +1,123 @@
+"""Which layers stay in float: by name, by rank and by noise per cost, and the plan that comes out."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdm_calibration.budget import check_choice, frontier, keep_float, needs_sensitivity
+from qdm_calibration.sensitivity import Sensitivity
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.topology import Layer
+from qdm_deploy.errors import InputError
+
+NAMES = ("conv_in", "mid.conv1", "mid.conv2", "mid.to_out", "conv_out")
+
+
+def plan() -> QuantizationPlan:
+    layers = [LayerPlan(Layer(name, "linear", (4, 4), name, (4,), False), "int8", scale=1.0) for name in NAMES]
+    never = LayerPlan(Layer("narrow", "linear", (1, 1), "narrow", (1,), False, float_reason="x"), "float", reason="x")
+    return QuantizationPlan((*layers, never), np.array([0, 1000]), {"ranges": "mse"})
+
+
+def sensitivity() -> Sensitivity:
+    # Noise 10, 1, 2, 3, 4 at one timestep; the signal makes 20 of noise an SQNR of 20 dB.
+    noise = np.array([[10.0], [1.0], [2.0], [3.0], [4.0]])
+    return Sensitivity(
+        NAMES, np.array([500]), noise, np.array([2000.0]), np.ones(1), np.array([500, 100, 100, 30, 270])
+    )
+
+
+def kept(result: QuantizationPlan) -> list[str]:
+    return [item.name for item in result.layers if item.precision == "float" and item.name != "narrow"]
+
+
+def test_names_and_patterns() -> None:
+    assert kept(keep_float(plan(), "conv_out")) == ["conv_out"]
+    result = keep_float(plan(), "conv_out, mid.conv?")
+    assert kept(result) == ["mid.conv1", "mid.conv2", "conv_out"]
+    assert result.layer("conv_out").reason == "kept in float: asked for by name"
+    assert result.layer("narrow").reason == "x"
+    assert result.layer("conv_in") == plan().layer("conv_in")
+    assert result.options == {"ranges": "mse"}
+
+
+def test_an_unknown_name_is_refused_with_close_ones() -> None:
+    with pytest.raises(InputError, match=r"'mid.conv3' is no INT8 layer .*close to it: mid.conv2, mid.conv1"):
+        keep_float(plan(), "mid.conv3")
+    with pytest.raises(InputError, match=r"'xyz\*' is no INT8 layer to keep in float \(one of them is conv_in\)"):
+        check_choice("conv_in,xyz*", plan().topology)
+    with pytest.raises(InputError, match="'narrow' is no INT8 layer"):
+        check_choice("narrow", plan().topology)
+    check_choice("auto", plan().topology)
+    check_choice("12.5%", plan().topology)
+    check_choice("mid.*", plan().topology)
+
+
+@pytest.mark.parametrize("choice", ["101%", "-1%", "many%", "nan%", "%"])
+def test_a_percentage_that_is_none_is_refused(choice: str) -> None:
+    with pytest.raises(InputError, match=f"'{choice}' of the layers cannot be kept in float; give a percentage"):
+        check_choice(choice, plan().topology)
+
+
+def test_percent_takes_the_layers_that_add_most_noise() -> None:
+    result = keep_float(plan(), "40%", sensitivity())
+    assert kept(result) == ["conv_in", "conv_out"]
+    assert result.layer("conv_in").reason == "kept in float: adds 50% of the noise"
+    assert kept(keep_float(plan(), "0%", sensitivity())) == []
+    assert kept(keep_float(plan(), "100%", sensitivity())) == list(NAMES)
+
+
+def test_auto_takes_noise_per_cost_within_the_limit() -> None:
+    # Per cost: mid.to_out 0.1, conv_in and mid.conv2 0.02, conv_out 0.0148, mid.conv1 0.01; the whole costs 1000.
+    assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=20)) == []
+    assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=20.5)) == ["mid.to_out"]
+    assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90)) == ["mid.to_out"]
+    # conv_in costs half of the network and is passed over.
+    limited = keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90, max_float_share=0.2)
+    assert kept(limited) == ["mid.conv2", "mid.to_out"]
+    assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90, max_float_share=1)) == list(NAMES)
+
+
+def test_a_measured_cost_replaces_the_multiply_accumulates() -> None:
+    cost = dict.fromkeys(NAMES, 1.0)
+    result = keep_float(plan(), "auto", sensitivity(), cost, min_sqnr_db=23, max_float_share=0.2)
+    assert kept(result) == ["conv_in"]
+    with pytest.raises(InputError, match=r"1 INT8 layers have no cost above 0 \(first: conv_out\)"):
+        keep_float(plan(), "auto", sensitivity(), {**cost, "conv_out": 0.0})
+
+
+def test_what_needs_a_measurement() -> None:
+    assert [needs_sensitivity(choice) for choice in ("auto", "5%", "conv_in", "auto*")] == [True, True, False, False]
+    with pytest.raises(ValueError, match="keeping '5%' in float needs the sensitivity"):
+        keep_float(plan(), "5%")
+
+
+def test_the_frontier_by_hand() -> None:
+    points = frontier(sensitivity())
+    assert [point.layer for point in points] == [None, "conv_in", "conv_out", "mid.to_out", "mid.conv2"]
+    assert [point.int8_share for point in points] == pytest.approx([1.0, 0.5, 0.23, 0.2, 0.1])
+    assert [point.noise for point in points] == pytest.approx([20, 10, 6, 3, 1])
+    assert points[0].sqnr_db == pytest.approx(20)
+    assert points[-1].sqnr_db == pytest.approx(10 * np.log10(2000))
+
+
+def test_a_small_share_is_not_written_as_none() -> None:
+    noise = np.array([[1000.0], [1.0], [1.0], [1.0], [1.0]])
+    result = keep_float(plan(), "100%", replace(sensitivity(), noise=noise))
+    assert result.layer("mid.conv1").reason == "kept in float: adds less than 1% of the noise"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_some_layers_of_a_shared_input_can_stay_float(tiny: Any, target: Any) -> None:
+    from qdm_export.targets import emit
+
+    full = tiny.plan("labels")
+    group = next(layers for layers in full.topology.groups().values() if len(layers) > 1)
+    result = keep_float(full, group[0].name)  # the first, whose name the group has
+    graph = emit(tiny.float_graph("labels"), result, target)
+    names = {node.name for node in graph.graph if node.name}
+    assert f"{group[0].name}/dequantize" not in names
+    assert f"{group[1].name}/dequantize" in names
+    assert f"{group[1].name}/quantize" in names

@@ -1,0 +1,126 @@
+"""One layer at a time: powers that add up, weights, the right rows, and a network that is left alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qdm_calibration.sensitivity import Sensitivity, measure_sensitivity, spread_rows
+from qdm_calibration.simulate import simulate
+from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Any) -> Sensitivity:
+    return measure_sensitivity(tiny.checkpoint("labels").unet, tiny.plan("labels"), tiny.calibration("labels"), rows=12)
+
+
+def output_noise(tiny: Any, plan: Any, rows: Any) -> Any:
+    """Mean squared error of each row under ``plan``, and the mean square of the float output."""
+    data, network = tiny.calibration("labels"), tiny.checkpoint("labels").unet
+    conditioning = {name: torch.from_numpy(values[rows]) for name, values in data.conditioning.items()}
+    inputs = torch.from_numpy(data.sample[rows]), torch.from_numpy(data.timestep[rows])
+    with torch.inference_mode():
+        expected = network(*inputs, **conditioning).double()
+        found = simulate(network, plan, "onnxruntime")(*inputs, **conditioning).double()
+    return [(values**2).flatten(1).mean(1).numpy() for values in (found - expected, expected)]
+
+
+def test_the_powers_of_single_layers_add_up_to_the_noise_of_the_plan(tiny: Any, measured: Sensitivity) -> None:
+    rows = spread_rows(tiny.calibration("labels"), 12)
+    noise, signal = output_noise(tiny, tiny.plan("labels"), rows)
+    order = np.argsort(tiny.calibration("labels").timestep[rows])
+    np.testing.assert_allclose(measured.signal, signal[order], rtol=1e-5)
+    difference = 10 * np.log10(measured.noise.sum(axis=0) / noise[order])
+    assert np.abs(difference).max() < 5
+    assert abs(difference.mean()) < 2
+    predicted = measured.sqnr_db()
+    assert predicted is not None
+    assert abs(predicted - np.mean(10 * np.log10(signal / noise))) < 2
+
+
+def test_a_layers_noise_is_that_of_a_plan_with_only_this_layer(tiny: Any, measured: Sensitivity) -> None:
+    plan, rows = tiny.plan("labels"), spread_rows(tiny.calibration("labels"), 12)
+    chosen = next(item for item in plan.quantized if item.inverse_r is not None)
+    alone = tuple(
+        item if item.name == chosen.name else LayerPlan(item.layer, "float", reason="test") for item in plan.layers
+    )
+    noise, _ = output_noise(tiny, replace(plan, layers=alone), rows)
+    order = np.argsort(tiny.calibration("labels").timestep[rows])
+    np.testing.assert_allclose(measured.noise[measured.layers.index(chosen.name)], noise[order], rtol=1e-6)
+
+
+def test_multiply_accumulates_follow_from_the_shapes(tiny: Any, measured: Sensitivity) -> None:
+    for name, macs in zip(measured.layers, measured.macs.tolist(), strict=True):
+        layer = tiny.topology("labels").layer(name)
+        if layer.spatial is not None:
+            size = [
+                (layer.spatial[i] + layer.pads[i] + layer.pads[2 + i] - layer.weight_shape[2 + i]) // layer.strides[i]
+                + 1
+                for i in (0, 1)
+            ]
+            assert macs == np.prod(layer.weight_shape) * np.prod(size), name
+        elif ".attentions." in name:
+            assert macs == np.prod(layer.weight_shape) * 25, name  # 5 x 5 positions on the lower level
+
+
+def test_the_network_is_left_as_it_was(tiny: Any) -> None:
+    network = tiny.checkpoint("rgb").unet
+    before = [(name, type(module), len(module._forward_hooks)) for name, module in network.named_modules()]
+    measure_sensitivity(network, tiny.plan("rgb"), tiny.calibration("rgb"), rows=2)
+    assert [(name, type(module), len(module._forward_hooks)) for name, module in network.named_modules()] == before
+
+
+def by_hand(**changes: Any) -> Sensitivity:
+    values = {
+        "layers": ("a", "b", "c"),
+        "timesteps": np.array([10, 500]),
+        "noise": np.array([[1.0, 0.0], [0.0, 3.0], [1.0, 1.0]]),
+        "signal": np.array([1.0, 100.0]),
+        "weights": np.ones(2),
+        "macs": np.array([10, 20, 70]),
+    }
+    return Sensitivity(**{**values, **changes})
+
+
+def test_means_shares_and_ranks_by_hand() -> None:
+    found = by_hand()
+    assert found.mean_noise.tolist() == [0.5, 1.5, 1.0]
+    assert found.ranked() == ("b", "c", "a")
+    assert found.shares() == pytest.approx({"a": 1 / 6, "b": 0.5, "c": 1 / 3})
+    first = found.weighted(np.array([1.0, 0.0]))
+    assert first.ranked() == ("a", "c", "b")
+    # Relative to a signal of 1 and 100, the noise of the first timestep counts a hundredfold.
+    assert found.relative().ranked() == ("c", "a", "b")
+    assert found.sqnr_db() == pytest.approx((10 * np.log10(1 / 2) + 10 * np.log10(100 / 4)) / 2)
+    assert found.sqnr_db({"a", "b"}) == pytest.approx(10.0)
+    assert found.sqnr_db({"a", "b", "c"}) is None
+    assert by_hand(noise=np.zeros((3, 2))).shares() == {"a": 0.0, "b": 0.0, "c": 0.0}
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0], [-1.0, 2.0]])
+def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
+    with pytest.raises(InputError, match=rf"2 timestep weights are needed.* given: \[{weights[0]}"):
+        by_hand().weighted(np.array(weights))
+
+
+def test_rows_are_spread_over_timesteps_and_seeds(tiny: Any) -> None:
+    data = tiny.calibration("labels")
+    rows = spread_rows(data, 12)
+    assert sorted(data.timestep[rows]) == np.unique(data.timestep).tolist()
+    assert len(set(data.seed[rows])) > 1
+    few = data.timestep[spread_rows(data, 3)]
+    assert (few.min(), few.max(), len(few)) == (data.timestep.min(), data.timestep.max(), 3)
+    assert len(spread_rows(data, 1000)) == 12
+    with pytest.raises(InputError, match="0 sensitivity rows were asked for; at least 1"):
+        spread_rows(data, 0)
+
+
+def test_a_plan_without_int8_is_refused(tiny: Any) -> None:
+    plan = tiny.plan("rgb")
+    floats = replace(plan, layers=tuple(LayerPlan(item.layer, "float", reason="test") for item in plan.layers))
+    with pytest.raises(InputError, match="the plan has no INT8 layer"):
+        measure_sensitivity(tiny.checkpoint("rgb").unet, floats, tiny.calibration("rgb"))

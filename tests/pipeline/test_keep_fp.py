@@ -1,0 +1,32 @@
+"""Layers kept in float by a build: in the plan, in the recipe, and refused before any calibration."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.errors import InputError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["auto", "10%", "conv_out"])
+def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice: str) -> None:
+    result = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp=choice, min_eps_sqnr_db=200.0)
+    plan = QuantizationPlan.load(tmp_path / "kept.qdm" / "unet")
+    kept = [item for item in plan.layers if item.reason.startswith("kept in float: ")]
+    assert kept
+    assert plan.quantized
+    assert result.report.recipe["keep_fp"] == choice
+    assert "sensitivity" in result.report.stage_seconds
+    assert all(check.ok for check in result.report.checks)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("conv_uot", "'conv_uot' is no INT8 layer .*"), ("200%", "'200%' of the layers cannot be kept in float")],
+)
+def test_a_choice_that_cannot_be_kept_is_refused(quick_build: Any, tmp_path: Path, choice: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        quick_build(tmp_path / "kept.qdm", "rgb", keep_fp=choice)
+    assert not (tmp_path / "kept.qdm").exists()
