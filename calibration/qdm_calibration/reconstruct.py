@@ -187,8 +187,7 @@ class _Work:
 
 def _learn(work: _Work, options: ReconstructOptions, generator: torch.Generator, advance: Advance) -> dict[str, float]:
     """Round the block's weights; returns the held-out error of nearest rounding and of what it ends with."""
-    everything = torch.arange(len(work.target))
-    held, train = everything[everything % _HELD_OUT == 1], everything[everything % _HELD_OUT != 1]
+    train, held = held_out(len(work.target))
     nearest = work.error(held)
     channels = work.layers[-1].plan.layer.out_channels
     alphas = [layer.begin() for layer in work.layers]
@@ -216,6 +215,13 @@ def _learn(work: _Work, options: ReconstructOptions, generator: torch.Generator,
         for layer in work.layers:
             layer.round_to_nearest()
     return {"nearest": nearest, "learned": learned}
+
+
+def held_out(rows: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rows to train on and of those that judge, every fifth."""
+    everything = torch.arange(rows)
+    judges = everything % _HELD_OUT == 1
+    return everything[~judges], everything[judges]
 
 
 def _beta(iteration: int, iterations: int) -> float | None:

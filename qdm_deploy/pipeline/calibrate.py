@@ -1,7 +1,9 @@
 """Calibration and planning inside a build; whatever can be refused is refused before the first long stage."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +103,39 @@ def calibrated_plan(
                 zero_offset=options.zero_offset,
                 concat_scales=options.concat_scales,
                 step_bins=_step_bins(options, calibration.timestep, spec.num_train_timesteps),
+                weight_bits=options.weight_bits,
             ),
             provenance={"weights_sha256": checkpoint.weights_sha256},
             progress=progress,
         )
+    if options.reconstruct != "none":
+        with stage("reconstruct"):
+            plan = _reconstructed(options, checkpoint, plan, calibration, progress)
     return calibration, plan
+
+
+def _reconstructed(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    plan: QuantizationPlan,
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> QuantizationPlan:
+    """The plan with learned rounding; finished blocks wait beside the bundle until all are."""
+    from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
+
+    folder = options.out.absolute().parent / f".{options.out.name}.reconstruction"
+    chosen = ReconstructOptions(iterations=options.reconstruct_iterations, seed=options.seed, folder=folder)
+    better = reconstruct(checkpoint.unet, plan, calibration, chosen, progress=progress)
+    shutil.rmtree(folder)
+    return replace(
+        better,
+        options={
+            **plan.options,
+            "reconstruct": options.reconstruct,
+            "reconstruct_iterations": options.reconstruct_iterations,
+        },
+    )
 
 
 def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:

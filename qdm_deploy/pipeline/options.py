@@ -60,6 +60,10 @@ class BuildOptions:
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
             fewer where the calibrated timesteps cannot tell 4 apart.
+        weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
+        reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "none" rounds
+            to nearest.
+        reconstruct_iterations: training steps per block, at most.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -90,6 +94,9 @@ class BuildOptions:
     zero_offset: bool = True
     concat_scales: Literal["none", "branch"] = "branch"
     step_bins: int | None = None
+    weight_bits: int = 8
+    reconstruct: Literal["none", "weights"] = "none"
+    reconstruct_iterations: int = 300
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -129,6 +136,9 @@ class BuildOptions:
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
         if self.step_bins is not None:
             within("step bins", self.step_bins, 1, 32)
+        one_of("weight bits", str(self.weight_bits), ("8", "4"))
+        one_of("reconstruction", self.reconstruct, ("none", "weights"))
+        within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
