@@ -57,6 +57,7 @@ def search_channel_factors(
     *,
     ranges: RangeMethod = "mse",
     zero_offset: bool = True,
+    weight_bits: int = 8,
     branch_fold: bool = True,
     channels: bool = True,
     rows: int = _ROWS,
@@ -73,6 +74,7 @@ def search_channel_factors(
         calibration: where the rows come from that candidates are measured on.
         ranges: how activation and weight ranges are chosen.
         zero_offset: allow z.
+        weight_bits: bits of the weights that take the factors: fewer bits bear smaller ones.
         branch_fold: offer the full fold of branch ranges at skip concatenations.
         channels: offer k_c = (amax_c / max)**alpha.
         rows: calibration rows to measure on, spread over the timesteps.
@@ -107,7 +109,9 @@ def search_channel_factors(
     def on_output(name: str, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             for index, (_, inverse_k) in enumerate(candidates[name]):
-                errors[name][index] += _error(layer, module, args[0], output, inverse_k, grids[name][index])
+                errors[name][index] += _error(
+                    layer, module, args[0], output, inverse_k, grids[name][index], weight_bits
+                )
 
         return hook
 
@@ -182,15 +186,16 @@ def _error(
     expected: Tensor,
     inverse_k: NDArray[np.float32] | None,
     grid: ActivationScale,
+    weight_bits: int,
 ) -> float:
     """Squared error of the layer's output with this k, relative to the output's power."""
     weight = module.get_parameter("weight").detach().numpy()
     if inverse_k is not None:
         weight = weight / inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
-    scale = weight_scale(weight, "minmax")
+    scale = weight_scale(weight, "minmax", weight_bits)
     plan = LayerPlan(
         layer, "int8", scale=grid.scale, zero_offset=grid.zero_offset, inverse_k=inverse_k,
-        weight_codes=quantize_weight(weight, scale), weight_scale=scale,
+        weight_codes=quantize_weight(weight, scale, weight_bits), weight_scale=scale,
     )  # fmt: skip
     got = quantized_layer(module, plan, "tensorrt")(x)
     return float((got - expected).square().sum() / expected.square().sum().clamp_min(1e-30))

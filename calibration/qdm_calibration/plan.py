@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdm_calibration.channel_factors import ChannelFactors
-from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_scale
+from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_levels, weight_scale
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
@@ -35,6 +35,7 @@ class PlanOptions:
         step_bins: K, equal bins over the timestep for the gains r; 1 switches them off.
         branch_ratio: branches whose ranges differ by less than this factor share one scale.
         gain_ratio: an input whose range moves by less than this factor over the bins stays static.
+        weight_bits: 8, or 4; codes of 4 bits run in the same INT8 kernels.
     """
 
     ranges: RangeMethod = "mse"
@@ -43,6 +44,7 @@ class PlanOptions:
     step_bins: int = 4
     branch_ratio: float = 1.25
     gain_ratio: float = 1.3
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -54,6 +56,7 @@ class PlanOptions:
             raise InputError(f"{self.step_bins} step bins were asked for; allowed are 1 to 32")
         if self.branch_ratio < 1 or self.gain_ratio < 1:
             raise InputError(f"branch ratio {self.branch_ratio} and gain ratio {self.gain_ratio} must be at least 1")
+        weight_levels(self.weight_bits)
 
 
 def make_plan(
@@ -259,8 +262,8 @@ def _plan_layer(
 ) -> LayerPlan:
     if decision.inverse_k is not None:
         weight = weight / decision.inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
-    scale = weight_scale(weight, options.ranges)
-    codes = quantize_weight(weight, scale)
+    scale = weight_scale(weight, options.ranges, options.weight_bits)
+    codes = quantize_weight(weight, scale, options.weight_bits)
     dequantized = codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))
     noise = float(((weight - dequantized) ** 2).sum())
     output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
@@ -277,6 +280,7 @@ def _plan_layer(
         output_zero_point=output_zero_point,
         notes=decision.notes,
         weight_sqnr_db=10 * float(np.log10(float((weight**2).sum()) / noise)) if noise else None,
+        weight_bits=options.weight_bits,
     )
 
 

@@ -1,12 +1,13 @@
 """Scales from histograms and weights.
 
 Every scale is rounded to float16 before its error is measured, so what was searched is what is deployed. Activations
-use the whole grid [-128, 127]; weights use [-127, 127], so that a code and its negative both exist and no product of
-codes can saturate a 16-bit pair sum on CPUs without VNNI.
+use the whole grid [-128, 127]; weights use [-127, 127] (4 bits: [-7, 7]), so that a code and its negative both exist
+and no product of codes can saturate a 16-bit pair sum on CPUs without VNNI.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -17,11 +18,13 @@ from qdm_deploy.errors import InputError
 
 __all__ = [
     "METHODS",
+    "WEIGHT_LEVELS",
     "ActivationScale",
     "RangeMethod",
     "activation_scale",
     "float16_exact",
     "quantize_weight",
+    "weight_levels",
     "weight_scale",
 ]
 
@@ -32,7 +35,10 @@ _PERCENTILE = 99.99
 # The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.
 _SMALLEST_SCALE = 2.0**-14
 _QMIN, _QMAX = -128, 127
-_WEIGHT_QMAX = 127
+# Largest weight code by bits; symmetric, so that a code and its negative both exist at 4 bits too.
+WEIGHT_LEVELS: Mapping[int, int] = MappingProxyType({8: 127, 4: 7})
+# How far the search clips the largest magnitude: a grid of 15 codes gains from much harder clipping than one of 255.
+_WEIGHT_CLIPS: Mapping[int, NDArray[np.float64]] = {8: np.linspace(1.0, 0.6, 41), 4: np.linspace(1.0, 0.35, 66)}
 
 
 @dataclass(frozen=True)
@@ -100,34 +106,47 @@ def activation_scale(
     return best
 
 
-def weight_scale(weight: NDArray[np.float32], method: RangeMethod) -> NDArray[np.float32]:
-    """w per output channel, [O] float32 exact in float16, for a weight [O, ...].
+def weight_scale(weight: NDArray[np.float32], method: RangeMethod, bits: int = 8) -> NDArray[np.float32]:
+    """w per output channel, [O] float32 exact in float16, for a weight [O, ...] that gets codes of 8 or 4 bits.
 
     "minmax" and "percentile" use the largest magnitude; the others search how far to clip it.
 
     Raises:
-        InputError: an unknown method.
+        InputError: an unknown method, or another number of bits.
     """
     _refuse_unknown(method)
+    qmax = weight_levels(bits)
     flat = weight.reshape(len(weight), -1).astype(np.float64)
     amax = np.abs(flat).max(axis=1)
-    full = _float16(amax / _WEIGHT_QMAX)
+    full = _float16(amax / qmax)
     if method not in _POWERS:
         return full
     best, best_error = full, np.full(len(flat), np.inf)
-    for fraction in np.linspace(1.0, 0.6, 41):
-        scale = _float16(fraction * amax / _WEIGHT_QMAX)
-        codes = np.clip(np.rint(flat / scale[:, None]), -_WEIGHT_QMAX, _WEIGHT_QMAX)
+    for fraction in _WEIGHT_CLIPS[bits]:
+        scale = _float16(fraction * amax / qmax)
+        codes = np.clip(np.rint(flat / scale[:, None]), -qmax, qmax)
         error = (np.abs(flat - codes * scale[:, None]) ** _POWERS[method]).sum(axis=1)
         better = error < best_error
         best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
     return best.astype(np.float32)
 
 
-def quantize_weight(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+def weight_levels(bits: int) -> int:
+    """The largest weight code of that many bits.
+
+    Raises:
+        InputError: neither 8 nor 4 bits.
+    """
+    if bits not in WEIGHT_LEVELS:
+        raise InputError(f"weights of {bits} bits were asked for; choose 8 or 4")
+    return WEIGHT_LEVELS[bits]
+
+
+def quantize_weight(weight: NDArray[np.float32], scale: NDArray[np.float32], bits: int = 8) -> NDArray[np.int8]:
     """Nearest codes (half to even) of a weight [O, ...] on a scale per output channel."""
+    qmax = weight_levels(bits)
     shaped = scale.reshape(-1, *([1] * (weight.ndim - 1)))
-    codes: NDArray[np.int8] = np.clip(np.rint(weight / shaped), -_WEIGHT_QMAX, _WEIGHT_QMAX).astype(np.int8)
+    codes: NDArray[np.int8] = np.clip(np.rint(weight / shaped), -qmax, qmax).astype(np.int8)
     return codes
 
 

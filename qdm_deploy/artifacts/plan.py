@@ -50,6 +50,7 @@ class LayerPlan:
             target quantizes outputs (convolutions).
         notes: one sentence per factor ("s", "z", "k", "r") on what was decided and why.
         weight_sqnr_db: of the dequantized weight against the float one.
+        weight_bits: 8, or 4 where Q lies in [-7, 7]; Q is int8 in both cases.
     """
 
     layer: Layer
@@ -65,6 +66,7 @@ class LayerPlan:
     output_zero_point: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
+    weight_bits: int = 8
 
     @property
     def name(self) -> str:

@@ -140,6 +140,28 @@ _FILE = click.Path(path_type=Path)
     help="Layers to keep in float: as few as reach --min-sqnr, the noisiest N percent, or names and patterns (a,b*).",
 )
 @option(
+    "--weight-bits",
+    type=click.Choice(["8", "4"]),
+    default="8",
+    section=_QUANTIZATION,
+    callback=lambda ctx, parameter, value: int(value),
+    help="Bits of a weight; 4 need --reconstruct weights to stay close to the model.",
+)
+@option(
+    "--reconstruct",
+    type=click.Choice(["none", "weights"]),
+    default="none",
+    section=_QUANTIZATION,
+    help="Learn how weights are rounded (AdaRound), block by block; takes minutes, goes on after an interruption.",
+)
+@option(
+    "--reconstruct-iterations",
+    type=int,
+    default=300,
+    section=_QUANTIZATION,
+    help="Training steps of each block.",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

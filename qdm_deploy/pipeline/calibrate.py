@@ -1,5 +1,6 @@
 """Calibration and planning inside a build; whatever can be refused is refused before the first long stage."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -101,6 +102,9 @@ def calibrated_plan(
             plan = _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
         else:
             plan = _searched_plan(options, checkpoint, topology, calibration, statistics, progress)
+    if options.reconstruct != "none":
+        with stage("reconstruct"):
+            plan = _reconstructed(options, checkpoint, plan, calibration, progress)
     if options.keep_fp is not None:
         with stage("sensitivity"):
             plan = _within_budget(options, checkpoint, calibration, plan, progress)
@@ -128,6 +132,7 @@ def _searched_plan(
             calibration,
             ranges=options.ranges,
             zero_offset=options.zero_offset,
+            weight_bits=options.weight_bits,
             branch_fold=options.concat_scales == "branch",
             progress=progress,
         )
@@ -144,7 +149,8 @@ def _searched_plan(
             ranges=options.ranges,
             zero_offset=options.zero_offset,
             concat_scales=options.concat_scales,
-            step_bins=_step_bins(options, calibration.timestep, spec.num_train_timesteps),
+            step_bins=_step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps),
+            weight_bits=options.weight_bits,
         ),
         factors=factors,
         provenance={"weights_sha256": checkpoint.weights_sha256},
@@ -208,6 +214,30 @@ def _within_budget(
     # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
     sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress).relative()
     return keep_float(plan, choice, sensitivity, min_sqnr_db=options.min_eps_sqnr_db)
+
+
+def _reconstructed(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    plan: QuantizationPlan,
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> QuantizationPlan:
+    """The plan with learned rounding; finished blocks wait beside the bundle until all are."""
+    from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
+
+    folder = options.out.absolute().parent / f".{options.out.name}.reconstruction"
+    chosen = ReconstructOptions(iterations=options.reconstruct_iterations, seed=options.seed, folder=folder)
+    better = reconstruct(checkpoint.unet, plan, calibration, chosen, progress=progress)
+    shutil.rmtree(folder)
+    return replace(
+        better,
+        options={
+            **plan.options,
+            "reconstruct": options.reconstruct,
+            "reconstruct_iterations": options.reconstruct_iterations,
+        },
+    )
 
 
 def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:

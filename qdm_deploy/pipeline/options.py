@@ -66,6 +66,10 @@ class BuildOptions:
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
             that add most noise), or names and patterns separated by commas; None keeps none.
+        weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
+        reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "none" rounds
+            to nearest.
+        reconstruct_iterations: training steps per block, at most.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -100,6 +104,9 @@ class BuildOptions:
     step_bins: int | None = None
     from_modelopt: str | None = None
     keep_fp: str | None = None
+    weight_bits: int = 8
+    reconstruct: Literal["none", "weights"] = "none"
+    reconstruct_iterations: int = 300
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -143,6 +150,9 @@ class BuildOptions:
             within("step bins", self.step_bins, 1, 32)
         if self.from_modelopt is not None:
             _refuse_beside_modelopt(self)
+        one_of("weight bits", str(self.weight_bits), ("8", "4"))
+        one_of("reconstruction", self.reconstruct, ("none", "weights"))
+        within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
@@ -179,6 +189,7 @@ def _refuse_beside_modelopt(options: BuildOptions) -> None:
         "concat scales": options.concat_scales != "branch",
         "channel scales": options.channel_scales != "none",
         "step bins": options.step_bins is not None,
+        "weight bits": options.weight_bits != 8,
     }
     if any(asked.values()):
         raise InputError(

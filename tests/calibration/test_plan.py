@@ -133,6 +133,15 @@ def test_step_gains_follow_the_range_and_are_at_least_one() -> None:
     assert layer.output_scale == pytest.approx(1 / 127, rel=5e-3)
 
 
+def test_weights_of_4_bits_use_15_codes_and_are_remembered(tiny: Any, tmp_path: Path) -> None:
+    plan = tiny.plan("variance", weight_bits=4, ranges="mse")
+    assert {layer.weight_bits for layer in plan.quantized} == {4}
+    assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) == 7
+    assert all(layer.weight_sqnr_db is not None and 12 < layer.weight_sqnr_db < 30 for layer in plan.quantized)
+    plan.save(tmp_path)
+    assert QuantizationPlan.load(tmp_path).quantized[0].weight_bits == 4
+
+
 def test_two_step_bins_merge_the_timestep_bins() -> None:
     plan = planned(conv(), tensor(*MOVING), zero_offset=False, step_bins=2)
     assert plan.timestep_edges.tolist() == [0, 500, 1000]
@@ -212,6 +221,7 @@ def test_bins_that_cannot_be_told_apart_are_refused() -> None:
         ({"concat_scales": "split"}, "concat scales 'split' are not known; choose 'none' or 'branch'"),
         ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
         ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),
+        ({"weight_bits": 3}, "weights of 3 bits were asked for; choose 8 or 4"),
         ({"branch_ratio": 0.5, "gain_ratio": 2.0}, r"branch ratio 0\.5 and gain ratio 2\.0 must be at least 1"),
         ({"branch_ratio": 2.0, "gain_ratio": 0.9}, r"branch ratio 2\.0 and gain ratio 0\.9 must be at least 1"),
     ],

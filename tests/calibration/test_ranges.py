@@ -13,6 +13,7 @@ from qdm_calibration.ranges import (
     activation_scale,
     float16_exact,
     quantize_weight,
+    weight_levels,
     weight_scale,
 )
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, Histogram
@@ -273,3 +274,29 @@ def test_an_unknown_method_is_refused() -> None:
         activation_scale([(spike(1.0), 1.0)], "entropy", zero_offset=False)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=text):
         weight_scale(np.ones((1, 1), dtype=np.float32), "entropy")  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------------- 4 bits
+
+
+def test_golden_weight_codes_of_4_bits() -> None:
+    weight = np.array([[-3.0, 1.3, 2.4, 7.0]], dtype=np.float32)
+    scale = weight_scale(weight, "minmax", 4)
+    assert scale.tolist() == [1.0]
+    assert quantize_weight(weight * 2, scale, 4).tolist() == [[-6, 3, 5, 7]]
+
+
+def test_a_searched_range_of_4_bits_beats_the_largest_magnitude_by_decibels() -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 2000))
+    weight[:, 0] = 10.0
+
+    def decibels(method: RangeMethod) -> float:
+        scale = weight_scale(weight.astype(np.float32), method, 4)
+        return sqnr_db(weight, quantize_weight(weight.astype(np.float32), scale, 4) * scale[:, None])
+
+    assert decibels("mse") > decibels("minmax") + 5
+
+
+def test_another_number_of_weight_bits_is_refused() -> None:
+    with pytest.raises(InputError, match="weights of 5 bits were asked for; choose 8 or 4"):
+        weight_levels(5)

@@ -211,3 +211,21 @@ def test_json_files_are_those_of_the_model(labels: Path, tiny: Any) -> None:
     source = tiny.folder("labels")
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert json.loads((labels / name).read_bytes()) == json.loads((source / name).read_bytes())
+
+
+def test_weights_of_4_bits_are_reconstructed_and_say_so(quick_build: Any, tmp_path: Path) -> None:
+    built = quick_build(
+        tmp_path / "four.qdm",
+        name="variance",
+        weight_bits=4,
+        reconstruct="weights",
+        reconstruct_iterations=5,
+        targets=("onnxruntime",),
+    )
+    plan = QuantizationPlan.load(built.bundle / "unet")
+    assert plan.options["reconstruct"] == "weights"
+    assert plan.options["reconstruct_iterations"] == 5
+    assert all("held-out error" in layer.notes["w"] for layer in plan.quantized)
+    assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) <= 7
+    assert built.report.stage_seconds["reconstruct"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["four.qdm"]

@@ -31,6 +31,12 @@ BAD = float("nan")
         ({"ndtc_count": 0}, r"ndtc count is 0; it must be from 1 to"),
         ({"ndtc_mean": 1.5}, r"ndtc mean is 1\.5; it must be from 0 to 1"),
         ({"ndtc_spread": 0.0}, r"ndtc spread is 0\.0; it must be from 0\.001 to 1"),
+        ({"weight_bits": 6}, r"unknown weight bits '6'; choose one of 8, 4"),
+        (
+            {"reconstruct": "wieghts"},
+            r"unknown reconstruction 'wieghts' \(did you mean weights\?\); choose one of none",
+        ),
+        ({"reconstruct_iterations": 0}, r"reconstruct iterations is 0; it must be from 1 to 100000"),
         ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
         (
             {"from_modelopt": "INT8_DIFFUSERS", "ranges": "lp", "step_bins": 1},
