@@ -31,7 +31,8 @@ class PlanOptions:
     Attributes:
         ranges: how activation and weight ranges are chosen.
         zero_offset: allow z (off: symmetric grids).
-        concat_scales: "branch" gives each skip branch its own factor k, "none" shares one scale.
+        concat_scales: "branch" gives each skip branch its own factor k, "none" shares one scale; "split" is for a
+            network whose readers of skip concatenations are split already, and decides like "none".
         step_bins: K, equal bins over the timestep for the gains r; 1 switches them off.
         branch_ratio: branches whose ranges differ by less than this factor share one scale.
         gain_ratio: an input whose range moves by less than this factor over the bins stays static.
@@ -40,7 +41,7 @@ class PlanOptions:
 
     ranges: RangeMethod = "mse"
     zero_offset: bool = True
-    concat_scales: Literal["none", "branch"] = "branch"
+    concat_scales: Literal["none", "branch", "split"] = "branch"
     step_bins: int = 4
     branch_ratio: float = 1.25
     gain_ratio: float = 1.3
@@ -50,8 +51,8 @@ class PlanOptions:
         """Refuse values that mean nothing."""
         if self.ranges not in METHODS:
             raise InputError(f"range method {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
-        if self.concat_scales not in ("none", "branch"):
-            raise InputError(f"concat scales {self.concat_scales!r} are not known; choose 'none' or 'branch'")
+        if self.concat_scales not in ("none", "branch", "split"):
+            raise InputError(f"concat scales {self.concat_scales!r} are not known; choose 'none', 'branch' or 'split'")
         if not 1 <= self.step_bins <= 32:
             raise InputError(f"{self.step_bins} step bins were asked for; allowed are 1 to 32")
         if self.branch_ratio < 1 or self.gain_ratio < 1:
@@ -202,6 +203,9 @@ def _branch_factors(
         return ones
     if options.concat_scales == "none":
         notes["k"] = "switched off: the skip branches share one scale"
+        return ones
+    if options.concat_scales == "split":
+        notes["k"] = "one scale for the skip branches: only what reads the concatenation itself is split"
         return ones
     scales = [
         activation_scale([(branch, 1.0)], options.ranges, zero_offset=options.zero_offset).scale for branch in whole

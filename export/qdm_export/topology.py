@@ -13,14 +13,14 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 
-__all__ = ["MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
+__all__ = ["MIN_CHANNELS", "MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
 
 # Node metadata: the module a node was exported from.
 MODULE_KEY = "qdm.module"
 _PREFIX = "net.unet."
 # Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them
 # too).
-_MIN_CHANNELS = 16
+MIN_CHANNELS = 16
 # Operators that keep every channel in its place; a skip branch stays recognisable through them.
 _CHANNELWISE = {"Resize", "Pad", "Identity", "Cast", "Dropout"}
 _NORMS = {"GroupNormalization", "InstanceNormalization", "LayerNormalization", "BatchNormalization"}
@@ -194,8 +194,8 @@ def _float_reason(
         return "first convolution: reads the sample itself"
     if item.output not in before_layer:
         return "last convolution: its output is the model's output"
-    if min(shape[:2]) < _MIN_CHANNELS:
-        return f"narrower than {_MIN_CHANNELS} channels"
+    if min(shape[:2]) < MIN_CHANNELS:
+        return f"narrower than {MIN_CHANNELS} channels"
     if item.kind == "conv":
         if _int(item.node, "group", 1) != 1:
             return "grouped convolution"

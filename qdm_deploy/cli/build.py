@@ -108,10 +108,10 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--concat-scales",
-    type=click.Choice(["none", "branch"]),
+    type=click.Choice(["none", "branch", "split"]),
     default="branch",
     section=_QUANTIZATION,
-    help="Scales at skip concatenations: one for all, or one for each branch.",
+    help="Scales at skip concatenations: one for all, one for each branch, or a kernel for each branch.",
 )
 @option(
     "--channel-scales",

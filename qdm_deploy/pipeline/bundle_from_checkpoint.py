@@ -70,8 +70,13 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
             from qdm_export.float_graph import export_float_graph
 
             float_graph = export_float_graph(checkpoint)
+            whole = float_graph  # what the float reference is written from
+            if options.concat_scales == "split":
+                from qdm_export.split_concat import split_checkpoint
+
+                checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
         calibration, plan = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
-        _emit(options, plan, float_graph, writer.root / "unet", stages, progress)
+        _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
             options, checkpoint, plan, verify_table, float_graph, writer.root / "unet", scratch, stages.stage, progress
@@ -128,6 +133,7 @@ def _emit(
     options: BuildOptions,
     plan: QuantizationPlan,
     float_graph: "ir.Model",
+    whole: "ir.Model",
     folder: Path,
     stages: Stages,
     progress: Progress,
@@ -148,7 +154,7 @@ def _emit(
             save_with_shared_weights(
                 {folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin"
             )
-            save_graph(emit_float(float_graph), folder / "float.onnx", weights="float.data")
+            save_graph(emit_float(whole), folder / "float.onnx", weights="float.data")
             advance()
         for name in (*options.targets, "float"):
             check_onnx(folder / f"{name}.onnx")

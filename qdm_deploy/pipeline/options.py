@@ -99,7 +99,7 @@ class BuildOptions:
     conditioning_file: Path | None = None
     ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
     zero_offset: bool = True
-    concat_scales: Literal["none", "branch"] = "branch"
+    concat_scales: Literal["none", "branch", "split"] = "branch"
     channel_scales: Literal["none", "auto"] = "none"
     step_bins: int | None = None
     from_modelopt: str | None = None
@@ -138,7 +138,7 @@ class BuildOptions:
         one_of("sampler", self.sampler, SAMPLERS)
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
         one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
-        one_of("concat scales", self.concat_scales, ("none", "branch"))
+        one_of("concat scales", self.concat_scales, ("none", "branch", "split"))
         one_of("channel scales", self.channel_scales, ("none", "auto"))
         within("steps", self.steps, 1, _MAX_STEPS)
         within("calibration samples", self.calibration_samples, 1, _MAX_IMAGES)

@@ -218,7 +218,7 @@ def test_bins_that_cannot_be_told_apart_are_refused() -> None:
     ("options", "text"),
     [
         ({"ranges": "kl"}, "range method 'kl' is not known; choose one of minmax, percentile, mse, lp"),
-        ({"concat_scales": "split"}, "concat scales 'split' are not known; choose 'none' or 'branch'"),
+        ({"concat_scales": "both"}, "concat scales 'both' are not known; choose 'none', 'branch' or 'split'"),
         ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
         ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),
         ({"weight_bits": 3}, "weights of 3 bits were asked for; choose 8 or 4"),

@@ -24,7 +24,7 @@ BAD = float("nan")
         ({"sampler": "qqq"}, r"unknown sampler 'qqq'; choose one of"),
         ({"strategy": "gauss"}, r"unknown calibration strategy 'gauss'; choose one of uniform, ndtc"),
         ({"ranges": "MinMax"}, r"unknown range method 'MinMax' \(did you mean minmax\?\)"),
-        ({"concat_scales": "split"}, r"unknown concat scales 'split'; choose one of none, branch"),
+        ({"concat_scales": "both"}, r"unknown concat scales 'both'; choose one of none, branch, split"),
         ({"steps": 0}, r"steps is 0; it must be from 1 to 10000"),
         ({"calibration_samples": 0}, r"calibration samples is 0; it must be from 1 to 100000"),
         ({"calibration_steps": -1}, r"calibration steps is -1; it must be from 1 to"),
