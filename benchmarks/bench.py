@@ -17,6 +17,7 @@ from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
@@ -61,6 +62,7 @@ class Case:
     topology: Topology
     statistics: ActivationStatistics
     schedule: NoiseSchedule
+    calibration: CalibrationSet
 
     def plan(self, options: PlanOptions | None = None) -> QuantizationPlan:
         """A plan from these statistics."""
@@ -83,7 +85,7 @@ def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
     )
     topology = topology_of(graph)
     statistics = collect_statistics(checkpoint.unet, topology, calibration, checkpoint.spec.num_train_timesteps)
-    return Case(name, checkpoint, graph, topology, statistics, schedule)
+    return Case(name, checkpoint, graph, topology, statistics, schedule, calibration)
 
 
 def _random_cifar10(folder: Path) -> Path:

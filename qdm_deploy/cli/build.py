@@ -149,10 +149,10 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--reconstruct",
-    type=click.Choice(["none", "weights"]),
+    type=click.Choice(["none", "weights", "full"]),
     default="none",
     section=_QUANTIZATION,
-    help="Learn how weights are rounded (AdaRound), block by block; takes minutes, goes on after an interruption.",
+    help="Learn how weights are rounded (AdaRound), block by block; full: activation scales (LSQ) too. Takes minutes.",
 )
 @option(
     "--reconstruct-iterations",

@@ -225,10 +225,13 @@ def _reconstructed(
 ) -> QuantizationPlan:
     """The plan with learned rounding; finished blocks wait beside the bundle until all are."""
     from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
+    from qdm_calibration.step_size import learn_step_sizes
 
     folder = options.out.absolute().parent / f".{options.out.name}.reconstruction"
     chosen = ReconstructOptions(iterations=options.reconstruct_iterations, seed=options.seed, folder=folder)
     better = reconstruct(checkpoint.unet, plan, calibration, chosen, progress=progress)
+    if options.reconstruct == "full":
+        better = learn_step_sizes(checkpoint.unet, better, calibration, chosen, progress=progress)
     shutil.rmtree(folder)
     return replace(
         better,

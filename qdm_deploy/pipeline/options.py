@@ -67,8 +67,8 @@ class BuildOptions:
         keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
             that add most noise), or names and patterns separated by commas; None keeps none.
         weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
-        reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "none" rounds
-            to nearest.
+        reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
+            learns the scales of the activations too; "none" rounds to nearest.
         reconstruct_iterations: training steps per block, at most.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
@@ -105,7 +105,7 @@ class BuildOptions:
     from_modelopt: str | None = None
     keep_fp: str | None = None
     weight_bits: int = 8
-    reconstruct: Literal["none", "weights"] = "none"
+    reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300
     seed: int = 0
     engines: tuple[str, ...] | None = None
@@ -151,7 +151,7 @@ class BuildOptions:
         if self.from_modelopt is not None:
             _refuse_beside_modelopt(self)
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
-        one_of("reconstruction", self.reconstruct, ("none", "weights"))
+        one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)

@@ -218,12 +218,12 @@ def test_weights_of_4_bits_are_reconstructed_and_say_so(quick_build: Any, tmp_pa
         tmp_path / "four.qdm",
         name="variance",
         weight_bits=4,
-        reconstruct="weights",
+        reconstruct="full",
         reconstruct_iterations=5,
         targets=("onnxruntime",),
     )
     plan = QuantizationPlan.load(built.bundle / "unet")
-    assert plan.options["reconstruct"] == "weights"
+    assert plan.options["reconstruct"] == "full"
     assert plan.options["reconstruct_iterations"] == 5
     assert all("held-out error" in layer.notes["w"] for layer in plan.quantized)
     assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) <= 7
