@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from hypothesis import settings
 # Reproducible, and indifferent to how busy the machine is.
 settings.register_profile("qdm", deadline=None, derandomize=True)
 settings.load_profile("qdm")
+
+# A shell that starts the suite in the background ignores SIGINT for it, and every child would inherit that: the tests
+# of Ctrl-C would test the shell.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
