@@ -80,8 +80,11 @@ def frechet_sentence(row: DistributionRow, images: int) -> str:
     """
     if row.low is None or row.high is None:
         raise ValueError(f"{row.metric} has no interval, so nothing can be said of it")
-    word = "is not" if row.low <= 0 <= row.high else "is"
+    if row.low <= 0 <= row.high:
+        word, closer = "is not", ""
+    else:
+        word, closer = "is", f": {'B' if row.high < 0 else 'A'} is the closer one to the real images"
     return (
         f"The Frechet difference B - A of {row.difference:+.4g} (95 % interval {row.low:+.4g} to {row.high:+.4g}) "
-        f"{word} distinguishable from zero at N = {images}."
+        f"{word} distinguishable from zero at N = {images}{closer}."
     )

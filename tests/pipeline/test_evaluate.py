@@ -225,7 +225,8 @@ def test_options(changes: dict[str, Any], message: str) -> None:
 def test_the_sentence_follows_the_interval() -> None:
     row = DistributionRow(metric="Frechet", a=1.0, b=1.5, low=0.25, high=0.75)
     assert frechet_sentence(row, 1000) == (
-        "The Frechet difference B - A of +0.5 (95 % interval +0.25 to +0.75) is distinguishable from zero at N = 1000."
+        "The Frechet difference B - A of +0.5 (95 % interval +0.25 to +0.75) is distinguishable from zero at N = 1000: "
+        "A is the closer one to the real images."
     )
     assert "is not distinguishable" in frechet_sentence(row.model_copy(update={"low": -0.1}), 1000)
     with pytest.raises(ValueError, match="Frechet has no interval"):
