@@ -4,6 +4,7 @@ import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from qdm_deploy.pipeline.sample_cache import SampleCache, chunks_of
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.bootstrap import mean_interval
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, PairedRow, Side, frechet_sentence
-from qdm_deploy.report.metrics import psnr_per_image_db, sqnr_db
+from qdm_deploy.report.metrics import psnr_per_image_db, sqnr_per_step_db
 from qdm_deploy.report.ssim import SSIM_WINDOW, ssim_per_image
 from qdm_deploy.runtime import Conditioning, StepSession, denoise, open_session
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
@@ -228,7 +229,7 @@ def _features(
 
 
 def _output_errors(run: _Run, a: StepSession, b: StepSession, progress: Progress) -> list[float]:
-    """Per seed, SQNR in dB of B's network output over all steps, both fed with A's samples."""
+    """Per seed, SQNR in dB of B's network output, mean over the steps as in a report; both are fed A's samples."""
     options = run.options
     errors: list[float] = []
     with progress.task("The networks' outputs at each step", options.paired) as advance:
@@ -241,7 +242,9 @@ def _output_errors(run: _Run, a: StepSession, b: StepSession, progress: Progress
                 b, run.table, reference.inputs, run.model, reference.conditioning, options.guidance,
                 options.batch_size, "",
             )  # fmt: skip
-            errors += [sqnr_db(reference.outputs[:, i], outputs[:, i]) for i in range(outputs.shape[1])]
+            for i in range(outputs.shape[1]):
+                one = slice(i, i + 1)
+                errors.append(fmean(sqnr_per_step_db(reference.outputs[:, one], outputs[:, one])))
             advance(rows.stop - rows.start)
     return errors
 
