@@ -4,7 +4,7 @@ A residual block or an attention is one unit, because its layers' errors mix bef
 other layer is a unit of its own (BRECQ, Li et al. 2021, section 3.2).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.rows import in_batches, run_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.errors import CalibrationError
 
-__all__ = ["Batch", "Block", "blocks_of", "chosen_rows", "run_until"]
+__all__ = ["Batch", "Block", "blocks_of", "run_until"]
 
 # By name, so that calibration needs no diffusers. The outermost one on a layer's path is its unit.
 _UNITS = {"ResnetBlock2D", "Attention", "BasicTransformerBlock"}
@@ -67,16 +68,6 @@ def blocks_of(network: nn.Module, plan: QuantizationPlan, submodule_prefix: str 
     return tuple(Block(name, tuple(layers)) for name, layers in members.items())
 
 
-def chosen_rows(timesteps: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """At most ``count`` row indices, evenly over the timesteps and at random within each stretch of them."""
-    order = np.argsort(timesteps, kind="stable")
-    if count >= len(order):
-        return order
-    # A fixed stride could meet the same trajectories, and so the same classes, at every step.
-    generator = np.random.default_rng(seed)
-    return np.array([generator.choice(part) for part in np.array_split(order, count)], dtype=np.int64)
-
-
 def run_until(
     network: nn.Module,
     path: str,
@@ -111,15 +102,11 @@ def run_until(
     handle = network.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
-            for index in _chunks(rows, batch_size):
+            for index in in_batches(rows, batch_size):
                 if before is not None:
                     before(index)
                 try:
-                    network(
-                        torch.from_numpy(calibration.sample[index]),
-                        torch.from_numpy(calibration.timestep[index]),
-                        **{name: torch.from_numpy(value[index]) for name, value in calibration.conditioning.items()},
-                    )
+                    run_rows(network, calibration, index)
                 except _Reached:
                     continue
                 raise CalibrationError(f"{path} is never reached, so it cannot be reconstructed; check the network")
@@ -139,11 +126,6 @@ def _unit(network: nn.Module, name: str, submodule_prefix: str) -> str:
         if type(network.get_submodule(submodule_prefix + path)).__name__ in _UNITS:
             return path
     return name
-
-
-def _chunks(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _taken(value: Any, index: Tensor) -> Any:

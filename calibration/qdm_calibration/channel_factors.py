@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qdm_calibration.ranges import ActivationScale, RangeMethod, activation_scale, quantize_weight, weight_scale
+from qdm_calibration.rows import chosen_rows, in_batches, run_rows
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import TensorCollector
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
@@ -87,9 +88,7 @@ def search_channel_factors(
         name: _candidates(layers[0], statistics.inputs[name], branch_fold=branch_fold, channels=channels)
         for name, layers in groups.items()
     }
-    # Spread over the timesteps, and over the samples within each.
-    order = np.argsort(calibration.timestep, kind="stable")
-    picked = order[np.linspace(0, len(order) - 1, min(rows, len(order))).round().astype(np.int64)]
+    picked = chosen_rows(calibration.timestep, rows)
     searched = {name: groups[name] for name, found in candidates.items() if len(found) > 1}
     collectors = {
         name: [TensorCollector(1, (layers[0].in_channels,)) for _ in candidates[name]]
@@ -117,13 +116,8 @@ def search_channel_factors(
 
     def run(handles: Sequence[RemovableHandle], advance: Advance) -> None:
         try:
-            for start in range(0, len(picked), batch_size):
-                batch = picked[start : start + batch_size]
-                network(
-                    torch.from_numpy(calibration.sample[batch]),
-                    torch.from_numpy(calibration.timestep[batch]),
-                    **{key: torch.from_numpy(values[batch]) for key, values in calibration.conditioning.items()},
-                )
+            for batch in in_batches(picked, batch_size):
+                run_rows(network, calibration, batch)
                 advance(len(batch))
         finally:
             for handle in handles:

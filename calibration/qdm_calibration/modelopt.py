@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qdm_calibration.plan import PlanOptions, output_grid
-from qdm_calibration.ranges import float16_exact, quantize_weight
+from qdm_calibration.ranges import float16_exact, quantize_weight, weight_sqnr_db
+from qdm_calibration.rows import in_batches, run_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics
@@ -108,14 +109,9 @@ def modelopt_network(
 
     def run(model: nn.Module) -> None:
         with progress.task("ModelOpt: calibrating", len(calibration)) as advance, torch.no_grad():
-            for start in range(0, len(calibration), batch_size):
-                rows = slice(start, start + batch_size)
-                sample, timestep = calibration.sample[rows], calibration.timestep[rows]
-                conditioning = {
-                    name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()
-                }
-                model(torch.from_numpy(sample), torch.from_numpy(timestep), **conditioning)
-                advance(len(sample))
+            for rows in in_batches(np.arange(len(calibration)), batch_size):
+                run_rows(model, calibration, rows)
+                advance(len(rows))
 
     # ModelOpt prints counts, and warns of optional packages for language models: neither is about the user's model,
     # and standard output belongs to our results.
@@ -332,7 +328,6 @@ def _plan_layer(
         amax = np.abs(weight).reshape(len(weight), -1).max(axis=1)
     scale = np.array([float16_exact(value / _QMAX) for value in amax], dtype=np.float32)
     codes = quantize_weight(weight, scale)
-    noise = float(((weight - codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))) ** 2).sum())
     one_bin = np.zeros(len(statistics.timestep_edges) - 1, dtype=np.int64)
     output_scale, output_zero_point = output_grid(layer, None, statistics, one_bin, PlanOptions())
     return LayerPlan(
@@ -345,7 +340,7 @@ def _plan_layer(
         output_scale=output_scale,
         output_zero_point=output_zero_point,
         notes=grid.notes,
-        weight_sqnr_db=10 * float(np.log10(float((weight**2).sum()) / noise)) if noise else None,
+        weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
     )
 
 

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdm_calibration.channel_factors import ChannelFactors
-from qdm_calibration.ranges import METHODS, RangeMethod, activation_scale, quantize_weight, weight_levels, weight_scale
+from qdm_calibration.ranges import (
+    METHODS,
+    RangeMethod,
+    activation_scale,
+    quantize_weight,
+    weight_levels,
+    weight_scale,
+    weight_sqnr_db,
+)
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
@@ -268,8 +276,6 @@ def _plan_layer(
         weight = weight / decision.inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
     scale = weight_scale(weight, options.ranges, options.weight_bits)
     codes = quantize_weight(weight, scale, options.weight_bits)
-    dequantized = codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))
-    noise = float(((weight - dequantized) ** 2).sum())
     output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
     return LayerPlan(
         layer=layer,
@@ -283,7 +289,7 @@ def _plan_layer(
         output_scale=output_scale,
         output_zero_point=output_zero_point,
         notes=decision.notes,
-        weight_sqnr_db=10 * float(np.log10(float((weight**2).sum()) / noise)) if noise else None,
+        weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
         weight_bits=options.weight_bits,
     )
 

@@ -26,6 +26,7 @@ __all__ = [
     "quantize_weight",
     "weight_levels",
     "weight_scale",
+    "weight_sqnr_db",
 ]
 
 RangeMethod = Literal["minmax", "percentile", "mse", "lp"]
@@ -148,6 +149,12 @@ def quantize_weight(weight: NDArray[np.float32], scale: NDArray[np.float32], bit
     shaped = scale.reshape(-1, *([1] * (weight.ndim - 1)))
     codes: NDArray[np.int8] = np.clip(np.rint(weight / shaped), -qmax, qmax).astype(np.int8)
     return codes
+
+
+def weight_sqnr_db(weight: NDArray[np.float32], codes: NDArray[np.int8], scale: NDArray[np.float32]) -> float | None:
+    """SQNR of codes [O, ...] on scales [O] against the weight they stand for, in dB; None where they are exact."""
+    noise = float(((weight - codes * scale.reshape(-1, *([1] * (weight.ndim - 1)))) ** 2).sum())
+    return 10 * float(np.log10(float((weight**2).sum()) / noise)) if noise else None
 
 
 def _refuse_unknown(method: str) -> None:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdm_calibration.adaround import RoundedLayer
-from qdm_calibration.blocks import Batch, Block, blocks_of, chosen_rows, run_until
+from qdm_calibration.blocks import Batch, Block, blocks_of, run_until
 from qdm_calibration.finished_blocks import FinishedBlocks
+from qdm_calibration.rows import chosen_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.errors import InputError

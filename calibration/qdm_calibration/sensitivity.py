@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.rows import chosen_rows, run_rows
 from qdm_calibration.simulate import Simulation, quantized_layer
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["Sensitivity", "measure_sensitivity", "spread_rows"]
+__all__ = ["Sensitivity", "measure_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,6 @@ class Sensitivity:
         return float(np.mean(10 * np.log10(self.signal / noise)))
 
 
-def spread_rows(calibration: CalibrationSet, count: int) -> NDArray[np.int64]:
-    """Indices of at most ``count`` rows, spread over the timesteps and, as far as there are several, the seeds.
-
-    One row for each timestep where ``count`` allows; evenly spread timesteps otherwise.
-
-    Raises:
-        InputError: ``count`` is less than 1.
-    """
-    if count < 1:
-        raise InputError(f"{count} sensitivity rows were asked for; at least 1 is needed")
-    timesteps = np.unique(calibration.timestep)
-    picked = timesteps[np.unique(np.linspace(0, len(timesteps) - 1, min(count, len(timesteps))).round().astype(int))]
-    rows = []
-    for turn, timestep in enumerate(picked):
-        candidates = np.flatnonzero(calibration.timestep == timestep)
-        rows.append(int(candidates[turn % len(candidates)]))
-    return np.array(rows, dtype=np.int64)
-
-
 @torch.inference_mode()
 def measure_sensitivity(
     network: nn.Module,
@@ -127,20 +109,19 @@ def measure_sensitivity(
         plan: what to quantize, with which numbers.
         calibration: where the rows are taken from.
         target: whose arithmetic; ``onnxruntime`` also rounds outputs, so it is the least favourable.
-        rows: rows to run, one per timestep (``spread_rows``); they run as one batch.
+        rows: rows to run, evenly over the timesteps; they run as one batch.
         weights: of each of the rows' distinct timesteps, rising, [M]; None is uniform.
         submodule_prefix: where the U-Net sits inside ``network``.
         progress: where to report.
 
     Raises:
-        InputError: the plan has no INT8 layer, or the weights do not fit.
+        InputError: the plan has no INT8 layer, there are no rows, or the weights do not fit.
     """
     if not plan.quantized:
         raise InputError("the plan has no INT8 layer, so there is no sensitivity to measure")
-    index = spread_rows(calibration, rows)
-    sample = torch.from_numpy(calibration.sample[index])
-    timestep = torch.from_numpy(calibration.timestep[index])
-    conditioning = {name: torch.from_numpy(values[index]) for name, values in calibration.conditioning.items()}
+    if rows < 1:
+        raise InputError(f"{rows} sensitivity rows were asked for; at least 1 is needed")
+    index = chosen_rows(calibration.timestep, rows)
 
     # One twin that shares every weight; only one of its modules is another at a time.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
@@ -149,8 +130,8 @@ def measure_sensitivity(
     macs = np.zeros(len(paths), dtype=np.int64)
     handles = [_count_macs(twin.network.get_submodule(path), macs, i) for i, path in enumerate(paths)]
     # The predicted noise alone: a learned variance behind it reaches the sample through another path.
-    channels = sample.shape[1]
-    expected = twin(sample, timestep, **conditioning)[:, :channels].double()
+    channels = calibration.sample.shape[1]
+    expected = run_rows(twin, calibration, index)[:, :channels].double()
     for handle in handles:
         handle.remove()
 
@@ -159,7 +140,7 @@ def measure_sensitivity(
         for i, (path, layer) in enumerate(zip(paths, plan.quantized, strict=True)):
             module = twin.network.get_submodule(path)
             _replace(twin.network, path, quantized_layer(module, layer, target))
-            found = twin(sample, timestep, **conditioning)[:, :channels].double()
+            found = run_rows(twin, calibration, index)[:, :channels].double()
             _replace(twin.network, path, module)
             rows_noise[i] = _mean_square(found - expected)
             advance()

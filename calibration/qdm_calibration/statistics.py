@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.rows import in_batches, run_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics, halved
 from qdm_deploy.artifacts.topology import Layer, Topology
@@ -227,11 +228,7 @@ def _run(
     for time_bin, rows in _batches(calibration.timestep, edges, batch_size):
         yield time_bin
         with torch.inference_mode():
-            network(
-                torch.from_numpy(calibration.sample[rows]),
-                torch.from_numpy(calibration.timestep[rows]),
-                **{name: torch.from_numpy(values[rows]) for name, values in calibration.conditioning.items()},
-            )
+            run_rows(network, calibration, rows)
         advance(len(rows))
 
 
@@ -241,8 +238,8 @@ def _batches(
     bin_of_row = np.searchsorted(edges, timesteps, side="right") - 1
     for time_bin in range(len(edges) - 1):
         rows = np.flatnonzero(bin_of_row == time_bin)
-        for start in range(0, len(rows), batch_size):
-            yield time_bin, rows[start : start + batch_size]
+        for batch in in_batches(rows, batch_size):
+            yield time_bin, batch
 
 
 def _refuse_unvisited(collectors: dict[str, TensorCollector]) -> None:

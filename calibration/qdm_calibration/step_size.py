@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from qdm_calibration.adaround import RoundedLayer
-from qdm_calibration.blocks import Batch, Block, blocks_of, chosen_rows, run_until
+from qdm_calibration.blocks import Batch, Block, blocks_of, run_until
 from qdm_calibration.finished_blocks import FinishedBlocks
 from qdm_calibration.ranges import float16_exact
 from qdm_calibration.reconstruct import ReconstructOptions, held_out, rounded, rounded_twin
+from qdm_calibration.rows import chosen_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.progress import SILENT, Progress

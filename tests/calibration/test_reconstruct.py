@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdm_calibration.adaround import RoundedLayer
-from qdm_calibration.blocks import blocks_of, chosen_rows, run_until
+from qdm_calibration.blocks import blocks_of, run_until
 from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
@@ -135,14 +135,6 @@ def test_soft_rounding_starts_at_the_float_weight(tiny: Any) -> None:
     assert int((layer.codes - torch.from_numpy(plan.codes)).abs().max()) == 0  # alpha >= 0 is h >= 0.5: nearest
     with pytest.raises(ValueError, match=f"the rounding of {plan.name} is not soft"):
         layer.choice()
-
-
-def test_rows_are_spread_over_the_timesteps() -> None:
-    timesteps = np.repeat(np.arange(20), 16)
-    rows = chosen_rows(timesteps, 40, seed=0)
-    assert np.bincount(timesteps[rows]).tolist() == [2] * 20
-    assert len(np.unique(rows % 16)) > 8  # and over the trajectories
-    assert len(chosen_rows(timesteps, 1000, seed=0)) == 320
 
 
 def test_a_module_that_is_never_reached_is_named(tiny: Any) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from qdm_calibration.sensitivity import Sensitivity, measure_sensitivity, spread_rows
+from qdm_calibration.rows import chosen_rows
+from qdm_calibration.sensitivity import Sensitivity, measure_sensitivity
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import InputError
@@ -30,7 +31,7 @@ def output_noise(tiny: Any, plan: Any, rows: Any) -> Any:
 
 
 def test_the_powers_of_single_layers_add_up_to_the_noise_of_the_plan(tiny: Any, measured: Sensitivity) -> None:
-    rows = spread_rows(tiny.calibration("labels"), 12)
+    rows = chosen_rows(tiny.calibration("labels").timestep, 12)
     noise, signal = output_noise(tiny, tiny.plan("labels"), rows)
     order = np.argsort(tiny.calibration("labels").timestep[rows])
     np.testing.assert_allclose(measured.signal, signal[order], rtol=1e-5)
@@ -43,7 +44,7 @@ def test_the_powers_of_single_layers_add_up_to_the_noise_of_the_plan(tiny: Any, 
 
 
 def test_a_layers_noise_is_that_of_a_plan_with_only_this_layer(tiny: Any, measured: Sensitivity) -> None:
-    plan, rows = tiny.plan("labels"), spread_rows(tiny.calibration("labels"), 12)
+    plan, rows = tiny.plan("labels"), chosen_rows(tiny.calibration("labels").timestep, 12)
     chosen = next(item for item in plan.quantized if item.inverse_r is not None)
     alone = tuple(
         item if item.name == chosen.name else LayerPlan(item.layer, "float", reason="test") for item in plan.layers
@@ -107,16 +108,9 @@ def test_weights_that_do_not_fit_are_refused(weights: list[float]) -> None:
         by_hand().weighted(np.array(weights))
 
 
-def test_rows_are_spread_over_timesteps_and_seeds(tiny: Any) -> None:
-    data = tiny.calibration("labels")
-    rows = spread_rows(data, 12)
-    assert sorted(data.timestep[rows]) == np.unique(data.timestep).tolist()
-    assert len(set(data.seed[rows])) > 1
-    few = data.timestep[spread_rows(data, 3)]
-    assert (few.min(), few.max(), len(few)) == (data.timestep.min(), data.timestep.max(), 3)
-    assert len(spread_rows(data, 1000)) == 12
+def test_no_rows_are_refused(tiny: Any) -> None:
     with pytest.raises(InputError, match="0 sensitivity rows were asked for; at least 1"):
-        spread_rows(data, 0)
+        measure_sensitivity(tiny.checkpoint("rgb").unet, tiny.plan("rgb"), tiny.calibration("rgb"), rows=0)
 
 
 def test_a_plan_without_int8_is_refused(tiny: Any) -> None:

@@ -10,7 +10,7 @@ from qdm_deploy.errors import InputError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["auto", "10%", "conv_out"])
+@pytest.mark.parametrize("choice", ["auto", "10%", "down_blocks.1.resnets.0.conv2"])
 def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice: str) -> None:
     result = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp=choice, min_eps_sqnr_db=200.0)
     plan = QuantizationPlan.load(tmp_path / "kept.qdm" / "unet")
