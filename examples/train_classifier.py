@@ -7,15 +7,14 @@ the distance between these two real sets is a fair floor. Needs the build extra 
 """
 
 import argparse
-import gzip
 import json
-import struct
 import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
+from datasets import read_pictures
 from safetensors.numpy import save_file
 from torch import nn
 
@@ -26,21 +25,10 @@ FEATURES = 64
 SPATIAL_CHANNELS = 8
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes (http://yann.lecun.com/exdb/mnist, "THE IDX FILE FORMAT")."""
-    content = gzip.decompress(path.read_bytes())
-    zeros, kind, dimensions = struct.unpack(">HBB", content[:4])
-    if zeros != 0 or kind != 8:
-        raise SystemExit(f"{path} is not an IDX file of unsigned bytes")
-    shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
 def read_set(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures [N, 1, 28, 28] float32 in [-1, 1] and labels [N] int64; ``name`` is train or t10k."""
-    pictures = read_idx(folder / f"{name}-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 127.5 - 1.0
-    labels = read_idx(folder / f"{name}-labels-idx1-ubyte.gz").astype(np.int64)
-    return torch.from_numpy(pictures), torch.from_numpy(labels)
+    pictures, labels = read_pictures(folder, size=28, name=name)
+    return pictures.float() / 127.5 - 1.0, labels
 
 
 class Classifier(nn.Module):
