@@ -300,24 +300,29 @@ def output_grid(
     statistics: ActivationStatistics,
     bin_of: NDArray[np.int64],
     options: PlanOptions,
-) -> tuple[float | None, int | None]:
+) -> tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None]:
     """Grid of what the integer kernel returns: with its bias, or, under gains, before the gain and the bias.
+
+    One grid per channel where a normalization follows: ONNX Runtime normalizes channels first, and there a
+    dequantization per channel costs what one with a single scale costs (elsewhere a fifth of the step). Such a grid
+    spans what calibration saw of its channel: clipping pays where the widest channel sets the step of all, not here.
 
     Args:
         layer: the layer; only convolutions have an output grid.
         inverse_r: 1 / r per gain bin, [K]; None where the layer is static.
         statistics: ranges of the outputs and products.
         bin_of: gain bin of each timestep bin, [M].
-        options: how the range is chosen.
+        options: how the range is chosen, and whether zero points may differ from 128.
 
     Returns:
-        The scale and the u8 zero point; (None, None) for "linear".
+        The scales [O] float32 and the u8 zero points [O]; (None, None) for "linear".
     """
     if layer.kind != "conv":
         return None, None
-    everything = list(range(len(bin_of)))
+    if layer.feeds_norm and inverse_r is None:
+        return _channel_grids(statistics.outputs[layer.name], zero_offset=options.zero_offset)
     if inverse_r is None:
-        seen = [(_merged(statistics.outputs[layer.name], everything, 0), 1.0)]
+        seen = [(_merged(statistics.outputs[layer.name], list(range(len(bin_of))), 0), 1.0)]
     else:
         tensor = statistics.products[layer.name]
         seen = [
@@ -325,4 +330,16 @@ def output_grid(
             for j, inverse in enumerate(inverse_r)
         ]
     grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
-    return grid.scale, 128 - grid.zero_offset
+    scale = np.full(layer.out_channels, grid.scale, dtype=np.float32)
+    return scale, np.full(layer.out_channels, 128 - grid.zero_offset, dtype=np.uint8)
+
+
+def _channel_grids(tensor: TensorStatistics, *, zero_offset: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    low = np.minimum(tensor.channel_min.min(axis=0), 0.0)
+    high = np.maximum(tensor.channel_max.max(axis=0), 0.0)
+    span = (high - low) / 255 if zero_offset else np.maximum(-low, high) / 127
+    # A channel that is always 0 keeps a scale that divides safely.
+    scale = np.maximum(span, max(float(span.max()) * 2.0**-12, 1e-9)).astype(np.float32)
+    if not zero_offset:
+        return scale, np.full(len(scale), 128, dtype=np.uint8)
+    return scale, np.clip(np.rint(-low / scale), 0, 255).astype(np.uint8)

@@ -93,6 +93,8 @@ class _QuantizedLayer(nn.Module):
     inverse_k: Tensor | None
     inverse_r: Tensor | None
     axis_scale: Tensor | None
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(self, module: nn.Module, plan: LayerPlan, target: Target, dtype: torch.dtype) -> None:
@@ -106,6 +108,9 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("axis_scale", None if axis_scale is None else self._per_channel(axis_scale))
         inverse_r = None if plan.inverse_r is None else torch.from_numpy(plan.inverse_r)
         self.register_buffer("inverse_r", inverse_r)
+        outputs = plan.output_scale is not None and plan.output_zero_point is not None and target == "onnxruntime"
+        self.register_buffer("output_scale", self._per_channel(plan.output_scale) if outputs else None)
+        self.register_buffer("output_zero_point", self._per_channel(plan.output_zero_point) if outputs else None)
         bias = module.bias
         self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
 
@@ -129,9 +134,8 @@ class _QuantizedLayer(nn.Module):
         # In place from here on: every tensor is fresh, and passes over memory are most of what a simulation costs.
         integers = self.product(self.codes(x).add_(self.plan.zero_offset).to(self.dtype))
         unit = (self.weight_scale * float(np.float32(self.plan.scale))).to(self.dtype)
-        scale, zero_point = self.plan.output_scale, self.plan.output_zero_point
-        if self.target == "onnxruntime" and scale is not None and zero_point is not None:
-            y = self._requantized(integers, unit, scale, zero_point)
+        if self.output_scale is not None and self.output_zero_point is not None:
+            y = self._requantized(integers, unit, self.output_scale, self.output_zero_point)
         else:
             y = integers.mul_(unit)
             if self.inverse_r is None and self.bias is not None:
@@ -142,11 +146,13 @@ class _QuantizedLayer(nn.Module):
                 y.add_(self.bias)
         return y.to(self.float_dtype)
 
-    def _requantized(self, integers: Tensor, unit: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Bias as an integer in units of the product, then u8 codes of the result, as QLinearConv does."""
+    def _requantized(self, integers: Tensor, unit: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Bias and zero point as integers in units of the product, then u8 codes of the result, as QLinearConv does."""
+        shift = (zero_point - 128.0) * scale
         if self.inverse_r is None and self.bias is not None:
-            integers.add_(torch.round(self.bias / unit))
-        codes = integers.mul_(unit / scale).round_().add_(zero_point).clamp_(0, 255)
+            shift = shift + self.bias
+        integers.add_(torch.round(shift / unit))
+        codes = integers.mul_(unit / scale).round_().add_(128).clamp_(0, 255)
         return codes.sub_(zero_point).mul_(scale)
 
     def product(self, integers: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ def topology_of(model: ir.Model) -> Topology:
                 pads=_ints(item.node, "pads", (0, 0, 0, 0)) if item.kind == "conv" else (),
                 spatial=_spatial(item) if item.kind == "conv" else None,
                 float_reason=_float_reason(item, shape, on_sample, behind_layer, before_layer),
+                feeds_norm=_feeds_norm(item.output),
             )
         )
     return Topology(tuple(layers))
@@ -166,6 +167,21 @@ def _trace(value: ir.Value, channels: int) -> tuple[tuple[int, ...], bool]:
         else:
             break
     return (channels,), normalized
+
+
+def _feeds_norm(value: ir.Value) -> bool:
+    """Whether only a normalization reads ``value``, perhaps behind an addition per channel (the time embedding)."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return False
+    node = uses[0].node
+    if node.op_type in _NORMS:
+        return True
+    if node.op_type != "Add":
+        return False
+    added = next((operand for operand in node.inputs if operand is not None and operand is not value), None)
+    shape = None if added is None else added.shape
+    return shape is not None and len(shape) == 4 and list(shape)[2:] == [1, 1] and _feeds_norm(node.outputs[0])
 
 
 def _silu_input(node: ir.Node) -> ir.Value | None:

@@ -28,8 +28,8 @@ Target = Literal["onnxruntime", "openvino", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
 
 _KIND = "qdm-quantization-plan"
-_VERSION = 1
-_ARRAYS = ("inverse_k", "inverse_r", "weight_codes", "weight_scale")
+_VERSION = 2
+_ARRAYS = ("inverse_k", "inverse_r", "weight_codes", "weight_scale", "output_scale", "output_zero_point")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class LayerPlan:
         inverse_r: 1 / r per timestep bin, [K] float32 in (0, 1], exact in float16; None where the layer is static.
         weight_codes: Q, int8 in [-127, 127], in PyTorch's layout; of W * k.
         weight_scale: w, [O] float32, exact in float16.
-        output_scale, output_zero_point: of the layer's result before r and the bias that follows it; u8, only where a
-            target quantizes outputs (convolutions).
+        output_scale, output_zero_point: of the layer's result before r and the bias that follows it, [O] float32 and
+            [O] uint8; only where a target quantizes outputs (convolutions).
         notes: one sentence per factor ("s", "z", "k", "r") on what was decided and why.
         weight_sqnr_db: of the dequantized weight against the float one.
         weight_bits: 8, or 4 where Q lies in [-7, 7]; Q is int8 in both cases.
@@ -62,8 +62,8 @@ class LayerPlan:
     inverse_r: NDArray[np.float32] | None = None
     weight_codes: NDArray[np.int8] | None = None
     weight_scale: NDArray[np.float32] | None = None
-    output_scale: float | None = None
-    output_zero_point: int | None = None
+    output_scale: NDArray[np.float32] | None = None
+    output_zero_point: NDArray[np.uint8] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
     weight_bits: int = 8

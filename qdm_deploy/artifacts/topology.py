@@ -24,6 +24,7 @@ class Layer:
         strides, pads: of the convolution, (h, w) and (top, left, bottom, right); empty for "linear".
         spatial: (H, W) of the input of a convolution; None for "linear".
         float_reason: why the layer stays in floating point whatever the plan wants; None where INT8 is possible.
+        feeds_norm: whether the output goes to a normalization and nowhere else, but for an addition per channel.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layer:
     pads: tuple[int, ...] = ()
     spatial: tuple[int, int] | None = None
     float_reason: str | None = None
+    feeds_norm: bool = False
 
     @property
     def in_channels(self) -> int:

@@ -33,6 +33,14 @@ def conv_plan(weight: Array, **changes: Any) -> tuple[nn.Conv2d, LayerPlan]:
     return module, LayerPlan(layer, "int8", **values)
 
 
+def per_channel(*scales: float) -> Array:
+    return np.array(scales, dtype=np.float32)
+
+
+def zeros_at(*codes: int) -> Array:
+    return np.array(codes, dtype=np.uint8)
+
+
 def image(values: list[float]) -> torch.Tensor:
     return torch.tensor(values).reshape(1, 1, 1, -1)
 
@@ -60,7 +68,7 @@ def test_one_convolution_by_hand() -> None:
 def test_onnxruntime_also_rounds_its_bias_and_its_output() -> None:
     weight = np.zeros((2, 1, 3, 3))
     weight[:, 0, 1, 1] = [4, -2]
-    module, plan = conv_plan(weight, output_scale=0.75, output_zero_point=100)
+    module, plan = conv_plan(weight, output_scale=per_channel(0.75, 0.75), output_zero_point=zeros_at(100, 100))
     with torch.no_grad():
         module.bias.copy_(torch.tensor([1.05, -3.0]))  # 8.4 and -24 units of 0.125: 8 and -24
     y = quantized_layer(module, plan, "onnxruntime")(image([1.0, 1.3, -70.0]))
@@ -71,11 +79,13 @@ def test_onnxruntime_also_rounds_its_bias_and_its_output() -> None:
     # A bias of 7.6 units counts as 8: 16 units are 12.8 steps of 1.25 units, where 15.6 would be 12.48.
     with torch.no_grad():
         module.bias.fill_(7.6 * 0.125)
-    fine = quantized_layer(module, replace(plan, output_scale=0.15625), "onnxruntime")(image([1.0]))
+    fine = quantized_layer(module, replace(plan, output_scale=per_channel(0.15625, 0.75)), "onnxruntime")(image([1.0]))
     assert fine[0, 0, 0, 0] == 13 * 0.15625
     with torch.no_grad():
         module.bias.copy_(torch.tensor([1.05, -3.0]))
-    clipped = quantized_layer(module, replace(plan, output_zero_point=250), "onnxruntime")(image([1.0, 1.3, -70.0]))
+    clipped = quantized_layer(module, replace(plan, output_zero_point=zeros_at(100, 250)), "onnxruntime")(
+        image([1.0, 1.3, -70.0])
+    )
     assert clipped[0, 1, 0, 2] == 5 * 0.75  # code 255
 
 

@@ -121,8 +121,8 @@ class SmallGraph:
             "scale": 0.125,
             "weight_codes": codes.astype(np.int8),
             "weight_scale": scale,
-            "output_scale": 0.5,
-            "output_zero_point": 90,
+            "output_scale": np.linspace(0.3, 0.7, len(codes)).astype(np.float32),
+            "output_zero_point": np.linspace(70, 150, len(codes)).astype(np.uint8),
         }
         self.plans.append(LayerPlan(layer, "int8", **{**values, **changes}))
 

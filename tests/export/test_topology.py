@@ -89,6 +89,10 @@ def test_order_inputs_sizes_and_branches_are_what_a_forward_pass_meets(tiny: Any
     for layer in skipping:
         assert sum(layer.branches) == layer.in_channels
         assert layer.normalized == layer.name.endswith("conv1")
+    # The time embedding's sum stands between a conv1 and its norm2; a conv2 goes to the residual sum first.
+    assert {layer.name for layer in topology if layer.feeds_norm} == {
+        layer.name for layer in topology if layer.name.endswith("conv1")
+    }
     same = {a.name: b.name for a in topology for b in topology if data[a.name] is data[b.name] and a.name > b.name}
     for first, second in same.items():
         assert topology.layer(first).input_group == topology.layer(second).input_group
@@ -134,11 +138,12 @@ def test_the_topology_does_not_go_by_names(tiny: Any) -> None:
             a.pads,
             a.spatial,
             a.float_reason,
+            a.feeds_norm,
         )
         for a in tiny.topology("labels")
     ]
     found = [
-        (a.name, a.input_group, a.branches, a.normalized, a.strides, a.pads, a.spatial, a.float_reason)
+        (a.name, a.input_group, a.branches, a.normalized, a.strides, a.pads, a.spatial, a.float_reason, a.feeds_norm)
         for a in topology_of(model)
     ]
     assert found == expected

@@ -1,13 +1,17 @@
 """QuantizeLinear and DequantizeLinear on the outputs of the planned convolutions, for ONNX Runtime.
 
 Its CPU provider makes a Conv a QLinearConv only when the output is quantized too and the bias is int32 in units of the
-product of the scales; without that the convolution runs in float32 behind two conversions.
+product of the scales; without that the convolution runs in float32 behind two conversions. A QLinearConv has one
+output scale, but its weights have one per channel: in units of each channel's own output step, every channel has the
+scale 1, and only the DequantizeLinear behind the kernel, which may have a scale per channel, takes the steps back.
+Zero points per channel go into the bias likewise. So each channel can use all 256 codes, and no operation is added.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
@@ -28,30 +32,57 @@ class QuantizeOutputs(PlanPass):
                 continue
             if plan.output_scale is None or plan.output_zero_point is None:
                 raise ExportError(f"the plan has no output scale for {plan.name}, which the onnxruntime target needs")
-            if layer.bias is not None:
-                self._quantize_bias(model, plan, layer, layer.bias)
-            scale = constant(model, f"{layer.name}/output_scale", np.float32(plan.output_scale))
-            zero_point = constant(model, f"{layer.name}/output_zero_point", np.uint8(plan.output_zero_point))
-            dequantize = insert_after(layer, "DequantizeLinear", [scale, zero_point], "dequantize_output")
-            quantize = insert_after(layer, "QuantizeLinear", [scale, zero_point], "quantize_output")
+            self._rescale_weight(model, plan, layer, plan.output_scale)
+            self._quantize_bias(model, plan, layer, plan.output_scale, plan.output_zero_point)
+            one = constant(model, f"{layer.name}/output_unit", np.float32(1))
+            middle = constant(model, f"{layer.name}/output_middle", np.uint8(128))
+            shared = (plan.output_scale == plan.output_scale[0]) & (plan.output_zero_point == plan.output_zero_point[0])
+            # Equal grids become one: most kernels are faster with a scalar.
+            grids = 0 if shared.all() else slice(None)
+            scales = constant(model, f"{layer.name}/output_scale", plan.output_scale[grids])
+            zero_points = constant(model, f"{layer.name}/output_zero_point", plan.output_zero_point[grids])
+            dequantize = insert_after(layer, "DequantizeLinear", [scales, zero_points], "dequantize_output", axis=1)
+            quantize = insert_after(layer, "QuantizeLinear", [one, middle], "quantize_output")
             quantize.outputs[0].dtype = ir.DataType.UINT8
             dequantize.replace_input_with(0, quantize.outputs[0])
             modified = True
         return modified
 
-    def _quantize_bias(self, model: ir.Model, plan: LayerPlan, layer: LayerNode, bias: ir.Value) -> None:
+    def _rescale_weight(
+        self, model: ir.Model, plan: LayerPlan, layer: LayerNode, output_scale: NDArray[np.float32]
+    ) -> None:
+        """Weights in units of the outputs' steps."""
+        weight = layer.node.inputs[1]
+        dequantize = None if weight is None else weight.producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            raise ExportError(f"the weight of {plan.name} is not quantized yet; outputs are quantized after weights")
+        scale = constant(model, f"{layer.name}/weight_output_scale", plan.weight_scales / output_scale)
+        dequantize.replace_input_with(1, scale)
+
+    def _quantize_bias(
+        self,
+        model: ir.Model,
+        plan: LayerPlan,
+        layer: LayerNode,
+        output_scale: NDArray[np.float32],
+        zero_point: NDArray[np.uint8],
+    ) -> None:
         unit = plan.weight_scales * np.float32(plan.scale)
-        codes = np.rint(values_of(bias) / unit)
+        shift = (zero_point.astype(np.float32) - 128) * output_scale
+        bias = layer.node.inputs[2] if len(layer.node.inputs) > 2 else None
+        if bias is not None:
+            shift = shift + values_of(bias)
+        codes = np.rint(shift / unit)
         limit = np.iinfo(np.int32)
         if np.abs(codes).max() > limit.max:
             raise ExportError(f"the bias of {plan.name} does not fit 32 bits at scale {plan.scale:.3g}")
         name = f"{layer.name}/dequantize_bias"
-        output = ir.Value(name=name, shape=bias.shape, type=ir.TensorType(ir.DataType.FLOAT))
+        output = ir.Value(name=name, shape=ir.Shape([len(codes)]), type=ir.TensorType(ir.DataType.FLOAT))
         node = ir.node(
             "DequantizeLinear",
             [
                 constant(model, f"{layer.name}/bias_codes", codes.astype(np.int32)),
-                constant(model, f"{layer.name}/bias_scale", unit.astype(np.float32)),
+                constant(model, f"{layer.name}/bias_scale", unit / output_scale),
             ],
             {"axis": 0},
             outputs=[output],
@@ -59,4 +90,5 @@ class QuantizeOutputs(PlanPass):
             metadata_props=dict(layer.node.metadata_props),
         )
         model.graph.insert_before(layer.node, node)
+        layer.node.resize_inputs(3)
         layer.node.replace_input_with(2, output)
