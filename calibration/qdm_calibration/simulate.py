@@ -108,9 +108,10 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("axis_scale", None if axis_scale is None else self._per_channel(axis_scale))
         inverse_r = None if plan.inverse_r is None else torch.from_numpy(plan.inverse_r)
         self.register_buffer("inverse_r", inverse_r)
-        outputs = plan.output_scale is not None and plan.output_zero_point is not None and target == "onnxruntime"
-        self.register_buffer("output_scale", self._per_channel(plan.output_scale) if outputs else None)
-        self.register_buffer("output_zero_point", self._per_channel(plan.output_zero_point) if outputs else None)
+        scale, zero_point = (plan.output_scale, plan.output_zero_point) if target == "onnxruntime" else (None, None)
+        self.register_buffer("output_scale", None if scale is None else self._per_channel(scale))
+        zeros = None if zero_point is None else self._per_channel(zero_point.astype(np.float32))
+        self.register_buffer("output_zero_point", zeros)
         bias = module.bias
         self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
 
