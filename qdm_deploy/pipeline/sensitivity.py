@@ -117,9 +117,10 @@ def _unmet(noise: NoiseBlock, minimum: float) -> tuple[str, ...]:
     if noise.sqnr_db is None or noise.sqnr_db >= minimum:
         return ()
     layers = f"{noise.kept} layer{'' if noise.kept == 1 else 's'}"
-    return (
+    message = (
         f"--keep-fp auto did not reach its target: with {layers} ({1 - noise.int8_share:.1%} of the "
         f"multiply-accumulates) in float the predicted SQNR of the model's output is {noise.sqnr_db:.1f} dB, and "
         f"{minimum:g} dB was asked for. It keeps {MAX_FLOAT_SHARE:.0%} at most; give --keep-fp N% or names to keep "
-        "more.",
+        "more."
     )
+    return (message,)

@@ -16,6 +16,7 @@ __all__ = [
     "megabytes",
     "milliseconds",
     "pairs",
+    "percent",
     "plain",
     "precision_name",
     "section",
@@ -91,6 +92,13 @@ def decibels(value: float | None) -> str:
 def span_of(values: tuple[float, float] | None) -> str:
     """Smallest and largest value, or a dash."""
     return "–" if values is None else f"{values[0]:.3g} to {values[1]:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent, to about two digits, or a dash."""
+    if share is None:
+        return "–"
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
 
 
 def milliseconds(value: float) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qdm_deploy.report.value import Count, Decibels, Positive, Share, Value
+from qdm_deploy.report.value import Count, Decibels, Share, Value
 
 __all__ = ["FrontierRow", "NoiseBlock"]
 
@@ -17,14 +17,12 @@ class FrontierRow(Value):
         int8_share: part of the cost of the INT8 layers that still runs in INT8.
         noise_share: part of their noise that is left.
         sqnr_db: predicted SQNR of the network's output, mean over the timesteps.
-        step_ms: predicted time of a step; None where layers were not timed.
     """
 
     layer: str | None
     int8_share: Share
     noise_share: Share
     sqnr_db: Decibels
-    step_ms: Positive | None = None
 
 
 class NoiseBlock(Value):

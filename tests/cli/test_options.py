@@ -87,8 +87,9 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
         "--calib-steps 4 --strategy ndtc --ndtc-mean 0.1 --ndtc-spread 0.2 --ndtc-count 5 --calibration c.safetensors "
         "--save-calibration s.safetensors "
         "--conditioning t.safetensors --ranges lp --no-zero-offset --concat-scales none --step-bins 2 "
-        "--channel-scales auto --keep-fp 5% --no-sensitivity --weight-bits 4 --reconstruct weights --reconstruct-iterations 11 "
-        "--targets tensorrt,onnxruntime --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
+        "--channel-scales auto --keep-fp 5% --no-sensitivity --weight-bits 4 --reconstruct weights "
+        "--reconstruct-iterations 11 --targets tensorrt,onnxruntime --engines 8.9,12.0 --no-float "
+        "--verify-samples 6 --verify-steps 8 "
         "--min-psnr 31 --min-sqnr 26 --min-speedup 1.5"
     )
     built = options_of(replace, invoke, "build", line)
