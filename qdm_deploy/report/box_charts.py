@@ -30,7 +30,7 @@ def box_chart(boxes: Sequence[Box], grid: Sequence[GridSpan], *, title: str) -> 
     """
     ends = [value for box in boxes for value in (box.quantiles[0], box.quantiles[-1])]
     ends += [value for span in grid for value in (span.low, span.high)]
-    marks = ticks(min(ends), max(ends), 4)
+    marks = ticks(min(ends), max(ends), 5)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     total = boxes[-1].last + 1
 
@@ -47,7 +47,8 @@ def box_chart(boxes: Sequence[Box], grid: Sequence[GridSpan], *, title: str) -> 
         parts.append(label(_LEFT - 5, up(value) + 4, f"{value:g}", "end"))
     for timestep in ticks(0, total, 4):
         if 0 <= timestep <= total:
-            parts.append(label(across(timestep), bottom + 16, f"{timestep:g}", "end" if timestep == 0 else "middle"))
+            anchor = "end" if timestep == 0 else "start" if timestep == total else "middle"
+            parts.append(label(across(timestep), bottom + 16, f"{timestep:g}", anchor))
     middles = [(box.first + box.last + 1) / 2 for box in boxes]
     widths = [min(_WIDEST_BOX, 0.62 * (box.last + 1 - box.first) / total * (right - _LEFT)) for box in boxes]
     parts += _marks(boxes, middles, widths, lambda place, value: (across(place), up(value)), upright=True)

@@ -236,18 +236,18 @@ def _origin(report: Report) -> str:
     }
     blocks = (
         ("Seeds", seeds.items()),
-        ("Options", report.recipe.items()),
         ("Machine", report.machine.items()),
         ("Versions", report.versions.items()),
         ("Model", report.model.items()),
     )
     lists = "".join(f"<div><h3>{escape(name)}</h3>{pairs(items)}</div>" for name, items in blocks if items)
+    options = f"<h3>Options</h3>{pairs(report.recipe.items(), 'many')}" if report.recipe else ""
     stages = ""
     if report.stage_seconds:
         bars = [Bar(words(name), seconds, f"{seconds:.1f} s") for name, seconds in report.stage_seconds.items()]
         total = f"{sum(report.stage_seconds.values()):.0f} s in all."
         stages = figure("Time of the build", total, bar_chart(bars, title="Time of the build", x_label="seconds"))
-    return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>')
+    return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>{options}')
 
 
 def _script_safe(text: str) -> str:

@@ -5,7 +5,7 @@ from html import escape
 
 from pydantic import JsonValue
 
-from qdm_deploy.report.markup import decibels, percent, plain, precision_name, section, span_of, table, words
+from qdm_deploy.report.markup import breakable, decibels, percent, plain, precision_name, section, span_of, table, words
 from qdm_deploy.report.model import LayerRow
 
 __all__ = ["layer_section"]
@@ -29,7 +29,7 @@ def layer_section(layers: Sequence[LayerRow], summary: Mapping[str, JsonValue]) 
     if not layers:
         return ""
     floats = [layer for layer in layers if layer.precision == "float"]
-    kept = table(("stays in floating point", "why"), [(layer.name, layer.reason) for layer in floats], style="kept")
+    kept = _kept(floats)
     about = " · ".join(f"{words(name)}: {plain(value)}" for name, value in summary.items())
     measured = [layer for layer in layers if layer.noise_share is not None]
     ordered = sorted(layers, key=lambda layer: -1.0 if layer.noise_share is None else layer.noise_share, reverse=True)
@@ -47,13 +47,25 @@ def layer_section(layers: Sequence[LayerRow], summary: Mapping[str, JsonValue]) 
     )
 
 
+def _kept(floats: Sequence[LayerRow]) -> str:
+    """Layers by the reason why they stay in floating point; a model has dozens of them for one reason."""
+    reasons: dict[str, list[str]] = {}
+    for layer in floats:
+        reasons.setdefault(layer.reason, []).append(layer.name)
+    rows = [
+        (reason, breakable(names[0]) if len(names) == 1 else f"{len(names)} layers: {names[0]} to {names[-1]}")
+        for reason, names in reasons.items()
+    ]
+    return table(("why", "stays in floating point"), rows, style="kept")
+
+
 def _layer(layer: LayerRow) -> tuple[str, ...]:
     return (
-        layer.name,
+        breakable(layer.name),
         percent(layer.noise_share),
         precision_name(layer.precision),
         "–" if layer.scale is None else f"{layer.scale:.4g}",
-        str(layer.zero_offset),
+        "–" if layer.scale is None else str(layer.zero_offset),
         span_of(layer.branch_factors),
         span_of(layer.step_gains),
         decibels(layer.weight_sqnr_db),

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 __all__ = [
     "MARKS",
     "Html",
+    "breakable",
     "decibels",
     "figure",
     "image",
@@ -34,6 +35,11 @@ class Html(str):
     __slots__ = ()
 
 
+def breakable(name: str) -> Html:
+    """A module path that a narrow table may break behind its dots."""
+    return Html(escape(name).replace(".", ".<wbr>"))
+
+
 def section(title: str, content: str) -> str:
     """A section of the page; ``content`` is HTML."""
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
@@ -55,9 +61,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -
     return f'<div class="scroll"><table class="{style}">{rows_of_all}</table></div>'
 
 
-def pairs(items: Iterable[tuple[str, JsonValue]]) -> str:
+def pairs(items: Iterable[tuple[str, JsonValue]], style: str = "") -> str:
     """Names and JSON values below each other."""
-    return "<dl>" + "".join(f"<dt>{escape(words(k))}</dt><dd>{escape(plain(v))}</dd>" for k, v in items) + "</dl>"
+    each = "".join(f"<div><dt>{escape(words(k))}</dt><dd>{escape(plain(v))}</dd></div>" for k, v in items)
+    return f'<dl class="{style}">{each}</dl>'
 
 
 def plain(value: JsonValue) -> str:

@@ -3,12 +3,14 @@
 from html import escape
 
 from qdm_deploy.report.charts import frontier_chart
-from qdm_deploy.report.markup import decibels, figure, percent, section, table
+from qdm_deploy.report.markup import breakable, decibels, figure, percent, section, table
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
 
 __all__ = ["noise_section"]
 
 _OPEN_ROWS = 8
+# With hardly a layer left in INT8 the curve rises without end, and would press the rest of it flat.
+_LEAST_DRAWN = 0.1
 _COSTS = {"macs": "the INT8 layers' multiply-accumulates", "time": "the INT8 layers' measured time"}
 
 
@@ -23,7 +25,9 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
         return ""
     cost = _COSTS[noise.cost]
     points = [
-        (row.int8_share, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB") for row in noise.frontier
+        (row.int8_share, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB")
+        for row in noise.frontier
+        if row.int8_share >= _LEAST_DRAWN
     ]
     chart = frontier_chart(
         points,
@@ -39,7 +43,7 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     legend = (
         f'<ul class="legend"><li>{ring}this bundle, predicted</li><li>{dashes}required mean, {minimum:g} dB</li></ul>'
     )
-    about = "From all in INT8, at the right, one layer more per dot."
+    about = "From all in INT8, at the right, one layer more per dot, to 10 %."
     drawn = figure("Keeping layers in float, the noisiest first", about, chart, legend)
     head = ("one more in float", "left in INT8", "noise left", "predicted SQNR")
     rows = [_row(row) for row in noise.frontier]
@@ -60,7 +64,7 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
 
 def _row(row: FrontierRow) -> tuple[str, ...]:
     return (
-        row.layer or "none: all in INT8",
+        "none: all in INT8" if row.layer is None else breakable(row.layer),
         percent(row.int8_share),
         percent(row.noise_share),
         decibels(row.sqnr_db),

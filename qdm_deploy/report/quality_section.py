@@ -98,7 +98,7 @@ def _floats(rows: Sequence[QualityRow], chosen: FloatSteps | None) -> str:
         time = "" if chosen.time_ratio is None else f", {chosen.time_ratio:.2f} times the time of INT8 alone"
         about = (
             f"The last {chosen.steps} of {chosen.of_steps} steps, those of a timestep below {chosen.float_below}, run "
-            f"in float ({how}): {chosen.gain_db:+.1f} dB{time}. The error of the model's output above is that "
+            f"in float ({how}): {chosen.gain_db:+.2f} dB{time}. The error of the model's output above is that "
             "of INT8 at every step."
         )
     tried = table(

@@ -21,7 +21,8 @@ def range_section(inputs: Sequence[InputRanges]) -> str:
     lead = (
         "<p>Each layer's input over the timesteps of the calibration, noise on the left and image on the right. Box: "
         "the middle half of all values; whiskers: 0.1 to 99.9 %; dots: smallest and largest value; dashed lines: what "
-        "INT8 codes reach, step gains included. The inputs whose range moves most come first.</p>"
+        "INT8 codes reach, step gains included (none: the input stays in float, or its channels have factors of their "
+        "own). The inputs whose range moves most come first.</p>"
     )
     return section("Activation ranges over the timesteps", lead + _opened(charts, _OPEN_INPUTS, "inputs"))
 

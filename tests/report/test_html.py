@@ -21,7 +21,7 @@ from qdm_deploy.report import (
 )
 from qdm_deploy.report.sensitivity import NoiseBlock
 
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "wbr", "link", "input"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' $title <!-- &lt;"
 
 
