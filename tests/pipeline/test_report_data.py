@@ -9,7 +9,7 @@ import torch
 
 from qdm_calibration.sensitivity import measure_sensitivity
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.pipeline import BuildOptions, BuildResult
+from qdm_deploy.pipeline import BuildOptions, BuildResult, inspect
 from qdm_deploy.pipeline.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.progress import SILENT
 from qdm_deploy.report.ranges import LEVELS, InputRanges, input_ranges
@@ -147,6 +147,7 @@ def test_a_build_reports_ranges_noise_and_seeds(labels_build: BuildResult) -> No
     assert sum(shares.values()) == pytest.approx(1)
     assert report.noise is not None
     assert report.noise.frontier[1].layer == max(shares, key=lambda name: shares[name])
+    assert inspect(labels_build.bundle).noise_shares == shares
     assert report.seeds == {"calibration": (0, 3), "verdict": (2**40, 2**40 + 1)}
     page = (labels_build.bundle / "report.html").read_text(encoding="utf-8")
     titles = re.findall(r"<h2>(.*?)</h2>", page)
