@@ -94,7 +94,6 @@ def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int) -> Noise
     return NoiseBlock(
         rows=rows,
         timesteps=len(found.timesteps),
-        cost="macs",
         frontier=tuple(
             FrontierRow(
                 layer=point.layer,

@@ -1,7 +1,5 @@
 """The section on the noise of single layers: the frontier between quality and what runs in INT8."""
 
-from html import escape
-
 from qdm_deploy.report.charts import frontier_chart
 from qdm_deploy.report.markup import breakable, decibels, figure, percent, section, table
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
@@ -11,7 +9,7 @@ __all__ = ["noise_section"]
 _OPEN_ROWS = 8
 # With hardly a layer left in INT8 the curve rises without end, and would press the rest of it flat.
 _LEAST_DRAWN = 0.1
-_COSTS = {"macs": "the INT8 layers' multiply-accumulates", "time": "the INT8 layers' measured time"}
+_COST = "the INT8 layers' multiply-accumulates"
 
 
 def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
@@ -23,7 +21,6 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     """
     if noise is None or not noise.frontier:
         return ""
-    cost = _COSTS[noise.cost]
     points = [
         (row.int8_share, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB")
         for row in noise.frontier
@@ -32,7 +29,7 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     chart = frontier_chart(
         points,
         title="Predicted quality against the share in INT8",
-        x_label=f"% of {cost}",
+        x_label=f"% of {_COST}",
         y_label="predicted SQNR in dB",
         chosen=None if noise.sqnr_db is None else (noise.int8_share, noise.sqnr_db),
         threshold=minimum,
@@ -56,7 +53,7 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     lead = (
         f"<p>Each INT8 layer was quantized alone, on {noise.rows} calibration rows of {noise.timesteps} timesteps, and "
         f"the noise compared that it adds to the model's output.{kept} Predictions add these powers up and are right "
-        f"within a few dB; the measured quality stands above. The share in INT8 is that of {escape(cost)}.</p>"
+        f"within a few dB; the measured quality stands above. The share in INT8 is that of {_COST}.</p>"
     )
     first = f"<div><h3>What the first layers would give</h3>{few}</div>"
     return section("Noise and the frontier", f'{lead}<div class="charts">{drawn}{first}</div>{every}')

@@ -1,6 +1,6 @@
 """How much noise INT8 adds to the network's output, layer by layer, and what keeping layers in float would give."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ class FrontierRow(Value):
 
     Attributes:
         layer: the layer that goes float here; None for the plan with every INT8 layer in INT8.
-        int8_share: part of the cost of the INT8 layers that still runs in INT8.
+        int8_share: part of the INT8 layers' multiply-accumulates that still runs in INT8.
         noise_share: part of their noise that is left.
         sqnr_db: predicted SQNR of the network's output, mean over the timesteps.
     """
@@ -33,7 +33,6 @@ class NoiseBlock(Value):
     Attributes:
         rows: calibration rows that were run for each layer.
         timesteps: how many distinct ones they have.
-        cost: what ``int8_share`` counts: multiply-accumulates, or measured time of each layer.
         frontier: from all in INT8 to the last layer but those without which no noise would be left.
         kept: layers that the build keeps in float because it was asked to.
         sqnr_db: predicted with ``kept`` in float; None where no noise is left.
@@ -42,7 +41,6 @@ class NoiseBlock(Value):
 
     rows: Annotated[int, Field(gt=0)]
     timesteps: Annotated[int, Field(gt=0)]
-    cost: Literal["macs", "time"]
     frontier: tuple[FrontierRow, ...]
     kept: Count
     sqnr_db: Decibels | None

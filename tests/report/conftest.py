@@ -79,7 +79,7 @@ def input_row(name: str, growth: float = 2.0) -> InputRanges:
 
 def noise_block() -> NoiseBlock:
     return NoiseBlock(
-        rows=8, timesteps=8, cost="macs", kept=1, sqnr_db=23.0, int8_share=0.75,
+        rows=8, timesteps=8, kept=1, sqnr_db=23.0, int8_share=0.75,
         frontier=(
             FrontierRow(layer=None, int8_share=1.0, noise_share=1.0, sqnr_db=20.0),
             FrontierRow(layer="noisy", int8_share=0.75, noise_share=0.5, sqnr_db=23.0),
