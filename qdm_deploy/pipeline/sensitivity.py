@@ -80,8 +80,6 @@ def measured_and_kept(
     kept = frozenset(name for name in found.layers if name not in left)
     noise = _noise_block(found, kept, min(rows, len(calibration)))
     warnings = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
-    for warning in warnings:
-        progress.say(warning)
     return Budgeted(chosen, noise, found.shares(), warnings)
 
 
