@@ -11,8 +11,10 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 
-__all__ = ["FrontierPoint", "check_choice", "frontier", "keep_float", "needs_sensitivity"]
+__all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep_float", "needs_sensitivity"]
 
+# Part of the cost that "auto" may take out of INT8: more would give back what INT8 is for.
+MAX_FLOAT_SHARE = 0.1
 _PERCENT = re.compile(r"([^,]*)%")
 
 
@@ -59,7 +61,7 @@ def keep_float(
     cost: Mapping[str, float] | None = None,
     *,
     min_sqnr_db: float = 25.0,
-    max_float_share: float = 0.1,
+    max_float_share: float = MAX_FLOAT_SHARE,
 ) -> QuantizationPlan:
     """The plan with some of its INT8 layers kept in float, each with its reason.
 

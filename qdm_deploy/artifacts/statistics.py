@@ -4,7 +4,7 @@ Histograms have power-of-two ranges, so that two of them can be added without in
 finer one's bins fall exactly into the coarser one's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +39,28 @@ class Histogram:
         """Middle of each bin, [HISTOGRAM_BINS]."""
         width = 2.0 ** (self.exponent + 1) / HISTOGRAM_BINS
         return (np.arange(HISTOGRAM_BINS, dtype=np.float64) - HISTOGRAM_BINS / 2 + 0.5) * width
+
+    def quantiles(self, levels: Sequence[float]) -> NDArray[np.float64]:
+        """Values below which the shares ``levels``, each in [0, 1], of all counted values lie, [len(levels)].
+
+        Values are taken to lie evenly within their bin, so a quantile is off by at most a bin's width,
+        2**(exponent + 1) / HISTOGRAM_BINS, where values lie there at all.
+
+        Raises:
+            CalibrationError: nothing was counted.
+        """
+        occupied = np.flatnonzero(self.counts)
+        if not len(occupied):
+            raise CalibrationError("a histogram without a value has no quantiles; calibrate again")
+        width = 2.0 ** (self.exponent + 1) / HISTOGRAM_BINS
+        counts = self.counts[occupied].astype(np.float64)
+        above = np.cumsum(counts)
+        wanted = np.asarray(levels, dtype=np.float64) * above[-1]
+        # Empty bins are left out: a level that falls between two clusters belongs to an end of one of them.
+        place = np.minimum(np.searchsorted(above, wanted), len(occupied) - 1)
+        inside = (wanted - (above[place] - counts[place])) / counts[place]
+        found: NDArray[np.float64] = (occupied[place] - HISTOGRAM_BINS / 2 + np.clip(inside, 0.0, 1.0)) * width
+        return found
 
     def widened(self, exponent: int) -> "Histogram":
         """The same counts over a range 2**exponent at least as wide; exact."""

@@ -140,6 +140,16 @@ _FILE = click.Path(path_type=Path)
     help="Layers to keep in float: as few as reach --min-sqnr, the noisiest N percent, or names and patterns (a,b*).",
 )
 @option(
+    "--no-sensitivity",
+    "sensitivity",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    show_default=False,
+    section=_QUANTIZATION,
+    help="Do not measure each layer's noise, unless --keep-fp needs it; the report then has no frontier.",
+)
+@option(
     "--weight-bits",
     type=click.Choice(["8", "4"]),
     default="8",
@@ -275,6 +285,8 @@ def _print_report(console: "Console", bundle: Path, report: "Report") -> None:
         ((name, size(count), f"{count / report.size.float_bytes:.0%}") for name, count in sizes.items()),
     )
     print_engines(console, report.engines)
+    for warning in report.warnings:
+        console.print(f"\nwarning: {warning}", style="yellow")
     console.print(f"\n{verdict.headline}", style="bold green" if verdict.ship else "bold red")
     _print_lines(console, "-", verdict.problems)
     _print_lines(console, "+", verdict.merits)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qdm_deploy.cli.output import Output
-from qdm_deploy.cli.tables import db, print_table, size, span
+from qdm_deploy.cli.tables import db, print_table, share, size, span
 from qdm_deploy.cli.verb import Verb, option
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
     """Print what a bundle is and how each of its layers is quantized.
 
     s is the scale of a layer's input, z its zero offset in steps of s, k the factors of its concatenation branches, r
-    its gains over the timestep, and SQNR the signal to quantization noise of its weight.
+    its gains over the timestep, SQNR the signal to quantization noise of its weight, and noise its part of what all
+    INT8 layers add to the model's output.
     """
     from qdm_deploy.pipeline import inspect as run
     from qdm_deploy.report.model import LayerRow
 
     found = run(bundle)
-    layers = [LayerRow.from_plan(plan) for plan in found.plan.layers]
+    layers = [LayerRow.from_plan(plan, found.noise_shares.get(plan.name)) for plan in found.plan.layers]
     summary = found.plan.summary()
     manifest = found.manifest
 
@@ -63,7 +64,7 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
         print_table(
             console,
             f"layers: {summary['int8']} of {summary['layers']} in INT8",
-            ("layer", "precision", ">s", ">z", ">k", ">r", ">weight SQNR", "reason"),
+            ("layer", "precision", ">s", ">z", ">k", ">r", ">weight SQNR", ">noise", "reason"),
             (_cells(row) for row in layers),
         )
         if verbose:
@@ -97,7 +98,7 @@ def _model_line(model: "ModelSpec") -> str:
 
 def _cells(row: "LayerRow") -> tuple[str, ...]:
     if row.precision == "float":
-        return (row.name, row.precision, "-", "-", "-", "-", "-", row.reason)
+        return (row.name, row.precision, "-", "-", "-", "-", "-", share(row.noise_share), row.reason)
     gains = (span(row.branch_factors), span(row.step_gains))
     return (
         row.name,
@@ -106,6 +107,7 @@ def _cells(row: "LayerRow") -> tuple[str, ...]:
         str(row.zero_offset),
         *gains,
         db(row.weight_sqnr_db),
+        share(row.noise_share),
         row.reason,
     )
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
     from qdm_deploy.report.model import EngineRow
 
-__all__ = ["db", "print_engines", "print_table", "size", "span"]
+__all__ = ["db", "print_engines", "print_table", "share", "size", "span"]
 
 _DASH = "-"
 
@@ -16,6 +16,11 @@ _DASH = "-"
 def db(value: float | None) -> str:
     """Decibels with one decimal."""
     return _DASH if value is None else f"{value:.1f} dB"
+
+
+def share(value: float | None) -> str:
+    """A share of 1 in percent: "0.3 %", "12.5 %"."""
+    return _DASH if value is None else f"{100 * value:.1f} %"
 
 
 def size(count: int) -> str:

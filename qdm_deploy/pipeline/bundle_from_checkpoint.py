@@ -75,13 +75,14 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
                 from qdm_export.split_concat import split_checkpoint
 
                 checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
-        calibration, plan = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
+        calibrated = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
+        plan = calibrated.plan
         _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
             options, checkpoint, plan, verify_table, float_graph, writer.root / "unet", scratch, stages.stage, progress
         )
-        return publish(options, writer, checkpoint, calibration, plan, measured, rows, stages.seconds)
+        return publish(options, writer, checkpoint, calibrated, measured, rows, stages.seconds)
 
 
 def _require_build_extra() -> None:

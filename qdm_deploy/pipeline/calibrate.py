@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp, measured_and_kept, wants_sensitivity
 from qdm_deploy.progress import Progress
+from qdm_deploy.report.ranges import InputRanges, input_ranges
 from qdm_deploy.samplers import StepTable
 
 if TYPE_CHECKING:
@@ -26,10 +28,30 @@ if TYPE_CHECKING:
     from qdm_calibration.timesteps import SamplingPlan
     from qdm_export.unet import Checkpoint
 
-__all__ = ["calibrated_plan", "calibration_given"]
+__all__ = ["Calibrated", "calibrated_plan", "calibration_given"]
 
 _DEFAULT_STEP_BINS = 4
 _STATES, _NULL_STATES = "encoder_hidden_states", "unconditional_hidden_states"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration and planning leave behind: the statistics themselves are too large to keep through a build.
+
+    Attributes:
+        calibration: the set.
+        budgeted: the plan, and the noise of its layers where it was measured.
+        inputs: ranges of the layers' inputs.
+    """
+
+    calibration: CalibrationSet
+    budgeted: Budgeted
+    inputs: tuple[InputRanges, ...]
+
+    @property
+    def plan(self) -> QuantizationPlan:
+        """The plan that is emitted."""
+        return self.budgeted.plan
 
 
 def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: StepTable) -> CalibrationSet | None:
@@ -69,7 +91,7 @@ def calibrated_plan(
     float_graph: "ir.Model",
     stage: Callable[[str], AbstractContextManager[None]],
     progress: Progress,
-) -> tuple[CalibrationSet, QuantizationPlan]:
+) -> Calibrated:
     """Sample the calibration set unless one was given, measure every activation, and decide."""
     from qdm_calibration.collect import collect_calibration_set
     from qdm_calibration.statistics import collect_statistics
@@ -77,7 +99,7 @@ def calibrated_plan(
 
     spec = checkpoint.spec
     topology = topology_of(float_graph)
-    _check_keep_fp(options, topology)
+    check_keep_fp(options, topology)
     with stage("calibrate"):
         states = read_hidden_states(options.conditioning_file)
         calibration = given or collect_calibration_set(
@@ -105,10 +127,11 @@ def calibrated_plan(
     if options.reconstruct != "none":
         with stage("reconstruct"):
             plan = _reconstructed(options, checkpoint, plan, calibration, progress)
-    if options.keep_fp is not None:
+    budgeted = Budgeted(plan)
+    if options.keep_fp is not None or wants_sensitivity(options):
         with stage("sensitivity"):
-            plan = _within_budget(options, checkpoint, calibration, plan, progress)
-    return calibration, plan
+            budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress)
+    return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 
 
 def _searched_plan(
@@ -188,32 +211,6 @@ def _modelopt_plan(
     quantizers = read_quantizer_state(path)
     # The file's name alone: a bundle says nothing of the folders of the machine that built it.
     return plan_from_quantizers(unet, topology, quantizers, statistics, source=path.name, provenance=provenance)
-
-
-def _check_keep_fp(options: BuildOptions, topology: Topology) -> None:
-    from qdm_calibration.budget import check_choice
-
-    if options.keep_fp is not None:
-        check_choice(options.keep_fp, topology)
-
-
-def _within_budget(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    calibration: CalibrationSet,
-    plan: QuantizationPlan,
-    progress: Progress,
-) -> QuantizationPlan:
-    """The plan with the layers of ``keep_fp`` in float; measured only where the choice needs it."""
-    from qdm_calibration.budget import keep_float, needs_sensitivity
-    from qdm_calibration.sensitivity import measure_sensitivity
-
-    choice = options.keep_fp or ""
-    if not needs_sensitivity(choice):
-        return keep_float(plan, choice)
-    # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
-    sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress).relative()
-    return keep_float(plan, choice, sensitivity, min_sqnr_db=options.min_eps_sqnr_db)
 
 
 def _reconstructed(

@@ -1,24 +1,33 @@
 """What is inside a bundle; no torch, no session."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.manifest import Manifest
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.errors import InputError
+from qdm_deploy.report.model import Report
 
 __all__ = ["Inspection", "inspect"]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A bundle's identity and its plan."""
+    """A bundle's identity and its plan.
+
+    Attributes:
+        noise_shares: part of the noise of the INT8 layers that each adds, by layer; empty where the build did not
+            measure it.
+    """
 
     bundle_id: str
     model: ModelSpec
     plan: QuantizationPlan
     manifest: Manifest
+    noise_shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def inspect(bundle: Path) -> Inspection:
@@ -29,4 +38,14 @@ def inspect(bundle: Path) -> Inspection:
     """
     opened = Bundle.open(bundle)
     plan = QuantizationPlan.load(opened.file("unet/plan.json").parent)
-    return Inspection(opened.id, opened.model, plan, opened.manifest)
+    return Inspection(opened.id, opened.model, plan, opened.manifest, _noise_shares(opened))
+
+
+def _noise_shares(bundle: Bundle) -> dict[str, float]:
+    if all(entry.path != "report.json" for entry in bundle.manifest.files):
+        return {}
+    try:
+        report = Report.from_json(bundle.file("report.json").read_bytes())
+    except InputError:
+        return {}  # A report of another version: the plan can be shown all the same.
+    return {row.name: row.noise_share for row in report.layers if row.noise_share is not None}

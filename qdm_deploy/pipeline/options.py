@@ -66,6 +66,7 @@ class BuildOptions:
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
             that add most noise), or names and patterns separated by commas; None keeps none.
+        sensitivity: measure the noise that each INT8 layer adds, for the report; "auto" and "N%" measure it anyway.
         weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
         reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
             learns the scales of the activations too; "none" rounds to nearest.
@@ -104,6 +105,7 @@ class BuildOptions:
     step_bins: int | None = None
     from_modelopt: str | None = None
     keep_fp: str | None = None
+    sensitivity: bool = True
     weight_bits: int = 8
     reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300

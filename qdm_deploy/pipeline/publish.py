@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from qdm_deploy.artifacts.bundle import BundleWriter
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.manifest import Compatibility
-from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.record import installed_version
+from qdm_deploy.pipeline.calibrate import Calibrated
 from qdm_deploy.pipeline.measure import Measured, trajectory_inputs
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.selftest import answers, distance_db, write_selftest
@@ -45,8 +45,7 @@ def publish(
     options: BuildOptions,
     writer: BundleWriter,
     checkpoint: "Checkpoint",
-    calibration: CalibrationSet,
-    plan: QuantizationPlan,
+    calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
     seconds: Mapping[str, float],
@@ -56,7 +55,7 @@ def publish(
 
     root = writer.root
     recipe = _recipe(options)
-    report = _report(options, checkpoint, plan, measured, engines, seconds, root, recipe)
+    report = _report(options, checkpoint, calibrated, measured, engines, seconds, root, recipe)
     _write_selftest(root, checkpoint, measured)
     (root / "scheduler").mkdir()
     _write_json(root / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config))
@@ -75,7 +74,7 @@ def publish(
         provenance={
             "source": checkpoint.spec.name,
             "weights_sha256": checkpoint.weights_sha256,
-            "calibration": dict(calibration.provenance),
+            "calibration": dict(calibrated.calibration.provenance),
             "tools": library_versions(),
         },
         recipe=recipe,
@@ -100,7 +99,7 @@ def _recipe(options: BuildOptions) -> dict[str, Any]:
 def _report(
     options: BuildOptions,
     checkpoint: "Checkpoint",
-    plan: QuantizationPlan,
+    calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
     seconds: Mapping[str, float],
@@ -110,6 +109,7 @@ def _report(
     thresholds = Thresholds(
         min_psnr_db=options.min_psnr_db, min_eps_sqnr_db=options.min_eps_sqnr_db, min_speedup=options.min_speedup
     )
+    plan, budgeted = calibrated.plan, calibrated.budgeted
     unet = root / "unet"
     weights = (unet / "weights.bin").stat().st_size
     parameters = sum(parameter.numel() for parameter in checkpoint.unet.parameters())
@@ -120,8 +120,12 @@ def _report(
         machine=machine_card(),
         model={**checkpoint.spec.model_dump(mode="json"), "parameters": parameters, "version": installed_version()},
         recipe=recipe,
+        seeds=_seeds(calibrated.calibration, measured),
         plan_summary=dict(plan.summary()),
-        layers=tuple(LayerRow.from_plan(layer) for layer in plan.layers),
+        layers=tuple(LayerRow.from_plan(layer, budgeted.shares.get(layer.name)) for layer in plan.layers),
+        inputs=calibrated.inputs,
+        noise=budgeted.noise,
+        warnings=budgeted.warnings,
         quality=measured.quality,
         speed=measured.speed,
         speedup=measured.speedup,
@@ -142,6 +146,15 @@ def _report(
             float_steps=measured.float_steps,
         ),
     )
+
+
+def _seeds(calibration: CalibrationSet, measured: Measured) -> dict[str, tuple[int, int]]:
+    """First and last seed of what was calibrated with and of what was judged."""
+    verdict = measured.reference.seeds
+    return {
+        "calibration": (int(calibration.seed.min()), int(calibration.seed.max())),
+        "verdict": (int(min(verdict)), int(max(verdict))),
+    }
 
 
 def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) -> None:

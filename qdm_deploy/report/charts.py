@@ -1,4 +1,4 @@
-"""Two kinds of chart as inline SVG: lines over timesteps, and horizontal bars.
+"""Charts as inline SVG: lines over timesteps, horizontal bars, and the frontier of layers kept in float.
 
 Colours come from the page's style sheet by class (``series-0``...), so that a chart follows the page into dark mode and
 print. A view box is 480 wide, as wide as a column of the page, so that text keeps about its size on a phone.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Bar", "Line", "bar_chart", "line_chart", "ticks"]
+__all__ = ["Bar", "Line", "bar_chart", "frontier_chart", "label", "line_chart", "opening", "ticks"]
 
 WIDTH = 480
 _LINE_HEIGHT = 290
@@ -50,7 +50,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, math.ceil(high / step) + 1)]
 
 
-def line_chart(lines: Sequence[Line], *, title: str, y_label: str, threshold: float | None = None) -> str:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    title: str,
+    y_label: str,
+    threshold: float | None = None,
+    shaded_below: float | None = None,
+) -> str:
     """Curves over timesteps, which run from the largest on the left, noise, down to the smallest, the image.
 
     Args:
@@ -58,6 +65,7 @@ def line_chart(lines: Sequence[Line], *, title: str, y_label: str, threshold: fl
         title: what the chart is called for screen readers.
         y_label: of the vertical axis, with its unit.
         threshold: a dashed horizontal line.
+        shaded_below: timesteps below it lie on a shade.
     """
     heights = [y for line in lines for _, y in line.points] + ([] if threshold is None else [threshold])
     places = [x for line in lines for x, _ in line.points]
@@ -71,18 +79,23 @@ def line_chart(lines: Sequence[Line], *, title: str, y_label: str, threshold: fl
     def up(value: float) -> float:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - _TOP)
 
-    parts = [_open(_LINE_HEIGHT, title)]
+    parts = [opening(_LINE_HEIGHT, title)]
+    if shaded_below is not None and stop < shaded_below:
+        edge = across(min(shaded_below, start))
+        parts.append(
+            f'<rect class="shade" x="{edge:.1f}" y="{_TOP}" width="{right - edge:.1f}" height="{bottom - _TOP}"/>'
+        )
     for value in y_ticks:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>')
-        parts.append(_text(_LEFT - 7, up(value) + 4, f"{value:g}", "end"))
+        parts.append(label(_LEFT - 7, up(value) + 4, f"{value:g}", "end"))
     for value in ticks(stop, start) if start > stop else [start]:
         if stop <= value <= start:
-            parts.append(_text(across(value), bottom + 18, f"{value:g}", "middle"))
+            parts.append(label(across(value), bottom + 18, f"{value:g}", "middle"))
     middle = (_TOP + bottom) / 2
     parts.append(f'<text class="axis" text-anchor="middle" transform="translate(13 {middle:.1f}) rotate(-90)">')
     parts.append(f"{escape(y_label)}</text>")
     parts.append(
-        _text(
+        label(
             (_LEFT + right) / 2, _LINE_HEIGHT - 8, "timestep (noise on the left, image on the right)", "middle", "axis"
         )
     )
@@ -101,6 +114,59 @@ def line_chart(lines: Sequence[Line], *, title: str, y_label: str, threshold: fl
     return "".join([*parts, "</svg>"])
 
 
+def frontier_chart(
+    points: Sequence[tuple[float, float, str]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    chosen: tuple[float, float] | None = None,
+    threshold: float | None = None,
+) -> str:
+    """Quality against the share that runs in INT8, which grows to the right.
+
+    Args:
+        points: (share in [0, 1], value, what the point is) in drawing order, at least one.
+        title: what the chart is called for screen readers.
+        x_label: of the horizontal axis, which is in percent.
+        y_label: of the vertical axis, with its unit.
+        chosen: a point to put a ring around.
+        threshold: a dashed horizontal line.
+    """
+    extra = [value for value in (threshold, None if chosen is None else chosen[1]) if value is not None]
+    y_ticks = ticks(min([y for _, y, _ in points] + extra), max([y for _, y, _ in points] + extra))
+    right, bottom = WIDTH - _RIGHT - 8, _LINE_HEIGHT - _BOTTOM
+
+    def across(share: float) -> float:
+        return _LEFT + share * (right - _LEFT)
+
+    def up(value: float) -> float:
+        return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - _TOP)
+
+    parts = [opening(_LINE_HEIGHT, title)]
+    for value in y_ticks:
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>')
+        parts.append(label(_LEFT - 7, up(value) + 4, f"{value:g}", "end"))
+    parts += [label(across(percent / 100), bottom + 18, f"{percent}", "middle") for percent in range(0, 101, 20)]
+    middle = (_TOP + bottom) / 2
+    parts.append(f'<text class="axis" text-anchor="middle" transform="translate(13 {middle:.1f}) rotate(-90)">')
+    parts.append(f"{escape(y_label)}</text>")
+    parts.append(label((_LEFT + right) / 2, _LINE_HEIGHT - 8, x_label, "middle", "axis"))
+    if threshold is not None:
+        level = f"{up(threshold):.1f}"
+        parts.append(f'<line class="threshold" x1="{_LEFT}" x2="{right}" y1="{level}" y2="{level}"/>')
+    path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y, _ in points)
+    parts.append(f'<polyline class="curve series-0" points="{path}"/>')
+    parts += [
+        f'<circle class="dot series-0" cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.6">'
+        f"<title>{escape(name)}</title></circle>"
+        for x, y, name in points
+    ]
+    if chosen is not None:
+        parts.append(f'<circle class="ring" cx="{across(chosen[0]):.1f}" cy="{up(chosen[1]):.1f}" r="7"/>')
+    return "".join([*parts, "</svg>"])
+
+
 def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
     """Bars below each other on a common axis from 0, each under its name and beside its value.
 
@@ -115,15 +181,15 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
     def across(value: float) -> float:
         return 1 + value / marks[-1] * (right - 1)
 
-    parts = [_open(bottom + 44, title)]
+    parts = [opening(bottom + 44, title)]
     for value in marks:
         parts.append(f'<line class="grid" x1="{across(value):.1f}" x2="{across(value):.1f}" y1="4" y2="{bottom}"/>')
         anchor = "start" if value == 0 else "middle"
-        parts.append(_text(across(value), bottom + 17, f"{value:g}", anchor))
+        parts.append(label(across(value), bottom + 17, f"{value:g}", anchor))
     for index, bar in enumerate(bars):
         top = _TOP + _BAR_ROW * index
         style = "bar emphasized" if bar.emphasized else "bar"
-        parts.append(_text(4, top + 8, bar.name, "start", "name"))
+        parts.append(label(4, top + 8, bar.name, "start", "name"))
         parts.append(
             f'<rect class="{style}" x="1" y="{top + 15}" width="{across(bar.value) - 1:.1f}" '
             f'height="{_BAR_THICKNESS}" rx="2"/>'
@@ -134,14 +200,16 @@ def bar_chart(bars: Sequence[Bar], *, title: str, x_label: str) -> str:
                 f'<path class="whisker" d="M{across(bar.value):.1f} {level}H{across(bar.whisker):.1f}m0 -4v8"/>'
             )
         end = across(max(bar.value, bar.whisker or 0.0))
-        parts.append(_text(end + 7, top + 26, bar.shown, "start", "value"))
-    parts.append(_text(1, bottom + 38, x_label, "start", "axis"))
+        parts.append(label(end + 7, top + 26, bar.shown, "start", "value"))
+    parts.append(label(1, bottom + 38, x_label, "start", "axis"))
     return "".join([*parts, "</svg>"])
 
 
-def _open(height: int, title: str) -> str:
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img"><title>{escape(title)}</title>'
+def opening(height: int, title: str, width: int = WIDTH, style: str = "chart") -> str:
+    """The start of a chart, which ``</svg>`` ends."""
+    return f'<svg class="{style}" viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, style: str = "tick") -> str:
+def label(x: float, y: float, text: str, anchor: str, style: str = "tick") -> str:
+    """Text in a chart, its base line at y."""
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

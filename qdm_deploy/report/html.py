@@ -8,29 +8,28 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from qdm_deploy.report.charts import Bar, Line, bar_chart, line_chart
+from qdm_deploy.report.charts import Bar, bar_chart
+from qdm_deploy.report.layer_section import layer_section
 from qdm_deploy.report.markup import (
     MARKS,
     Html,
-    decibels,
     figure,
     image,
     megabytes,
     milliseconds,
     pairs,
-    plain,
     precision_name,
     section,
-    span_of,
     table,
     words,
 )
-from qdm_deploy.report.model import EngineRow, LayerRow, QualityRow, Report
+from qdm_deploy.report.model import EngineRow, Report
+from qdm_deploy.report.noise_section import noise_section
 from qdm_deploy.report.pictures import ReportPictures
+from qdm_deploy.report.quality_section import quality_section
+from qdm_deploy.report.range_section import branch_section, range_section
 
 __all__ = ["render"]
-
-_SERIES = 3
 
 
 def render(report: Report, pictures: ReportPictures | None = None) -> str:
@@ -45,15 +44,19 @@ def render(report: Report, pictures: ReportPictures | None = None) -> str:
         ``<script type="application/json" id="report">``.
     """
     pictures = pictures or ReportPictures()
+    minimum = report.verdict.thresholds.min_eps_sqnr_db
     sections = (
         _verdict(report),
         _cards(report),
         _pictures(pictures),
-        _quality(report.quality, report.verdict.thresholds.min_eps_sqnr_db),
+        quality_section(report.quality, report.float_steps, minimum),
+        range_section(report.inputs),
+        branch_section(report.inputs),
+        layer_section(report.layers, report.plan_summary),
+        noise_section(report.noise, minimum),
         _speed_and_size(report),
         _engines(report.engines),
         _checks(report),
-        _layers(report),
         _origin(report),
     )
     page = Template(files("qdm_deploy.report").joinpath("report.html").read_text(encoding="utf-8"))
@@ -70,12 +73,13 @@ def _verdict(report: Report) -> str:
     verdict = report.verdict
     reasons = [(False, text) for text in verdict.problems] + [(True, text) for text in verdict.merits]
     listed = "".join(f"<li>{MARKS[good]}<span>{escape(text)}</span></li>" for good, text in reasons)
+    warned = "".join(f'<p class="warning"><b>Warning.</b> {escape(text)}</p>' for text in report.warnings)
     created = f"{report.created:%Y-%m-%d %H:%M %Z}"
     return (
         f'<section id="verdict" class="{"ship" if verdict.ship else "stop"}">'
         f'<p class="eyebrow">INT8 build of <b>{escape(_model_name(report))}</b> · {escape(created)}</p>'
         f"<h1>{verdict.headline}</h1>"
-        f'<ul class="reasons">{listed}</ul></section>'
+        f'<ul class="reasons">{listed}</ul>{warned}</section>'
     )
 
 
@@ -130,85 +134,22 @@ def _pictures(pictures: ReportPictures) -> str:
     return section("Images", f'{lead}<div class="triplets">{shown}</div>{sheet}')
 
 
-def _quality(rows: Sequence[QualityRow], minimum: float) -> str:
-    if not rows:
-        return ""
-    summary = table(
-        (
-            "target",
-            "images PSNR, mean",
-            "worst",
-            "model output SQNR, mean",
-            "worst step",
-            "finished sample SQNR",
-            "max |error|",
-        ),
-        [
-            (
-                row.label,
-                decibels(row.psnr_mean_db),
-                decibels(row.psnr_min_db),
-                decibels(row.eps_sqnr_mean_db),
-                f"{row.eps_sqnr_min_db:.1f} dB at {row.worst_timestep}",
-                decibels(row.state_sqnr_final_db),
-                f"{row.max_abs:.3g}",
-            )
-            for row in rows
-        ],
-    )
-    runs = sorted({
-        f"{row.samples} samples, {row.steps} steps of {row.sampler}, guidance {row.guidance:g}" for row in rows
-    })  # fmt: skip
-    charts = (
-        figure(
-            "Error of the model's output at each step",
-            "INT8 and float are given the float run's sample, so errors do not add up.",
-            line_chart(
-                _lines(rows, "eps_sqnr_db"), title="SQNR of the model's output", y_label="SQNR in dB", threshold=minimum
-            ),
-            _legend(rows, minimum),
-        ),
-        figure(
-            "Error of the sample after each step",
-            "Each run continues with its own sample, so this is what reaches the image.",
-            line_chart(_lines(rows, "state_sqnr_db"), title="SQNR of the sample", y_label="SQNR in dB"),
-            _legend(rows, None),
-        ),
-    )
-    values = table(
-        ("target", "timestep", "model output SQNR", "sample SQNR"),
-        [
-            (row.label, str(timestep), decibels(eps), decibels(state))
-            for row in rows
-            for timestep, eps, state in zip(row.timesteps, row.eps_sqnr_db, row.state_sqnr_db, strict=True)
-        ],
-    )
-    lead = f"<p>INT8 against float on the same seeds: {escape('; '.join(runs))}. Higher decibels are better.</p>"
-    details = f'<details class="long"><summary>Every step in numbers</summary>{values}</details>'
-    return section("Quality", f'{lead}{summary}<div class="charts">{"".join(charts)}</div>{details}')
-
-
-def _lines(rows: Sequence[QualityRow], field: str) -> list[Line]:
-    return [
-        Line(row.label, tuple(zip(row.timesteps, getattr(row, field), strict=True)), index % _SERIES)
-        for index, row in enumerate(rows)
-    ]
-
-
-def _legend(rows: Sequence[QualityRow], minimum: float | None) -> str:
-    names = [(f"series-{index % _SERIES}", row.label) for index, row in enumerate(rows)]
-    if minimum is not None:
-        names.append(("threshold", f"required mean, {minimum:g} dB"))
-    swatch = '<svg class="swatch" viewBox="0 0 30 8"><line class="curve {}" x1="1" x2="29" y1="4" y2="4"/></svg>'
-    return '<ul class="legend">' + "".join(f"<li>{swatch.format(c)}{escape(n)}</li>" for c, n in names) + "</ul>"
-
-
 def _speed_and_size(report: Report) -> str:
     sizes = [Bar("float", report.size.float_bytes / 1e6, megabytes(report.size.float_bytes), emphasized=False)]
     sizes += [Bar(f"{name} · INT8", size / 1e6, megabytes(size)) for name, size in report.size.int8_bytes.items()]
     charts = [
         figure("Size on disk", "Graph and weights.", bar_chart(sizes, title="Size", x_label="megabytes (10⁶ bytes)"))
     ]
+    files = table(
+        ("model file", "graph and weights in bytes", "of float"),
+        [
+            (name, f"{size:,}".replace(",", " "), f"{size / report.size.float_bytes:.1%}".replace("%", " %"))
+            for name, size in (
+                ("float", report.size.float_bytes),
+                *((f"{name} · INT8", size) for name, size in report.size.int8_bytes.items()),
+            )
+        ],
+    )
     times_table = ""
     if report.speed:
         times = [
@@ -247,7 +188,7 @@ def _speed_and_size(report: Report) -> str:
                 for row in report.speed
             ],
         )
-    return section("Speed and size", f'<div class="charts">{"".join(charts)}</div>{times_table}')
+    return section("Speed and size", f'<div class="charts">{"".join(charts)}</div>{times_table}{files}')
 
 
 def _engines(rows: Sequence[EngineRow]) -> str:
@@ -286,48 +227,27 @@ def _checks(report: Report) -> str:
     return section("Checks", table(("", "check", "finding"), rows, style="checks"))
 
 
-def _layers(report: Report) -> str:
-    if not report.layers:
-        return ""
-    floats = [layer for layer in report.layers if layer.precision == "float"]
-    reasons = [(layer.name, layer.reason) for layer in floats]
-    kept = table(("stays in floating point", "why"), reasons, style="kept") if floats else ""
-    head = ("layer", "precision", "scale s", "offset z", "branch factors k", "step gains r", "weight SQNR", "why")
-    all_layers = table(head, [_layer(layer) for layer in report.layers], style="layers")
-    summary = " · ".join(f"{words(name)}: {plain(value)}" for name, value in report.plan_summary.items())
-    every = f'<details class="long"><summary>All {len(report.layers)} layers</summary>{all_layers}</details>'
-    return section("Layers", f"<p>{escape(summary)}</p>{kept}{every}")
-
-
-def _layer(layer: LayerRow) -> tuple[str, ...]:
-    return (
-        layer.name,
-        precision_name(layer.precision),
-        "–" if layer.scale is None else f"{layer.scale:.4g}",
-        str(layer.zero_offset),
-        span_of(layer.branch_factors),
-        span_of(layer.step_gains),
-        decibels(layer.weight_sqnr_db),
-        layer.reason or " ".join(f"{name}: {note}" for name, note in layer.notes.items()),
-    )
-
-
 def _origin(report: Report) -> str:
     made = "Made by a call from Python." if report.command is None else "Made by this command:"
     command = "" if report.command is None else f"<pre><code>{escape(report.command)}</code></pre>"
+    seeds = {
+        f"seeds of the {name}": str(first) if first == last else f"{first} to {last}"
+        for name, (first, last) in report.seeds.items()
+    }
     blocks = (
-        ("Options and seeds", report.recipe.items()),
+        ("Seeds", seeds.items()),
         ("Machine", report.machine.items()),
         ("Versions", report.versions.items()),
         ("Model", report.model.items()),
     )
     lists = "".join(f"<div><h3>{escape(name)}</h3>{pairs(items)}</div>" for name, items in blocks if items)
+    options = f"<h3>Options</h3>{pairs(report.recipe.items(), 'many')}" if report.recipe else ""
     stages = ""
     if report.stage_seconds:
         bars = [Bar(words(name), seconds, f"{seconds:.1f} s") for name, seconds in report.stage_seconds.items()]
         total = f"{sum(report.stage_seconds.values()):.0f} s in all."
         stages = figure("Time of the build", total, bar_chart(bars, title="Time of the build", x_label="seconds"))
-    return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>')
+    return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>{options}')
 
 
 def _script_safe(text: str) -> str:

@@ -10,12 +10,14 @@ from pydantic import JsonValue
 __all__ = [
     "MARKS",
     "Html",
+    "breakable",
     "decibels",
     "figure",
     "image",
     "megabytes",
     "milliseconds",
     "pairs",
+    "percent",
     "plain",
     "precision_name",
     "section",
@@ -31,6 +33,11 @@ class Html(str):
     """Text that is HTML already."""
 
     __slots__ = ()
+
+
+def breakable(name: str) -> Html:
+    """A module path that a narrow table may break behind its dots."""
+    return Html(escape(name).replace(".", ".<wbr>"))
 
 
 def section(title: str, content: str) -> str:
@@ -54,9 +61,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -
     return f'<div class="scroll"><table class="{style}">{rows_of_all}</table></div>'
 
 
-def pairs(items: Iterable[tuple[str, JsonValue]]) -> str:
+def pairs(items: Iterable[tuple[str, JsonValue]], style: str = "") -> str:
     """Names and JSON values below each other."""
-    return "<dl>" + "".join(f"<dt>{escape(words(k))}</dt><dd>{escape(plain(v))}</dd>" for k, v in items) + "</dl>"
+    each = "".join(f"<div><dt>{escape(words(k))}</dt><dd>{escape(plain(v))}</dd></div>" for k, v in items)
+    return f'<dl class="{style}">{each}</dl>'
 
 
 def plain(value: JsonValue) -> str:
@@ -91,6 +99,13 @@ def decibels(value: float | None) -> str:
 def span_of(values: tuple[float, float] | None) -> str:
     """Smallest and largest value, or a dash."""
     return "–" if values is None else f"{values[0]:.3g} to {values[1]:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent, to about two digits, or a dash."""
+    if share is None:
+        return "–"
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
 
 
 def milliseconds(value: float) -> str:

@@ -6,10 +6,13 @@ Bytes are bytes, times are milliseconds or seconds, errors are decibels (``metri
 from statistics import fmean
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, JsonValue, ValidationError, model_validator
 
 from qdm_deploy.artifacts.plan import LayerPlan, Target
 from qdm_deploy.errors import InputError
+from qdm_deploy.report.ranges import InputRanges
+from qdm_deploy.report.sensitivity import NoiseBlock
+from qdm_deploy.report.value import Count, Decibels, NotNegative, Number, Positive, Share, Value
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -28,19 +31,9 @@ __all__ = [
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
 Backend = Literal["onnxruntime", "openvino", "simulation"]
-# JSON has no infinity and no NaN.
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Decibels = Number
-NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0)]
-Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
-Count = Annotated[int, Field(ge=0)]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class QualityRow(_Value):
+class QualityRow(Value):
     """One target's graph beside the float model, on the same seeds.
 
     Attributes:
@@ -120,7 +113,7 @@ class QualityRow(_Value):
         return min(self.psnr_db, default=None)
 
 
-class FloatSteps(_Value):
+class FloatSteps(Value):
     """The last steps of a run on the float graph: what they gain and what they cost.
 
     Attributes:
@@ -156,7 +149,7 @@ class FloatSteps(_Value):
         return self
 
 
-class SpeedRow(_Value):
+class SpeedRow(Value):
     """Time of one denoising step.
 
     Attributes:
@@ -180,7 +173,7 @@ class SpeedRow(_Value):
         return 1000.0 * self.batch / self.median_ms
 
 
-class SizeBlock(_Value):
+class SizeBlock(Value):
     """Bytes on disk, graph and weights together.
 
     Attributes:
@@ -192,7 +185,7 @@ class SizeBlock(_Value):
     int8_bytes: dict[str, Annotated[int, Field(gt=0)]]
 
 
-class EngineRow(_Value):
+class EngineRow(Value):
     """One TensorRT engine and what its compiled kernels really compute.
 
     Attributes:
@@ -219,7 +212,7 @@ class EngineRow(_Value):
         return 0 < self.planned == self.int8 and not self.failures
 
 
-class CheckRow(_Value):
+class CheckRow(Value):
     """One check that either holds or not."""
 
     name: str
@@ -227,7 +220,7 @@ class CheckRow(_Value):
     detail: str
 
 
-class LayerRow(_Value):
+class LayerRow(Value):
     """One layer of the quantization plan, for reading.
 
     Attributes:
@@ -239,6 +232,7 @@ class LayerRow(_Value):
         branch_factors: smallest and largest k; None where k is 1.
         step_gains: smallest and largest r; None where the layer is static.
         weight_sqnr_db: of the dequantized weight against the float one.
+        noise_share: part of the noise of all INT8 layers that this one adds; None where it was not measured.
         notes: what was decided on "s", "z", "k", "r", and why.
     """
 
@@ -250,10 +244,11 @@ class LayerRow(_Value):
     branch_factors: tuple[Positive, Positive] | None = None
     step_gains: tuple[Positive, Positive] | None = None
     weight_sqnr_db: Decibels | None = None
-    notes: dict[str, str] = {}
+    noise_share: Share | None = None
+    notes: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
-    def from_plan(cls, plan: LayerPlan) -> Self:
+    def from_plan(cls, plan: LayerPlan, noise_share: float | None = None) -> Self:
         """The row of one layer of a plan."""
         inverse_k, inverse_r = plan.inverse_k, plan.inverse_r
         return cls(
@@ -265,11 +260,12 @@ class LayerRow(_Value):
             branch_factors=None if inverse_k is None else (1 / float(inverse_k.max()), 1 / float(inverse_k.min())),
             step_gains=None if inverse_r is None else (1 / float(inverse_r.max()), 1 / float(inverse_r.min())),
             weight_sqnr_db=plan.weight_sqnr_db,
+            noise_share=noise_share,
             notes=dict(plan.notes),
         )
 
 
-class Thresholds(_Value):
+class Thresholds(Value):
     """What a bundle must reach to be shipped.
 
     Attributes:
@@ -283,7 +279,7 @@ class Thresholds(_Value):
     min_speedup: NotNegative = 1.0
 
 
-class Verdict(_Value):
+class Verdict(Value):
     """Ship or not, and why: one plain sentence for each reason.
 
     Attributes:
@@ -315,7 +311,7 @@ class Verdict(_Value):
         return self.problems + self.merits
 
 
-class Report(_Value):
+class Report(Value):
     """Everything that one build measured.
 
     Attributes:
@@ -326,8 +322,12 @@ class Report(_Value):
         machine: the environment card (``machine.machine_card``).
         model: the model spec, as JSON.
         recipe: every option, seeds included, as JSON.
+        seeds: first and last seed of the calibration's trajectories and of the verdict's samples; empty where unknown.
         plan_summary: how many layers do what.
         layers: the plan, layer by layer.
+        inputs: what calibration saw at each shared input, over the timesteps.
+        noise: how much noise each layer adds, and what keeping layers in float would give; None: not measured.
+        warnings: what was asked for and not reached, one sentence each; it speaks for itself, not for or against SHIP.
         quality, speed, engines, checks: one row each per measurement.
         speedup: float median over INT8 median of one step on the backend at hand; None where it was not measured.
         float_steps: the steps that run in float; None where none was asked for.
@@ -343,8 +343,12 @@ class Report(_Value):
     machine: dict[str, JsonValue]
     model: dict[str, JsonValue]
     recipe: dict[str, JsonValue]
+    seeds: dict[str, tuple[Count, Count]] = Field(default_factory=dict)
     plan_summary: dict[str, JsonValue]
     layers: tuple[LayerRow, ...] = ()
+    inputs: tuple[InputRanges, ...] = ()
+    noise: NoiseBlock | None = None
+    warnings: tuple[str, ...] = ()
     quality: tuple[QualityRow, ...] = ()
     speed: tuple[SpeedRow, ...] = ()
     speedup: Positive | None = None
@@ -352,7 +356,7 @@ class Report(_Value):
     size: SizeBlock
     engines: tuple[EngineRow, ...] = ()
     checks: tuple[CheckRow, ...] = ()
-    stage_seconds: dict[str, NotNegative] = {}
+    stage_seconds: dict[str, NotNegative] = Field(default_factory=dict)
     verdict: Verdict
 
     def to_json(self) -> str:

@@ -150,7 +150,7 @@ def test_inspect_shows_every_layer(replace: Replace, invoke: Invoke, one_documen
         provenance={},
         recipe={},
     )
-    inspection = Inspection(manifest.bundle_id, MODEL, plan, manifest)
+    inspection = Inspection(manifest.bundle_id, MODEL, plan, manifest, {"mid.to_q": 0.125})
     replace("inspect", lambda bundle: inspection)
     result = invoke("inspect", "tiny.qdm")
     assert result.exit_code == 0
@@ -163,10 +163,10 @@ def test_inspect_shows_every_layer(replace: Replace, invoke: Invoke, one_documen
     assert "12.3 kB unet/onnxruntime.onnx graph" in squeezed
     assert squeezed[-5:] == [
         "layers: 2 of 3 in INT8",
-        "layer precision s z k r weight SQNR reason",
-        "conv_in float - - - - - first layer",
-        "mid.to_q int8 0.01562 -3 - - 42.3 dB",
-        "up.0 int8 0.5 0 0.25-1 1-2 42.3 dB",
+        "layer precision s z k r weight SQNR noise reason",
+        "conv_in float - - - - - - first layer",
+        "mid.to_q int8 0.01562 -3 - - 42.3 dB 12.5 %",
+        "up.0 int8 0.5 0 0.25-1 1-2 42.3 dB -",
     ]
     assert invoke("inspect", "tiny.qdm", "-v").stdout.endswith("\ndecisions\nmid.to_q\n  s: mse [x]\n")
     assert invoke("inspect", "tiny.qdm", "-q").stdout == f"{manifest.bundle_id}\n"

@@ -19,6 +19,8 @@ from qdm_deploy.report import (
     Thresholds,
     decide,
 )
+from qdm_deploy.report.ranges import Box, BranchRange, GridSpan, InputRanges
+from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
 
 STEPS = 20
 
@@ -55,6 +57,37 @@ def engine_row(**changes: Any) -> EngineRow:
     return EngineRow(**{**values, **changes})
 
 
+SHAPE = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
+
+
+def make_box(first: int = 0, last: int = 999, size: float = 1.0) -> Box:
+    return Box(first=first, last=last, quantiles=tuple(size * value for value in SHAPE))  # type: ignore[arg-type]
+
+
+def input_row(name: str, growth: float = 2.0) -> InputRanges:
+    branches = tuple(
+        BranchRange(channels=8, box=make_box(size=size), factor=(1 / size, 1 / size), grid=(-4.0, 4.0))
+        for size in (1.0, 0.5)
+    )
+    return InputRanges(
+        layers=(name, name + ".to_k"),
+        boxes=(make_box(0, 499), make_box(500, 999, growth)),
+        grid=(GridSpan(first=0, last=499, low=-3, high=5), GridSpan(first=500, last=999, low=-6, high=10)),
+        branches=branches if name == "concat" else (),
+    )
+
+
+def noise_block() -> NoiseBlock:
+    return NoiseBlock(
+        rows=8, timesteps=8, kept=1, sqnr_db=23.0, int8_share=0.75,
+        frontier=(
+            FrontierRow(layer=None, int8_share=1.0, noise_share=1.0, sqnr_db=20.0),
+            FrontierRow(layer="noisy", int8_share=0.75, noise_share=0.5, sqnr_db=23.0),
+            FrontierRow(layer="next", int8_share=0.5, noise_share=0.0004, sqnr_db=54.0),
+        ),
+    )  # fmt: skip
+
+
 def make_report(**changes: Any) -> Report:
     quality = changes.pop("quality", (quality_row("onnxruntime", max_abs=0.25), quality_row(), quality_row("tensorrt")))
     engines = changes.pop("engines", (engine_row(),))
@@ -84,6 +117,8 @@ def make_report(**changes: Any) -> Report:
         "recipe": {"strategy": "uniform", "calibration_samples": 16, "seed": 0, "targets": ["openvino", "tensorrt"]},
         "plan_summary": {"layers": 43, "int8": 42, "float": 1, "zero_offset": 30, "step_gains": 11},
         "layers": layers,
+        "inputs": (input_row("concat"), input_row("down_blocks.0.resnets.1.conv1", 3.0)),
+        "noise": noise_block(),
         "quality": quality,
         "speed": (
             speed_row("openvino", "float", 16, 24.8),
@@ -107,6 +142,17 @@ def make_report(**changes: Any) -> Report:
 def report() -> Callable[..., Report]:
     """Makes the report, with other values for some of its fields."""
     return make_report
+
+
+@pytest.fixture
+def inputs() -> Callable[..., InputRanges]:
+    """An input whose range grows by a factor towards noise; two branches where its reader is called "concat"."""
+    return input_row
+
+
+@pytest.fixture
+def box() -> Callable[..., Box]:
+    return make_box
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from qdm_deploy.report import (
     Triplet,
     render,
 )
+from qdm_deploy.report.sensitivity import NoiseBlock
 
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "wbr", "link", "input"}
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' $title <!-- &lt;"
 
 
@@ -68,7 +69,8 @@ def test_page_is_well_formed(report: Callable[..., Report], pictures: ReportPict
     assert parsed.open == []
     assert parsed.headings("h1") == 1
     charts = [svg for svg in svgs(page) if svg.get("class") == "chart"]
-    assert len(charts) == 5
+    assert len(charts) == 6
+    assert len([svg for svg in svgs(page) if svg.get("class") == "chart small"]) == 3
     for chart in charts:
         assert chart.findtext("title")
         assert [text.text for text in chart.iter("text") if text.get("class") == "axis"]
@@ -80,9 +82,22 @@ def test_verdict_comes_first(report: Callable[..., Report], pictures: ReportPict
     text = [part.strip() for part in Page("<html><body>" + body).text if part.strip()]
     assert "SHIP" in text[:6]
     positions = [
-        text.index(title) for title in ("Images", "Quality", "Speed and size", "Engine audit", "Checks", "Layers")
+        text.index(title)
+        for title in (
+            "Images",
+            "Quality",
+            "Activation ranges over the timesteps",
+            "Ranges at the skip concatenations",
+            "Layers",
+            "Noise and the frontier",
+            "Speed and size",
+            "Engine audit",
+            "Checks",
+            "How it was made",
+        )
     ]
     assert text.index("SHIP") < min(positions)
+    assert positions == sorted(positions)
 
 
 def test_problems_stand_above_merits(report: Callable[..., Report]) -> None:
@@ -129,6 +144,13 @@ def test_report_is_embedded_as_json(report: Callable[..., Report]) -> None:
     assert Report.from_json(embedded) == original
 
 
+def with_evil_layers(noise: NoiseBlock | None) -> NoiseBlock:
+    assert noise is not None
+    return noise.model_copy(
+        update={"frontier": tuple(row.model_copy(update={"layer": EVIL}) for row in noise.frontier)}
+    )
+
+
 def evil_report(report: Callable[..., Report], quality: Callable[..., QualityRow]) -> Report:
     """Every text that can come from a model, a path or a message is an attack."""
     return report(
@@ -145,6 +167,10 @@ def evil_report(report: Callable[..., Report], quality: Callable[..., QualityRow
         quality=(quality(sampler=EVIL),),
         speed=(SpeedRow(backend=EVIL, precision="int8", batch=1, median_ms=1.0, p95_ms=2.0, runs=3),),
         size=SizeBlock(float_bytes=9, int8_bytes={EVIL: 3}),
+        inputs=tuple(item.model_copy(update={"layers": (EVIL,)}) for item in report().inputs),
+        noise=with_evil_layers(report().noise),
+        warnings=(EVIL,),
+        seeds={EVIL: (0, 1)},
         engines=(
             EngineRow(backend=EVIL, sm=EVIL, planned=2, int8=1, kernels={EVIL: 1}, build_seconds=1.0, failures=(EVIL,)),
         ),
@@ -186,6 +212,9 @@ def test_hostile_text_is_still_readable(report: Callable[..., Report], quality: 
         ({"engines": ()}, "Engine audit"),
         ({"checks": ()}, "Checks"),
         ({"layers": ()}, "Layers"),
+        ({"inputs": ()}, "Activation ranges over the timesteps"),
+        ({"inputs": ()}, "Ranges at the skip concatenations"),
+        ({"noise": None}, "Noise and the frontier"),
         ({}, "Images"),
     ],
 )
@@ -199,7 +228,8 @@ def test_what_was_not_measured_has_no_section(
 
 def test_a_bare_report_is_a_page_too(report: Callable[..., Report]) -> None:
     bare = report(
-        quality=(), engines=(), checks=(), layers=(), speed=(), speedup=None, command=None, stage_seconds={},
+        quality=(), engines=(), checks=(), layers=(), inputs=(), noise=None, speed=(), speedup=None,
+        command=None, stage_seconds={},
         size=SizeBlock(float_bytes=10, int8_bytes={}),
     )  # fmt: skip
     page = render(bare)

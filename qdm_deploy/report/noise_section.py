@@ -1,0 +1,68 @@
+"""The section on the noise of single layers: the frontier between quality and what runs in INT8."""
+
+from qdm_deploy.report.charts import frontier_chart
+from qdm_deploy.report.markup import breakable, decibels, figure, percent, section, table
+from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
+
+__all__ = ["noise_section"]
+
+_OPEN_ROWS = 8
+# With hardly a layer left in INT8 the curve rises without end, and would press the rest of it flat.
+_LEAST_DRAWN = 0.1
+_COST = "the INT8 layers' multiply-accumulates"
+
+
+def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
+    """The frontier as a chart and as a table; empty where nothing was measured or nothing adds noise.
+
+    Args:
+        noise: what was measured.
+        minimum: SQNR of the model's output that the verdict asks for, in dB.
+    """
+    if noise is None or not noise.frontier:
+        return ""
+    points = [
+        (row.int8_share, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB")
+        for row in noise.frontier
+        if row.int8_share >= _LEAST_DRAWN
+    ]
+    chart = frontier_chart(
+        points,
+        title="Predicted quality against the share in INT8",
+        x_label=f"% of {_COST}",
+        y_label="predicted SQNR in dB",
+        chosen=None if noise.sqnr_db is None else (noise.int8_share, noise.sqnr_db),
+        threshold=minimum,
+    )
+    swatch = '<svg class="swatch" viewBox="0 0 30 8">{}</svg>'
+    ring = swatch.format('<circle class="ring" cx="15" cy="4" r="3.4"/>')
+    dashes = swatch.format('<line class="curve threshold" x1="1" x2="29" y1="4" y2="4"/>')
+    legend = (
+        f'<ul class="legend"><li>{ring}this bundle, predicted</li><li>{dashes}required mean, {minimum:g} dB</li></ul>'
+    )
+    about = "From all in INT8, at the right, one layer more per dot, to 10 %."
+    drawn = figure("Keeping layers in float, the noisiest first", about, chart, legend)
+    head = ("one more in float", "left in INT8", "noise left", "predicted SQNR")
+    rows = [_row(row) for row in noise.frontier]
+    few = table(head, rows[: _OPEN_ROWS + 1], style="frontier")
+    every = ""
+    if len(rows) > _OPEN_ROWS + 1:
+        all_rows = table(head, rows, style="frontier")
+        every = f'<details class="long"><summary>All {len(rows)} points</summary>{all_rows}</details>'
+    kept = f" {noise.kept} of them stay in float." if noise.kept else ""
+    lead = (
+        f"<p>Each INT8 layer was quantized alone, on {noise.rows} calibration rows of {noise.timesteps} timesteps, and "
+        f"the noise compared that it adds to the model's output.{kept} Predictions add these powers up and are right "
+        f"within a few dB; the measured quality stands above. The share in INT8 is that of {_COST}.</p>"
+    )
+    first = f"<div><h3>What the first layers would give</h3>{few}</div>"
+    return section("Noise and the frontier", f'{lead}<div class="charts">{drawn}{first}</div>{every}')
+
+
+def _row(row: FrontierRow) -> tuple[str, ...]:
+    return (
+        "none: all in INT8" if row.layer is None else breakable(row.layer),
+        percent(row.int8_share),
+        percent(row.noise_share),
+        decibels(row.sqnr_db),
+    )
