@@ -1,11 +1,12 @@
 """Calibration and planning inside a build; whatever can be refused is refused before the first long stage."""
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.pipeline.importance import StepImportance, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.samplers import StepTable
@@ -97,18 +99,44 @@ def calibrated_plan(
         statistics = collect_statistics(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
+
+    # At most once, and only where a choice depends on it.
+    @functools.cache
+    def importance() -> StepImportance:
+        return _importance(options, checkpoint, table, states, progress)
+
     with stage("plan"):
         if options.from_modelopt is not None:
             plan = _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
         else:
-            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, progress)
+            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, importance, progress)
     if options.reconstruct != "none":
         with stage("reconstruct"):
             plan = _reconstructed(options, checkpoint, plan, calibration, progress)
     if options.keep_fp is not None:
         with stage("sensitivity"):
-            plan = _within_budget(options, checkpoint, calibration, plan, progress)
+            plan = _within_budget(options, checkpoint, calibration, plan, importance, progress)
     return calibration, plan
+
+
+def _importance(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    table: StepTable,
+    states: Mapping[str, NDArray[Any]] | None,
+    progress: Progress,
+) -> StepImportance:
+    """Of the steps that the bundle is built for, on seeds of the calibration."""
+    return measure_importance(
+        checkpoint.unet,
+        checkpoint.spec,
+        table,
+        first_seed=options.seed,
+        guidance=options.guidance,
+        conditioning=_renamed(states, _STATES),
+        unconditional=_renamed(states, _NULL_STATES),
+        progress=progress,
+    )
 
 
 def _searched_plan(
@@ -117,6 +145,7 @@ def _searched_plan(
     topology: Topology,
     calibration: CalibrationSet,
     statistics: ActivationStatistics,
+    importance: Callable[[], StepImportance],
     progress: Progress,
 ) -> QuantizationPlan:
     from qdm_calibration.channel_factors import search_channel_factors
@@ -153,6 +182,7 @@ def _searched_plan(
             weight_bits=options.weight_bits,
         ),
         factors=factors,
+        importance=lambda: importance().over(statistics.timestep_edges),
         provenance={"weights_sha256": checkpoint.weights_sha256},
         progress=progress,
     )
@@ -202,6 +232,7 @@ def _within_budget(
     checkpoint: "Checkpoint",
     calibration: CalibrationSet,
     plan: QuantizationPlan,
+    importance: Callable[[], StepImportance],
     progress: Progress,
 ) -> QuantizationPlan:
     """The plan with the layers of ``keep_fp`` in float; measured only where the choice needs it."""
@@ -211,8 +242,13 @@ def _within_budget(
     choice = options.keep_fp or ""
     if not needs_sensitivity(choice):
         return keep_float(plan, choice)
-    # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
-    sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress).relative()
+    sensitivity = measure_sensitivity(checkpoint.unet, plan, calibration, progress=progress)
+    if choice == "auto":
+        # Relative to the signal of each timestep: what it must reach counts decibels, not absolute noise.
+        sensitivity = sensitivity.relative()
+    else:
+        # A share of the layers has no such target: those count that change the finished sample most.
+        sensitivity = sensitivity.weighted(importance().at(sensitivity.timesteps))
     return keep_float(plan, choice, sensitivity, min_sqnr_db=options.min_eps_sqnr_db)
 
 
@@ -243,22 +279,16 @@ def _reconstructed(
     )
 
 
-def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:
+def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int | Literal["auto"]:
     """Bins as asked for, or the default, or as many as these timesteps can tell apart."""
-    from qdm_calibration.plan import check_step_bins
     from qdm_calibration.statistics import timestep_edges
+    from qdm_calibration.step_bins import check_step_bins
 
     edges = timestep_edges(timesteps, num_train_timesteps)
-    if options.step_bins is not None:
-        check_step_bins(edges, options.step_bins)
-        return options.step_bins
-    for bins in range(_DEFAULT_STEP_BINS, 1, -1):
-        try:
-            check_step_bins(edges, bins)
-        except InputError:
-            continue
-        return bins
-    return 1
+    if options.step_bins is None:
+        return min(_DEFAULT_STEP_BINS, len(edges) - 1)
+    check_step_bins(edges, options.step_bins)
+    return options.step_bins
 
 
 def _sampling(options: BuildOptions) -> "SamplingPlan":
