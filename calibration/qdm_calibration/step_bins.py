@@ -270,10 +270,8 @@ def _candidates(
     # Which part of the grid lies below 0: as in some timestep bin, or with one tail clipped to a half.
     tails = [(low, high), (low / 2, high), (low, high / 2)]
     share = np.concatenate([-below / np.maximum(above - below, 2.0**-60) for below, above in tails])
-    offsets = np.unique(
-        np.rint(np.linspace(share.min(), share.max(), _OFFSETS) * (qmin - qmax)).astype(np.int64) - qmin
-    )
-    offsets = np.unique(np.clip(offsets, qmin + 1, qmax + 1))
+    steps = np.rint(np.linspace(share.min(), share.max(), _OFFSETS) * (qmin - qmax)).astype(np.int64)
+    offsets = np.unique(np.clip(steps - qmin, qmin + 1, qmax + 1))
     return np.repeat(scales, len(offsets)), np.tile(offsets, len(scales))
 
 
