@@ -94,7 +94,8 @@ def choose_step_bins(
     """Cut the timestep axis into K contiguous bins.
 
     Only inputs whose best scale moves by ``gain_ratio`` or more over the timestep ranges count: the others stay static
-    whatever the bins are. Where none moves, "auto" is one bin, and for a given number all inputs count.
+    whatever the bins are. Where none moves, "auto" is one bin, and for a given number all inputs and timesteps count.
+    Where no input may use gains there is one bin, whatever was asked for.
 
     "auto" takes the smallest K of 1, 2, 4, 8 after which the next lowers the relative noise of these inputs by less
     than ``LEAST_FALL`` (11 %, 0.5 dB). One bin means no gains.
@@ -127,7 +128,8 @@ def choose_step_bins(
     if bins == "auto" and not moving:
         return StepBins(whole, {}, f"one bin, chosen automatically: no input's scale moves {gain_ratio:g}-fold")
     counts = [count for count in COUNTS if count <= ranges] if bins == "auto" else sorted({1, bins})
-    weights = np.ones(ranges) if importance is None or bins == ranges else _checked(importance(), ranges)
+    settled = bins == ranges or not moving
+    weights = np.ones(ranges) if importance is None or settled else _checked(importance(), ranges)
     costs = interval_costs(moving or [errors for _, errors in measured], weights)
     cuts = segment(costs, max(counts))
     total = {count: cuts[count - 1][0] for count in counts}
@@ -226,10 +228,10 @@ def _reason(costs: Mapping[int, float], chosen: int, moving: int, *, automatic: 
     if following is None:
         return f"{chosen} bins, chosen automatically for {inputs}: {left}"
     fall = 1 - costs[following] / costs[chosen] if costs[chosen] > 0 else 0.0
-    return (
-        f"{chosen} bin{'s' if chosen != 1 else ''}, chosen automatically for {inputs}: {left}; {following} would lower "
-        f"it by {fall:.1%}, less than {LEAST_FALL:.0%}"
-    )
+    less = f"{fall:.1%}, less than {LEAST_FALL:.0%}"
+    if chosen == 1:
+        return f"one bin, chosen automatically for {inputs}: {following} would lower the relative noise by {less}"
+    return f"{chosen} bins, chosen automatically for {inputs}: {left}; {following} would lower it by {less}"
 
 
 def _checked(weights: NDArray[np.float64], count: int) -> NDArray[np.float64]:

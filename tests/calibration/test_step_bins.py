@@ -161,6 +161,13 @@ def test_a_change_point_is_found_and_ends_the_search() -> None:
     assert "4 would lower it by" in found.reason
 
 
+def test_one_bin_is_enough_where_movement_makes_little_of_the_noise() -> None:
+    # One timestep bin of eight would like a scale that is a quarter finer.
+    found = chosen([gaussians(*[1.25] * 7, 1.0, samples=50_000)], gain_ratio=1.1)
+    assert found.count == 1
+    assert found.reason.startswith("one bin, chosen automatically for 1 moving input: 2 would lower the relative noise")
+
+
 def test_inputs_that_do_not_move_have_no_say() -> None:
     still = [gaussians(*[1.0] * 5, *[1.05] * 5, seed=i, samples=50_000) for i in range(1, 9)]
     found = chosen([gaussians(*[1.0] * 3, *[3.0] * 7), *still], 2)
@@ -191,7 +198,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose() -> None:
 
 
 def test_a_given_number_is_kept_where_nothing_moves() -> None:
-    found = chosen([gaussians(*[1.0] * 6)], 3)
+    found = chosen([gaussians(*[1.0] * 6)], 3, importance=lambda: pytest.fail("was asked for"))
     assert found.count == 3
     assert found.reason.startswith("3 bins as asked for, cut by no moving input: ")
 
