@@ -96,7 +96,7 @@ class RoundedLayer(nn.Module):
         steps = x / self.scale
         rounded = steps + (steps.round() - steps).detach()
         z = self.plan.zero_offset
-        x = ((rounded - z).clamp(-128, 127) + z) * self.scale
+        x = ((rounded - z).clamp(*self.plan.activation_levels) + z) * self.scale
         return x if gain is None else x / gain
 
     def numpy_codes(self) -> "np.ndarray[tuple[int, ...], np.dtype[np.int8]]":

@@ -18,7 +18,7 @@ from qdm_deploy.errors import CalibrationError, InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
 
-__all__ = ["Network", "collect_calibration_set", "conditioning_rows", "unconditional_rows"]
+__all__ = ["Network", "collect_calibration_set", "conditioning_rows", "guided_output", "unconditional_rows"]
 
 
 class Network(Protocol):
@@ -84,7 +84,7 @@ def collect_calibration_set(
                     kept.append((x[local], index[local], np.full(len(local), step), _take(batch_conditioning, local)))
                     if batch_twin is not None:
                         kept.append((x[local], index[local], np.full(len(local), step), _take(batch_twin, local)))
-                output = _guided(network, x, int(timestep), batch_conditioning, batch_twin, guidance)
+                output = guided_output(network, x, int(timestep), batch_conditioning, batch_twin, guidance)
                 if not np.isfinite(output).all():
                     raise CalibrationError(
                         f"the full-precision network returned NaN or infinity at timestep {int(timestep)}; "
@@ -169,7 +169,7 @@ def _take(values: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> dict[s
 
 
 @torch.inference_mode()
-def _guided(
+def guided_output(
     network: Network,
     x: NDArray[np.float32],
     timestep: int,
@@ -177,6 +177,7 @@ def _guided(
     unconditional: Mapping[str, NDArray[Any]] | None,
     guidance: float,
 ) -> NDArray[np.float32]:
+    """The network's output for x [B, C, H, W] at one timestep, guided where there is an ``unconditional`` twin."""
     sample = torch.from_numpy(x)
     t = torch.full((len(x),), timestep, dtype=torch.int64)
     output: NDArray[np.float32] = network(sample, t, **_tensors(conditioning)).numpy()

@@ -5,7 +5,7 @@ joins tensors of different range, the step gains r where nothing normalizes an i
 timestep, then one scale s and one offset z for what is left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import nn
 from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.ranges import (
     METHODS,
+    ActivationScale,
     RangeMethod,
     activation_scale,
     quantize_weight,
@@ -23,13 +24,14 @@ from qdm_calibration.ranges import (
     weight_scale,
     weight_sqnr_db,
 )
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_calibration.step_bins import GainInput, StepBins, choose_step_bins
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, activation_levels
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["PlanOptions", "check_step_bins", "make_plan", "output_grid"]
+__all__ = ["PlanOptions", "make_plan", "output_grid"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,23 @@ class PlanOptions:
         zero_offset: allow z (off: symmetric grids).
         concat_scales: "branch" gives each skip branch its own factor k, "none" shares one scale; "split" is for a
             network whose readers of skip concatenations are split already, and decides like "none".
-        step_bins: K, equal bins over the timestep for the gains r; 1 switches them off.
+        step_bins: K, bins over the timestep for the gains r, cut where it helps most (``step_bins``); 1 switches gains
+            off, "auto" chooses K too.
         branch_ratio: branches whose ranges differ by less than this factor share one scale.
         gain_ratio: an input whose range moves by less than this factor over the bins stays static.
         weight_bits: 8, or 4; codes of 4 bits run in the same INT8 kernels.
+        activation_bits: 4 to 8, of the inputs of INT8 layers; fewer than 8 can be simulated, not emitted. What ONNX
+            Runtime makes of a convolution's output keeps 8.
     """
 
     ranges: RangeMethod = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
-    step_bins: int = 4
+    step_bins: int | Literal["auto"] = 4
     branch_ratio: float = 1.25
     gain_ratio: float = 1.3
     weight_bits: int = 8
+    activation_bits: int = 8
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -61,11 +67,15 @@ class PlanOptions:
             raise InputError(f"range method {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
         if self.concat_scales not in ("none", "branch", "split"):
             raise InputError(f"concat scales {self.concat_scales!r} are not known; choose 'none', 'branch' or 'split'")
-        if not 1 <= self.step_bins <= 32:
+        if isinstance(self.step_bins, str):
+            if self.step_bins != "auto":
+                raise InputError(f"step bins {self.step_bins!r} were asked for; allowed are 1 to 32, or 'auto'")
+        elif not 1 <= self.step_bins <= 32:
             raise InputError(f"{self.step_bins} step bins were asked for; allowed are 1 to 32")
         if self.branch_ratio < 1 or self.gain_ratio < 1:
             raise InputError(f"branch ratio {self.branch_ratio} and gain ratio {self.gain_ratio} must be at least 1")
         weight_levels(self.weight_bits)
+        activation_levels(self.activation_bits)
 
 
 def make_plan(
@@ -75,6 +85,7 @@ def make_plan(
     options: PlanOptions = PlanOptions(),
     *,
     factors: Mapping[str, ChannelFactors] | None = None,
+    importance: Callable[[], NDArray[np.float64]] | None = None,
     submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
@@ -88,22 +99,29 @@ def make_plan(
         options: which factors may be used.
         factors: k by input group, already searched; ``statistics`` then hold x / k where there is one. None decides k
             by the ranges of the skip branches alone.
+        importance: weights of the timestep bins of ``statistics``, [M], for the choice of step bins; asked for only
+            where there is something to choose. None weighs them equally.
         submodule_prefix: where the U-Net sits inside ``network``.
         provenance: what to remember.
         progress: where to report.
 
     Raises:
         InputError: more step bins than timestep bins were calibrated.
+        CalibrationError: weights of the timestep bins that cannot be used.
     """
-    edges = _gain_edges(statistics.timestep_edges, options.step_bins)
-    bin_of = np.searchsorted(edges, statistics.timestep_edges[:-1], side="right") - 1  # gain bin of each timestep bin
     groups = topology.groups()
     plans: dict[str, LayerPlan] = {}
-    with progress.task("Searching scales", len(groups)) as advance:
+    with progress.task("Searching scales", 2 * len(groups)) as advance:
+        unsplit: dict[str, _Unsplit] = {}
         for name, layers in groups.items():
-            decision = _decide_input(
-                layers[0], statistics.inputs[name], bin_of, options, None if factors is None else factors[name]
-            )
+            searched = None if factors is None else factors[name]
+            unsplit[name] = _before_bins(layers[0], statistics.inputs[name], options, searched)
+            advance()
+        bins = _step_bins(groups, statistics, unsplit, options, importance)
+        # Gain bin of each timestep bin.
+        bin_of = np.searchsorted(bins.edges, statistics.timestep_edges[:-1], side="right") - 1
+        for name, layers in groups.items():
+            decision = _decide_input(layers[0], statistics.inputs[name], unsplit[name], bin_of, bins, options)
             for layer in layers:
                 weight = network.get_parameter(f"{submodule_prefix}{layer.name}.weight").detach().numpy()
                 plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
@@ -113,19 +131,28 @@ def make_plan(
             plans[layer.name] = LayerPlan(layer, "float", reason=layer.float_reason)
     return QuantizationPlan(
         layers=tuple(plans[layer.name] for layer in topology),
-        timestep_edges=edges,
+        timestep_edges=bins.edges,
         options=asdict(options),
-        provenance={**(provenance or {}), "statistics": dict(statistics.provenance)},
+        provenance={
+            **(provenance or {}),
+            "statistics": dict(statistics.provenance),
+            "step_bins": {
+                "reason": bins.reason,
+                "relative_noise": {str(count): cost for count, cost in bins.costs.items()},
+                "layers_with_gains": sum(plan.inverse_r is not None for plan in plans.values()),
+            },
+        },
     )
 
 
-def check_step_bins(fine: NDArray[np.int64], bins: int) -> None:
-    """Refuse, before any calibration, more gain bins than the timestep bins ``fine`` [M + 1] can tell apart.
+@dataclass(frozen=True)
+class _Unsplit:
+    """What is decided of a shared input before the timestep is cut into bins."""
 
-    Raises:
-        InputError: with what to change.
-    """
-    _gain_edges(fine, bins)
+    whole: Sequence[Histogram]
+    factors: tuple[float, ...]
+    inverse_k: NDArray[np.float32] | None
+    notes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -139,22 +166,27 @@ class _Input:
     notes: Mapping[str, str]
 
 
-def _gain_edges(fine: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
-    """K equal bins over [0, T), moved to the nearest edge between calibrated timesteps."""
-    if bins > len(fine) - 1:
-        raise InputError(
-            f"{bins} step bins were asked for, but the calibration set only tells {len(fine) - 1} timestep ranges "
-            "apart; calibrate with more steps or use fewer bins"
-        )
-    total = int(fine[-1])
-    inner = [int(fine[1:-1][np.abs(fine[1:-1] - total * j / bins).argmin()]) for j in range(1, bins)]
-    edges = np.array([0, *inner, total], dtype=np.int64)
-    if len(np.unique(edges)) != len(edges):
-        raise InputError(
-            f"{bins} equal step bins cannot be told apart by the calibrated timesteps, which lie too close together; "
-            "calibrate over the whole trajectory or use fewer bins"
-        )
-    return edges
+def _step_bins(
+    groups: Mapping[str, Sequence[Layer]],
+    statistics: ActivationStatistics,
+    unsplit: Mapping[str, _Unsplit],
+    options: PlanOptions,
+    importance: Callable[[], NDArray[np.float64]] | None,
+) -> StepBins:
+    inputs = [
+        GainInput(statistics.inputs[name], unsplit[name].factors)
+        for name, layers in groups.items()
+        if not layers[0].normalized
+    ]
+    return choose_step_bins(
+        statistics.timestep_edges,
+        inputs,
+        options.step_bins,
+        zero_offset=options.zero_offset,
+        bits=options.activation_bits,
+        gain_ratio=options.gain_ratio,
+        importance=importance,
+    )
 
 
 def _merged(tensor: TensorStatistics, time_bins: Sequence[int], branch: int) -> Histogram:
@@ -164,42 +196,52 @@ def _merged(tensor: TensorStatistics, time_bins: Sequence[int], branch: int) -> 
     return merged
 
 
+def _before_bins(
+    layer: Layer, tensor: TensorStatistics, options: PlanOptions, searched: ChannelFactors | None
+) -> _Unsplit:
+    everything = list(range(len(tensor.counts)))
+    whole = [_merged(tensor, everything, branch) for branch in range(tensor.branches)]
+    notes: dict[str, str] = {}
+    if searched is not None:
+        return _Unsplit(whole, (1.0,) * len(whole), searched.inverse_k, {"k": searched.note})
+    factors = _branch_factors(layer, whole, options, notes)
+    inverse_k = None
+    if any(factor != 1.0 for factor in factors):
+        inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
+    return _Unsplit(whole, factors, inverse_k, notes)
+
+
 def _decide_input(
     layer: Layer,
     tensor: TensorStatistics,
+    unsplit: _Unsplit,
     bin_of: NDArray[np.int64],
+    bins: StepBins,
     options: PlanOptions,
-    searched: ChannelFactors | None,
 ) -> _Input:
-    everything = list(range(len(bin_of)))
-    whole = [_merged(tensor, everything, branch) for branch in range(tensor.branches)]
-    notes: dict[str, str] = {}
-    if searched is None:
-        factors = _branch_factors(layer, whole, options, notes)
-    else:
-        factors = (1.0,) * len(whole)
-        notes["k"] = searched.note
-    gains = _step_gains(layer, tensor, factors, bin_of, options, notes)
+    factors, notes = unsplit.factors, dict(unsplit.notes)
+    gains = _step_gains(layer, tensor, factors, bin_of, bins, options, notes)
     if gains is None:
-        seen = list(zip(whole, factors, strict=True))
+        seen = list(zip(unsplit.whole, factors, strict=True))
     else:
         seen = [
             (_merged(tensor, np.flatnonzero(bin_of == j).tolist(), branch), factors[branch] * gain)
             for j, gain in enumerate(gains)
             for branch in range(tensor.branches)
         ]
-    grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
-    notes["s"] = f"{options.ranges} range over {len(everything)} timestep ranges"
+    grid = _grid(seen, options)
+    notes["s"] = f"{options.ranges} range over {len(bin_of)} timestep ranges"
     if not options.zero_offset:
         notes["z"] = "switched off: symmetric grid"
     else:
-        low, high = (grid.zero_offset - 128) * grid.scale, (grid.zero_offset + 127) * grid.scale
+        low, high = ((grid.zero_offset + end) * grid.scale for end in activation_levels(options.activation_bits))
         notes["z"] = f"the grid covers {low:.3g} to {high:.3g}"
-    inverse_k = None if searched is None else searched.inverse_k
-    if any(factor != 1.0 for factor in factors):
-        inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
     inverse_r = None if gains is None else np.array([1.0 / gain for gain in gains], dtype=np.float32)
-    return _Input(grid.scale, grid.zero_offset, inverse_k, inverse_r, notes)
+    return _Input(grid.scale, grid.zero_offset, unsplit.inverse_k, inverse_r, notes)
+
+
+def _grid(seen: Sequence[tuple[Histogram, float]], options: PlanOptions) -> ActivationScale:
+    return activation_scale(seen, options.ranges, zero_offset=options.zero_offset, bits=options.activation_bits)
 
 
 def _branch_factors(
@@ -215,9 +257,7 @@ def _branch_factors(
     if options.concat_scales == "split":
         notes["k"] = "one scale for the skip branches: only what reads the concatenation itself is split"
         return ones
-    scales = [
-        activation_scale([(branch, 1.0)], options.ranges, zero_offset=options.zero_offset).scale for branch in whole
-    ]
+    scales = [_grid([(branch, 1.0)], options).scale for branch in whole]
     ratio = max(scales) / min(scales)
     if ratio < options.branch_ratio:
         notes["k"] = f"left out: the branches' ranges differ by {ratio:.2f}, less than {options.branch_ratio}"
@@ -236,6 +276,7 @@ def _step_gains(
     tensor: TensorStatistics,
     factors: Sequence[float],
     bin_of: NDArray[np.int64],
+    bins: StepBins,
     options: PlanOptions,
     notes: dict[str, str],
 ) -> tuple[float, ...] | None:
@@ -248,18 +289,22 @@ def _step_gains(
             "static: a normalization stands before this input, and a multiply here would part it from the quantize"
         )
         return None
+    if bins.count == 1:
+        notes["r"] = f"static: {bins.reason}"
+        return None
     scales = []
-    for j in range(options.step_bins):
+    for j in range(bins.count):
         time_bins = np.flatnonzero(bin_of == j).tolist()
         seen = [(_merged(tensor, time_bins, branch), factor) for branch, factor in enumerate(factors)]
-        scales.append(activation_scale(seen, options.ranges, zero_offset=options.zero_offset).scale)
+        scales.append(_grid(seen, options).scale)
     ratio = max(scales) / min(scales)
     if ratio < options.gain_ratio:
         notes["r"] = f"static: the range moves {ratio:.2f}-fold over the timestep bins, less than {options.gain_ratio}"
         return None
     gains = tuple(1.0 / float(np.float16(min(scales) / scale)) for scale in scales)
     notes["r"] = (
-        f"gains {', '.join(f'{gain:.3g}' for gain in gains)}: the range moves {ratio:.2f}-fold over the timestep bins"
+        f"gains {', '.join(f'{gain:.3g}' for gain in gains)}: the range moves {ratio:.2f}-fold over the timestep bins "
+        f"({bins.reason})"
     )
     return gains
 
@@ -291,6 +336,7 @@ def _plan_layer(
         notes=decision.notes,
         weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
         weight_bits=options.weight_bits,
+        activation_bits=options.activation_bits,
     )
 
 

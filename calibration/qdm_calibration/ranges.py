@@ -1,8 +1,8 @@
 """Scales from histograms and weights.
 
 Every scale is rounded to float16 before its error is measured, so what was searched is what is deployed. Activations
-use the whole grid [-128, 127]; weights use [-127, 127] (4 bits: [-7, 7]), so that a code and its negative both exist
-and no product of codes can saturate a 16-bit pair sum on CPUs without VNNI.
+use the whole grid, [-128, 127] at 8 bits; weights use [-127, 127] (4 bits: [-7, 7]), so that a code and its negative
+both exist and no product of codes can saturate a 16-bit pair sum on CPUs without VNNI.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.plan import activation_levels
 from qdm_deploy.artifacts.statistics import Histogram
 from qdm_deploy.errors import InputError
 
@@ -35,7 +36,6 @@ _POWERS = {"mse": 2.0, "lp": 2.4}  # PTQ4DM, table 5: Lp with p = 2.4 beats MSE,
 _PERCENTILE = 99.99
 # The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.
 _SMALLEST_SCALE = 2.0**-14
-_QMIN, _QMAX = -128, 127
 # Largest weight code by bits; symmetric, so that a code and its negative both exist at 4 bits too.
 WEIGHT_LEVELS: Mapping[int, int] = MappingProxyType({8: 127, 4: 7})
 # How far the search clips the largest magnitude: a grid of 15 codes gains from much harder clipping than one of 255.
@@ -60,7 +60,7 @@ def float16_exact(value: float) -> float:
 
 
 def activation_scale(
-    histograms: Sequence[tuple[Histogram, float]], method: RangeMethod, *, zero_offset: bool
+    histograms: Sequence[tuple[Histogram, float]], method: RangeMethod, *, zero_offset: bool, bits: int = 8
 ) -> ActivationScale:
     """Choose s and z for values that are known by histograms.
 
@@ -68,11 +68,13 @@ def activation_scale(
         histograms: (histogram of x, factor): the grid sees x / factor, and errors count in units of x.
         method: "minmax", "percentile" (99.99 % of the mass on each side), "mse", or "lp" (p = 2.4).
         zero_offset: whether z may differ from 0.
+        bits: the grid has 2**bits codes.
 
     Raises:
-        InputError: an unknown method.
+        InputError: an unknown method, or another number of bits than 4 to 8.
     """
     _refuse_unknown(method)
+    qmin, qmax = activation_levels(bits)
     points, counts, factors = _points(histograms)
     power = _POWERS.get(method, 2.0)
     low, high = float(points[0]), float(points[-1])
@@ -83,8 +85,8 @@ def activation_scale(
     weights = counts * factors**power / counts.sum()
 
     def measured(lo: float, hi: float) -> ActivationScale:
-        scale, offset = _grid(lo, hi, zero_offset)
-        codes = np.clip(np.rint(points / scale) - offset, _QMIN, _QMAX)
+        scale, offset = _grid(lo, hi, zero_offset, (qmin, qmax))
+        codes = np.clip(np.rint(points / scale) - offset, qmin, qmax)
         error = np.abs(points - (codes + offset) * scale) ** power
         return ActivationScale(scale, offset, float((weights * error).sum()))
 
@@ -176,14 +178,15 @@ def _points(
     return np.concatenate(points)[order], np.concatenate(counts)[order], np.concatenate(factors)[order]
 
 
-def _grid(low: float, high: float, zero_offset: bool) -> tuple[float, int]:
+def _grid(low: float, high: float, zero_offset: bool, levels: tuple[int, int]) -> tuple[float, int]:
     """s and z of the grid that spans [low, high], which always holds 0."""
+    qmin, qmax = levels
     low, high = min(low, 0.0), max(high, 0.0)
     if not zero_offset:
-        return float16_exact(max(-low, high) / _QMAX), 0
-    scale = float16_exact((high - low) / (_QMAX - _QMIN))
-    offset = round(low / scale) - _QMIN
-    return scale, int(np.clip(offset, _QMIN + 1, _QMAX + 1))
+        return float16_exact(max(-low, high) / qmax), 0
+    scale = float16_exact((high - low) / (qmax - qmin))
+    offset = round(low / scale) - qmin
+    return scale, int(np.clip(offset, qmin + 1, qmax + 1))
 
 
 def _float16(scale: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -116,19 +116,20 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Activation codes q in [-128, 127] for x, in the order of operations of the target."""
+        """Activation codes q for x, in [-128, 127] at 8 bits, in the order of operations of the target."""
         plan = self.plan
+        low, high = plan.activation_levels
         if self.axis_scale is not None:
-            return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(-128, 127)
+            return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(low, high)
         if self.inverse_k is not None:
             x = x * self.inverse_k
         if self.inverse_r is not None:
             x = x * self._gain(self.inverse_r, x)
         if self.target != "tensorrt":
             # u8 codes with a zero point; the same grid, and the same codes but for rounding ties
-            return (x / plan.scale).round_().sub_(plan.zero_offset).clamp_(-128, 127)
+            return (x / plan.scale).round_().sub_(plan.zero_offset).clamp_(low, high)
         shift = np.float32(plan.zero_offset) * np.float32(plan.scale)
-        return (x - float(shift)).div_(plan.scale).round_().clamp_(-128, 127)
+        return (x - float(shift)).div_(plan.scale).round_().clamp_(low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's result for x, in x's dtype."""

@@ -55,11 +55,12 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
         half: off keeps float32 where the target has float16, for checks of the integers alone.
 
     Raises:
-        InputError: an unknown target.
+        InputError: an unknown target, or a plan with activations of fewer than 8 bits.
         ExportError: the plan is not of this graph.
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    _refuse_simulated_only(plan)
     form = FORMS[target]
     passes: list[ir.passes.PassBase] = [
         ChannelFactors(plan, unsigned=form.unsigned),
@@ -85,6 +86,15 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
         if isinstance(error.__cause__, QdmError):
             raise error.__cause__ from None
         raise
+
+
+def _refuse_simulated_only(plan: QuantizationPlan) -> None:
+    narrow = [layer for layer in plan.quantized if layer.activation_bits != 8]
+    if narrow:
+        raise InputError(
+            f"{len(narrow)} layers of the plan have activations of {narrow[0].activation_bits} bits, which are "
+            "simulated only; plan with 8 to emit a graph"
+        )
 
 
 def emit_float(graph: ir.Model) -> ir.Model:

@@ -22,7 +22,7 @@ from qdm_deploy.artifacts.record import read_record, write_record
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 
-__all__ = ["TARGETS", "LayerPlan", "QuantizationPlan", "Target"]
+__all__ = ["TARGETS", "LayerPlan", "QuantizationPlan", "Target", "activation_levels"]
 
 Target = Literal["onnxruntime", "openvino", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
@@ -30,6 +30,17 @@ TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
 _KIND = "qdm-quantization-plan"
 _VERSION = 2
 _ARRAYS = ("inverse_k", "inverse_r", "weight_codes", "weight_scale", "output_scale", "output_zero_point")
+
+
+def activation_levels(bits: int) -> tuple[int, int]:
+    """The smallest and the largest activation code of that many bits: -128 and 127 at 8.
+
+    Raises:
+        InputError: not 4 to 8 bits.
+    """
+    if not 4 <= bits <= 8:
+        raise InputError(f"activations of {bits} bits were asked for; choose 4 to 8 (only 8 can be deployed)")
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class LayerPlan:
         precision: "int8" or "float".
         reason: why it stays in floating point; empty for "int8".
         scale: s, the activation scale; > 0, exact in float16.
-        zero_offset: z, the grid's offset in steps of s, in [-127, 128]; 0 for a symmetric grid.
+        zero_offset: z, the grid's offset in steps of s, in [-127, 128] at 8 bits; 0 for a symmetric grid.
         inverse_k: 1 / k per input channel, [C] float32, exact in float16; None where k is 1.
         inverse_r: 1 / r per timestep bin, [K] float32 in (0, 1], exact in float16; None where the layer is static.
         weight_codes: Q, int8 in [-127, 127], in PyTorch's layout; of W * k.
@@ -51,6 +62,7 @@ class LayerPlan:
         notes: one sentence per factor ("s", "z", "k", "r") on what was decided and why.
         weight_sqnr_db: of the dequantized weight against the float one.
         weight_bits: 8, or 4 where Q lies in [-7, 7]; Q is int8 in both cases.
+        activation_bits: b; q lies in [-2**(b - 1), 2**(b - 1) - 1]. Only 8 can be emitted, fewer are simulated.
     """
 
     layer: Layer
@@ -67,6 +79,12 @@ class LayerPlan:
     notes: Mapping[str, str] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
     weight_bits: int = 8
+    activation_bits: int = 8
+
+    @property
+    def activation_levels(self) -> tuple[int, int]:
+        """The smallest and the largest activation code q."""
+        return activation_levels(self.activation_bits)
 
     @property
     def name(self) -> str:

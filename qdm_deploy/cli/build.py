@@ -122,9 +122,11 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--step-bins",
-    type=int,
+    type=CountOrAuto(),
+    metavar="auto|N",
     section=_QUANTIZATION,
-    help="Timestep bins with a gain of their own; 1 is none.  [default: 4, or fewer if calibrated with fewer steps]",
+    help="Timestep bins with a gain of their own, cut where it helps most; 1 is none, auto as many as pay for "
+    "themselves.  [default: 4, or fewer if calibrated with fewer steps]",
 )
 @option(
     "--from-modelopt",

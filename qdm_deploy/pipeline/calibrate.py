@@ -1,11 +1,12 @@
 """Calibration and planning inside a build; whatever can be refused is refused before the first long stage."""
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.pipeline.importance import StepImportance, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp, measured_and_kept, wants_sensitivity
 from qdm_deploy.progress import Progress
@@ -119,11 +121,17 @@ def calibrated_plan(
         statistics = collect_statistics(
             checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
         )
+
+    # At most once, and only where a choice depends on it.
+    @functools.cache
+    def importance() -> StepImportance:
+        return _importance(options, checkpoint, table, states, progress)
+
     with stage("plan"):
         if options.from_modelopt is not None:
             plan = _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
         else:
-            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, progress)
+            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, importance, progress)
     if options.reconstruct != "none":
         with stage("reconstruct"):
             plan = _reconstructed(options, checkpoint, plan, calibration, progress)
@@ -134,12 +142,33 @@ def calibrated_plan(
     return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 
 
+def _importance(
+    options: BuildOptions,
+    checkpoint: "Checkpoint",
+    table: StepTable,
+    states: Mapping[str, NDArray[Any]] | None,
+    progress: Progress,
+) -> StepImportance:
+    """Of the steps that the bundle is built for, on seeds of the calibration."""
+    return measure_importance(
+        checkpoint.unet,
+        checkpoint.spec,
+        table,
+        first_seed=options.seed,
+        guidance=options.guidance,
+        conditioning=_renamed(states, _STATES),
+        unconditional=_renamed(states, _NULL_STATES),
+        progress=progress,
+    )
+
+
 def _searched_plan(
     options: BuildOptions,
     checkpoint: "Checkpoint",
     topology: Topology,
     calibration: CalibrationSet,
     statistics: ActivationStatistics,
+    importance: Callable[[], StepImportance],
     progress: Progress,
 ) -> QuantizationPlan:
     from qdm_calibration.channel_factors import search_channel_factors
@@ -176,6 +205,7 @@ def _searched_plan(
             weight_bits=options.weight_bits,
         ),
         factors=factors,
+        importance=lambda: importance().over(statistics.timestep_edges),
         provenance={"weights_sha256": checkpoint.weights_sha256},
         progress=progress,
     )
@@ -240,22 +270,16 @@ def _reconstructed(
     )
 
 
-def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int:
+def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int | Literal["auto"]:
     """Bins as asked for, or the default, or as many as these timesteps can tell apart."""
-    from qdm_calibration.plan import check_step_bins
     from qdm_calibration.statistics import timestep_edges
+    from qdm_calibration.step_bins import check_step_bins
 
     edges = timestep_edges(timesteps, num_train_timesteps)
-    if options.step_bins is not None:
-        check_step_bins(edges, options.step_bins)
-        return options.step_bins
-    for bins in range(_DEFAULT_STEP_BINS, 1, -1):
-        try:
-            check_step_bins(edges, bins)
-        except InputError:
-            continue
-        return bins
-    return 1
+    if options.step_bins is None:
+        return min(_DEFAULT_STEP_BINS, len(edges) - 1)
+    check_step_bins(edges, options.step_bins)
+    return options.step_bins
 
 
 def _sampling(options: BuildOptions) -> "SamplingPlan":

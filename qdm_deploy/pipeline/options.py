@@ -58,8 +58,8 @@ class BuildOptions:
         save_calibration: keep the calibration set in this file, for ``calibration_file`` of a later build.
         conditioning_file: safetensors with ``encoder_hidden_states`` [N, L, D] and, for guidance,
             ``unconditional_hidden_states`` [L, D].
-        ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins None is 4, or
-            fewer where the calibrated timesteps cannot tell 4 apart.
+        ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins is a number,
+            "auto", or None: 4, or fewer where the calibrated timesteps cannot tell 4 apart.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
@@ -102,7 +102,7 @@ class BuildOptions:
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
     channel_scales: Literal["none", "auto"] = "none"
-    step_bins: int | None = None
+    step_bins: int | Literal["auto"] | None = None
     from_modelopt: str | None = None
     keep_fp: str | None = None
     sensitivity: bool = True
@@ -148,8 +148,7 @@ class BuildOptions:
         within("ndtc count", self.ndtc_count, 1, _MAX_IMAGES)
         within("ndtc mean", self.ndtc_mean, 0, 1)
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
-        if self.step_bins is not None:
-            within("step bins", self.step_bins, 1, 32)
+        self._check_step_bins()
         if self.from_modelopt is not None:
             _refuse_beside_modelopt(self)
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
@@ -169,6 +168,13 @@ class BuildOptions:
             raise InputError(f"the calibration set cannot be saved as {self.save_calibration}: there is no such folder")
         if self.save_calibration is not None and self.save_calibration.exists() and not self.force:
             raise InputError(f"{self.save_calibration} exists; choose another file, or add --force to replace it")
+
+    def _check_step_bins(self) -> None:
+        if isinstance(self.step_bins, str):
+            if self.step_bins != "auto":
+                raise InputError(f"step bins is {self.step_bins!r}; give a number from 1 to 32, or auto")
+        elif self.step_bins is not None:
+            within("step bins", self.step_bins, 1, 32)
 
     def _check_float_steps(self) -> None:
         if isinstance(self.float_steps, str):

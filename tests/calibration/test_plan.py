@@ -160,6 +160,21 @@ def test_weights_of_4_bits_use_15_codes_and_are_remembered(tiny: Any, tmp_path: 
     assert QuantizationPlan.load(tmp_path).quantized[0].weight_bits == 4
 
 
+def test_activations_of_6_bits_use_64_codes_and_are_remembered(tmp_path: Path) -> None:
+    data = tensor(*FLAT, one_sided=True)
+    (layer,) = planned(conv(), data, activation_bits=6).layers
+    assert (layer.activation_bits, layer.activation_levels, layer.zero_offset) == (6, (-32, 31), 32)
+    assert layer.scale == pytest.approx(4 / 63, rel=1e-3)
+    assert layer.notes["z"] == "the grid covers 0 to 4"
+    assert layer.output_scale == pytest.approx(6 / 255, rel=1e-2)  # outputs keep 8 bits
+    plan = planned(conv(), data, activation_bits=6, zero_offset=False)
+    assert plan.layers[0].scale == pytest.approx(4 / 31, rel=1e-3)
+    plan.save(tmp_path)
+    loaded = QuantizationPlan.load(tmp_path)
+    same(plan, loaded)
+    assert (loaded.layers[0].activation_bits, loaded.options["activation_bits"]) == (6, 6)
+
+
 def test_two_step_bins_merge_the_timestep_bins() -> None:
     plan = planned(conv(), tensor(*MOVING), zero_offset=False, step_bins=2)
     assert plan.timestep_edges.tolist() == [0, 500, 1000]
@@ -198,21 +213,34 @@ def test_k_and_r_combine() -> None:
     assert layer.zero_offset == pytest.approx(0, abs=2)
 
 
-@pytest.mark.parametrize(
-    ("fine", "bins", "expected"),
-    [
-        ([0, 300, 600, 1000], 3, [0, 300, 600, 1000]),
-        ([0, 100, 260, 480, 760, 1000], 2, [0, 480, 1000]),  # 500 snaps to 480
-        ([0, 100, 260, 480, 760, 1000], 4, [0, 260, 480, 760, 1000]),
-        ([0, 1000], 1, [0, 1000]),
-    ],
-)
-def test_gain_edges_snap_to_what_was_calibrated(fine: list[int], bins: int, expected: list[int]) -> None:
-    layer, rows = conv(), len(fine) - 1
-    data = tensor(*[(2.0,)] * rows)
-    statistics = ActivationStatistics(np.array(fine), {"conv": data}, {"conv": data}, {"conv": data})
-    plan = make_plan(network(layer), Topology((layer,)), statistics, PlanOptions(ranges="minmax", step_bins=bins))
-    assert plan.timestep_edges.tolist() == expected
+def test_step_bins_are_cut_where_the_range_changes_and_the_plan_says_so() -> None:
+    data = tensor((1.0,), (8.0,), (8.0,), (8.0,))
+    for bins in (2, "auto"):
+        plan = planned(conv(), data, step_bins=bins)
+        assert plan.timestep_edges.tolist() == [0, 250, 1000]
+        assert plan.provenance["step_bins"]["layers_with_gains"] == plan.summary()["step_gains"] == 1
+        assert plan.provenance["step_bins"]["reason"] in plan.layers[0].notes["r"]
+        noise = plan.provenance["step_bins"]["relative_noise"]
+        assert noise["2"] < 0.5 * noise["1"]
+    assert "as asked for" in planned(conv(), data, step_bins=2).layers[0].notes["r"]
+    assert plan.options["step_bins"] == "auto"
+
+
+def test_weights_of_the_timesteps_move_the_cut() -> None:
+    data = tensor((1.0,), (1.0,), (4.0,), (16.0,))
+    statistics = ActivationStatistics(EDGES, {"conv": data}, {"conv": data}, {"conv": data})
+    for weights, edge in ([50.0, 50.0, 1.0, 1.0], 500), ([0.01, 0.01, 1.0, 1.0], 750):
+        plan = make_plan(
+            network(conv()), Topology((conv(),)), statistics, PlanOptions(step_bins=2),
+            importance=lambda weights=weights: np.array(weights),
+        )  # fmt: skip
+        assert plan.timestep_edges.tolist() == [0, edge, 1000]
+
+
+def test_automatic_bins_are_one_where_nothing_moves() -> None:
+    plan = planned(conv(), tensor(*FLAT), step_bins="auto")
+    assert plan.timestep_edges.tolist() == [0, 1000]
+    assert plan.layers[0].notes["r"] == "static: one bin, chosen automatically: no input's scale moves 1.3-fold"
 
 
 def test_more_bins_than_were_calibrated_are_refused() -> None:
@@ -220,13 +248,6 @@ def test_more_bins_than_were_calibrated_are_refused() -> None:
         InputError, match="5 step bins were asked for, but the calibration set only tells 4 timestep ranges apart"
     ):
         planned(conv(), tensor(*FLAT), step_bins=5)
-
-
-def test_bins_that_cannot_be_told_apart_are_refused() -> None:
-    data = tensor(*[(2.0,)] * 4)
-    statistics = ActivationStatistics(np.array([0, 2, 4, 6, 1000]), {"conv": data}, {"conv": data}, {"conv": data})
-    with pytest.raises(InputError, match="3 equal step bins cannot be told apart by the calibrated timesteps"):
-        make_plan(network(conv()), Topology((conv(),)), statistics, PlanOptions(step_bins=3))
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -239,6 +260,9 @@ def test_bins_that_cannot_be_told_apart_are_refused() -> None:
         ({"concat_scales": "both"}, "concat scales 'both' are not known; choose 'none', 'branch' or 'split'"),
         ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
         ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),
+        ({"step_bins": "some"}, "step bins 'some' were asked for; allowed are 1 to 32, or 'auto'"),
+        ({"activation_bits": 3}, "activations of 3 bits were asked for; choose 4 to 8"),
+        ({"activation_bits": 9}, "activations of 9 bits were asked for; choose 4 to 8"),
         ({"weight_bits": 3}, "weights of 3 bits were asked for; choose 8 or 4"),
         ({"branch_ratio": 0.5, "gain_ratio": 2.0}, r"branch ratio 0\.5 and gain ratio 2\.0 must be at least 1"),
         ({"branch_ratio": 2.0, "gain_ratio": 0.9}, r"branch ratio 2\.0 and gain ratio 0\.9 must be at least 1"),

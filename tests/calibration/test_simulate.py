@@ -89,6 +89,25 @@ def test_onnxruntime_also_rounds_its_bias_and_its_output() -> None:
     assert clipped[0, 1, 0, 2] == 5 * 0.75  # code 255
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_activations_of_6_bits_err_12_db_more_than_of_8(target: Any) -> None:
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.uniform(-3, 5, (2, 16, 12, 12)).astype(np.float32))
+    weight = rng.integers(-127, 128, (8, 16, 3, 3))
+    noise = {}
+    for bits in (8, 6):
+        levels = 2**bits - 1
+        module, plan = conv_plan(weight, scale=8 / levels, zero_offset=round(levels / 8), activation_bits=bits)
+        layer = quantized_layer(module, plan, target)
+        codes = layer.codes(x)
+        assert (codes.min(), codes.max()) == plan.activation_levels
+        exact = functional.conv2d(
+            x, layer.weight_codes * layer.weight_scale.reshape(-1, 1, 1, 1), module.bias, padding=1
+        )
+        noise[bits] = float((layer(x) - exact).detach().square().mean())
+    assert 10 * np.log10(noise[6] / noise[8]) == pytest.approx(12.04, abs=0.5)
+
+
 def naive(x: Array, plan: LayerPlan, module: nn.Conv2d) -> Array:
     """Convolution of the dequantized input with the dequantized weight, padded with 0.0, in float64."""
     steps = np.clip(np.rint(x / plan.scale) - plan.zero_offset, -128, 127) + plan.zero_offset

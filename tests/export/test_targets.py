@@ -346,3 +346,12 @@ def test_a_graph_that_is_not_valid_is_refused(emitted: Any, tmp_path: Path) -> N
     onnx.save(model, tmp_path / "broken.onnx")
     with pytest.raises(ExportError, match=r"broken\.onnx is not a valid ONNX graph: .*nowhere"):
         check_onnx(tmp_path / "broken.onnx")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_activations_of_fewer_bits_are_simulated_only(tiny: Any, target: Any) -> None:
+    plan = tiny.plan("variance")
+    narrow = replace(plan, layers=tuple(replace(layer, activation_bits=6) for layer in plan.layers))
+    text = f"{len(plan.quantized)} layers of the plan have activations of 6 bits, which are simulated only"
+    with pytest.raises(InputError, match=text):
+        emit(tiny.float_graph("variance"), narrow, target)

@@ -69,7 +69,7 @@ def test_a_model_that_diverges_is_refused(
     import qdm_calibration.collect as collect
 
     # As a network whose output overflows at some step would answer.
-    monkeypatch.setattr(collect, "_guided", lambda network, x, *rest: x * float("inf"))
+    monkeypatch.setattr(collect, "guided_output", lambda network, x, *rest: x * float("inf"))
     with pytest.raises(CalibrationError, match=r"returned NaN or infinity at timestep \d+"):
         quick_build(tmp_path / "x.qdm", **SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -46,6 +46,11 @@ BAD = float("nan")
             {"from_modelopt": "f", "zero_offset": False, "concat_scales": "none"},
             r"from ModelOpt \(f\) were asked for together with no zero offset, concat scales, which choose",
         ),
+        ({"step_bins": "all"}, r"step bins is 'all'; give a number from 1 to 32, or auto"),
+        (
+            {"from_modelopt": "INT8_DIFFUSERS", "step_bins": "auto"},
+            r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with step bins, which choose",
+        ),
         ({"step_bins": 33}, r"step bins is 33; it must be from 1 to 32"),
         ({"guidance": BAD}, r"guidance is nan; it must be from 0 to 100"),
         ({"seed": -1}, r"seed is -1; it must be from 0 to"),

@@ -1,0 +1,165 @@
+"""How much an error of the network at each step matters for the finished sample, measured.
+
+Later steps correct part of an early error, and how much follows from no formula that knows the sampler alone. So a
+trajectory is run beside copies of itself, each of which gets a little noise on the network's output at one step and
+runs freely from there. What is found is kept by timestep, so that it holds for other step counts too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.errors import CheckFailed
+from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
+
+if TYPE_CHECKING:
+    from qdm_calibration.collect import Network
+
+__all__ = ["StepImportance", "disturbance", "measure_importance"]
+
+
+@dataclass(frozen=True)
+class StepImportance:
+    """What an error of the network's output does to the finished sample.
+
+    Attributes:
+        timesteps: [N] int64, those that were measured, rising.
+        absolute: [N] float64, mean squared change of the finished sample per unit of noise power; mean 1.
+        power: [N] float64, mean square of the network's output (its noise prediction alone).
+    """
+
+    timesteps: NDArray[np.int64]
+    absolute: NDArray[np.float64]
+    power: NDArray[np.float64]
+
+    def at(self, timesteps: NDArray[np.int64]) -> NDArray[np.float64]:
+        """``absolute`` of the nearest measured timestep, in the shape of ``timesteps``: weights for noise powers."""
+        return self.absolute[self._nearest(timesteps)]
+
+    def over(self, edges: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Weights for noise relative to the signal, of timestep bins with the edges [M + 1]; [M] float64, mean 1.
+
+        The same relative noise is less of an absolute one where the network's output is small, as it is near t = 0.
+        """
+        each = (self.absolute * self.power)[self._nearest(np.arange(edges[0], edges[-1]))]
+        mean = np.add.reduceat(each, edges[:-1] - edges[0]) / np.diff(edges)
+        weights: NDArray[np.float64] = mean / mean.mean()
+        return weights
+
+    def _nearest(self, timesteps: NDArray[np.int64]) -> NDArray[np.intp]:
+        nearest: NDArray[np.intp] = np.abs(self.timesteps - np.asarray(timesteps)[..., None]).argmin(axis=-1)
+        return nearest
+
+
+def measure_importance(
+    network: "Network",
+    spec: ModelSpec,
+    table: StepTable,
+    *,
+    seeds: int = 4,
+    first_seed: int = 0,
+    guidance: float = 1.0,
+    conditioning: Mapping[str, NDArray[Any]] | None = None,
+    unconditional: Mapping[str, NDArray[Any]] | None = None,
+    measured_steps: int = 10,
+    relative_size: float = 0.01,
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+) -> StepImportance:
+    """Disturb single steps of free runs, and compare what comes out.
+
+    A copy is the trajectory itself until its step comes, so it starts there: a run costs about half of
+    ``measured_steps`` + 2 trajectories for each seed.
+
+    Args:
+        network: the full-precision U-Net.
+        spec: its shapes and conditioning.
+        table: the sampler's steps.
+        seeds: trajectories to average over.
+        first_seed: trajectory i uses ``first_seed`` + i.
+        guidance: as for ``collect_calibration_set``, like the next two.
+        conditioning: of each trajectory.
+        unconditional: its counterpart of one sample.
+        measured_steps: how many steps to disturb, evenly over the run, the first and the last among them.
+        relative_size: RMS of the noise relative to that of the (guided) output; small, so that it acts linearly, and
+            far above what float32 rounds.
+        batch_size: rows per forward pass.
+        progress: where to report.
+
+    Raises:
+        InputError: guidance without an unconditional counterpart, or conditioning of the wrong length.
+        CheckFailed: a sample became NaN or infinite.
+    """
+    from qdm_calibration.collect import conditioning_rows, guided_output, unconditional_rows
+
+    given = conditioning_rows(spec, seeds, conditioning)
+    twin = unconditional_rows(spec, seeds, unconditional) if guidance != 1.0 else None
+    channels = spec.sample_shape[0]
+    steps = np.unique(np.linspace(0, table.steps - 1, min(measured_steps, table.steps)).round().astype(np.int64))
+    originals = np.arange(seeds)
+
+    # The first rows are the trajectories themselves; row i belongs to seed owner[i].
+    x, owner = initial_noise([first_seed + i for i in range(seeds)], spec.sample_shape), originals
+    previous_x0 = np.zeros_like(x)
+    sizes = np.zeros((len(steps), seeds))
+    power = np.zeros((len(steps), seeds))
+    with progress.task("Measuring step importance", table.steps) as advance:
+        for step, timestep in enumerate(table.timesteps.tolist()):
+            added = np.flatnonzero(steps == step)
+            if len(added):
+                x, previous_x0 = (np.concatenate([values, values[:seeds]]) for values in (x, previous_x0))
+                owner = np.concatenate([owner, originals])
+            output = np.concatenate(
+                [
+                    guided_output(
+                        network,
+                        x[rows],
+                        timestep,
+                        {name: values[owner[rows]] for name, values in given.items()},
+                        None if twin is None else {name: values[owner[rows]] for name, values in twin.items()},
+                        guidance,
+                    )
+                    for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
+                ]
+            )
+            for place in added.tolist():
+                own = output[-seeds:, :channels]
+                power[place] = _mean_square(own)
+                noise = np.stack([disturbance(first_seed + i, step, spec.sample_shape) for i in range(seeds)])
+                # An output of nothing but zeros has no size to be relative to.
+                noise *= relative_size * np.sqrt(np.where(power[place] > 0, power[place], 1.0)).reshape(-1, 1, 1, 1)
+                output[-seeds:, :channels] = own + noise.astype(np.float32)
+                sizes[place] = _mean_square(noise)
+            coefficients = np.repeat(table.coefficients[step : step + 1], len(x), axis=0)
+            drawn = step_noise([first_seed + i for i in range(seeds)], step, spec.sample_shape)[owner]
+            x, previous_x0 = apply_step(coefficients, x, output, previous_x0, drawn)
+            advance()
+    copies = x[seeds:].reshape(len(steps), seeds, *spec.sample_shape)
+    change = np.stack([_mean_square(copy - x[:seeds].astype(np.float64)) for copy in copies])
+    mean = (change / sizes).mean(axis=1)
+    if not np.isfinite(mean).all():
+        raise CheckFailed(
+            f"a sample of {spec.name} became NaN or infinite when its network's output was disturbed at a single step; "
+            "check the checkpoint and its scheduler configuration"
+        )
+    # Where clipping hides every change, no step matters more than another.
+    mean = mean / mean.mean() if mean.any() else np.ones(len(mean))
+    rising = np.argsort(table.timesteps[steps])
+    return StepImportance(table.timesteps[steps][rising], mean[rising], power.mean(axis=1)[rising])
+
+
+def disturbance(seed: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The unit Gaussian noise on the network's output at one step of one seed's trajectory."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    return generator.standard_normal(shape)
+
+
+def _mean_square(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each row, [B] float64."""
+    mean: NDArray[np.float64] = (values.astype(np.float64) ** 2).reshape(len(values), -1).mean(axis=1)
+    return mean
