@@ -31,7 +31,7 @@ __all__ = [
 
 RangeMethod = Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"]
 METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp", "l1", "cosine", "kl")
-_POWERS = {"mse": 2.0, "lp": 2.4, "l1": 1.0}  # PTQ4DM, table 5: Lp with p = 2.4 beats MSE, KL, cosine and L1
+_POWERS = {"mse": 2.0, "lp": 2.4, "l1": 1.0}  # PTQ4DM, table 4, where "MSE" has p = 2.4: it beats cosine, KL and L1
 _SEARCHED = (*_POWERS, "cosine", "kl")
 _PERCENTILE = 99.99
 # The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.
@@ -83,7 +83,7 @@ def activation_scale(
         mass = np.cumsum(counts) / counts.sum()
         tail = (100 - _PERCENTILE) / 100
         low, high = float(points[np.searchsorted(mass, tail)]), float(points[np.searchsorted(mass, 1 - tail)])
-    loss = _loss(points, counts, factors, method)
+    loss = _loss(points, counts, factors, method, (_QMIN, _QMAX))
 
     def measured(lo: float, hi: float) -> ActivationScale:
         scale, offset = _grid(lo, hi, zero_offset)
@@ -174,16 +174,20 @@ def _row_errors(values: NDArray[np.float64], back: NDArray[np.float64], method: 
 
 
 def _loss(
-    points: NDArray[np.float64], counts: NDArray[np.float64], factors: NDArray[np.float64], method: RangeMethod
+    points: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    factors: NDArray[np.float64],
+    method: RangeMethod,
+    levels: tuple[int, int],
 ) -> Callable[[float, int], float]:
     """Error of the grid (s, z) by the method's own measure; by squares for the methods that do not search."""
     if method == "kl":
-        return _divergence(points, counts)
+        return _divergence(points, counts, levels)
     power = _POWERS.get(method, 2.0)
     weights = counts * factors**power / counts.sum()
 
     def back(scale: float, offset: int) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = (np.clip(np.rint(points / scale) - offset, _QMIN, _QMAX) + offset) * scale
+        values: NDArray[np.float64] = (np.clip(np.rint(points / scale) - offset, *levels) + offset) * scale
         return values
 
     if method == "cosine":
@@ -199,7 +203,9 @@ def _loss(
     return lambda scale, offset: float((weights * np.abs(points - back(scale, offset)) ** power).sum())
 
 
-def _divergence(points: NDArray[np.float64], counts: NDArray[np.float64]) -> Callable[[float, int], float]:
+def _divergence(
+    points: NDArray[np.float64], counts: NDArray[np.float64], levels: tuple[int, int]
+) -> Callable[[float, int], float]:
     """KL(P || Q) in nats of a grid, as entropy calibration counts it (Migacz 2017, "8-bit inference with TensorRT").
 
     P is the histogram of what the grid sees, with the tails that the grid clips moved into its outermost bins. Q is
@@ -214,11 +220,11 @@ def _divergence(points: NDArray[np.float64], counts: NDArray[np.float64]) -> Cal
 
     def measured(scale: float, offset: int) -> float:
         codes = np.rint(centers / scale).astype(np.int64) - offset
-        first, last = np.searchsorted(codes, _QMIN), np.searchsorted(codes, _QMAX, side="right")
+        first, last = np.searchsorted(codes, levels[0]), np.searchsorted(codes, levels[1], side="right")
         if first == last:
             return np.inf
         kept = mass[first:last].copy()
-        code = codes[first:last] - _QMIN
+        code = codes[first:last] - levels[0]
         sums, bins = np.bincount(code, weights=kept), np.bincount(code)
         q = (sums[code] / bins[code]) / kept.sum()
         kept[0] += mass[:first].sum()

@@ -263,11 +263,15 @@ def test_cosine_of_weights_is_that_of_each_row() -> None:
 
     def turned(scale: NDArray[np.float32]) -> NDArray[np.float64]:
         back = np.clip(np.rint(weight / scale[:, None]), -7, 7) * scale[:, None].astype(np.float64)
-        return np.array([1 - w @ b / (np.linalg.norm(w) * np.linalg.norm(b)) for w, b in zip(weight, back, strict=True)])
+        return np.array(
+            [1 - w @ b / (np.linalg.norm(w) * np.linalg.norm(b)) for w, b in zip(weight, back, strict=True)]
+        )
 
     full, searched = weight_scale(weight, "minmax", 4), weight_scale(weight, "cosine", 4)
     assert (turned(searched) < 0.9 * turned(full)).all()
-    best = np.min([turned((full * part).astype(np.float16).astype(np.float32)) for part in np.linspace(0.35, 1, 200)], 0)
+    best = np.min(
+        [turned((full * part).astype(np.float16).astype(np.float32)) for part in np.linspace(0.35, 1, 200)], 0
+    )
     assert (turned(searched) <= 1.1 * best).all()
 
 
