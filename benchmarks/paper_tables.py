@@ -10,6 +10,7 @@ on. Nothing is timed.
 """
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -41,8 +42,8 @@ _TEXT = ("papers.py", "document.py")
 
 def measuring_sources() -> list[Path]:
     """The modules whose change makes finished rows worthless."""
-    folders = [Path(module.__file__).parent for module in (qdm_calibration.plan, qdm_deploy.samplers)]
-    export = Path(qdm_export.unet.__file__).parent
+    folders = [Path(inspect.getfile(module)).parent for module in (qdm_calibration.plan, qdm_deploy.samplers)]
+    export = Path(inspect.getfile(qdm_export.unet)).parent
     return [
         *(path for folder in folders for path in folder.glob("*.py")),
         *(export / name for name in ("unet.py", "split_concat.py", "topology.py", "step_graph.py")),
@@ -127,10 +128,10 @@ def _measure(given: argparse.Namespace, settings: Settings) -> tuple[list[dict[s
             say(f"({row.letter}) {row.name}, calibration seed {seed}: {shown}")
         clock.done(row)
     rows = [
-        {"letter": row.letter, "row": row.name, "calibration_seed": seed, **numbers}
+        {"letter": row.letter, "row": row.name, "calibration_seed": seed, **measured}
         for row in table
         for seed in given.calibration_seeds + [s for s in given.reconstruct_seeds if s not in given.calibration_seeds]
-        if (numbers := found.get((seed, row.name, row.letter))) is not None
+        if (measured := found.get((seed, row.name, row.letter))) is not None
     ]
     return rows, skipped, model.weights
 

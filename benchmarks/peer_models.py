@@ -27,8 +27,8 @@ __all__ = ["CALIBRATION_STEPS", "CalibrationMethod", "Rows", "modelopt_session",
 
 # The sampler that the rows were met with, as in bench.case.
 CALIBRATION_STEPS = 50
-# Rows at once: with percentiles `quantize_static` holds all layers' inputs and outputs of what it reads in one go, 15 MB
-# a row of the embedded model.
+# Rows at once: with percentiles `quantize_static` holds the inputs and outputs of all layers of what it reads in one
+# go, 15 MB a row of the embedded model.
 BATCH = 16
 
 

@@ -170,7 +170,8 @@ def _row_errors(values: NDArray[np.float64], back: NDArray[np.float64], method: 
         errors: NDArray[np.float64] = (np.abs(values - back) ** _POWERS[method]).sum(axis=1)
         return errors
     norms = np.sqrt((values**2).sum(axis=1) * (back**2).sum(axis=1))
-    return 1 - np.divide((values * back).sum(axis=1), norms, out=np.zeros(len(values)), where=norms > 0)
+    cosine: NDArray[np.float64] = np.divide((values * back).sum(1), norms, out=np.zeros(len(values)), where=norms > 0)
+    return 1 - cosine
 
 
 def _loss(

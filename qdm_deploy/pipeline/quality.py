@@ -115,7 +115,11 @@ def compare_with(
         guidance=reference.guidance,
         timesteps=tuple(int(t) for t in table.timesteps),
         eps_sqnr_db=output_sqnr_db(
-            reference, session, model, batch_size=batch_size, description=f"{name}: its output at each step",
+            reference,
+            session,
+            model,
+            batch_size=batch_size,
+            description=f"{name}: its output at each step",
             progress=progress,
         ),
         state_sqnr_db=sqnr_per_step_db(reference.states, states),
