@@ -92,7 +92,9 @@ def document(result: Mapping[str, Any], comments: Mapping[str, str], name: str) 
             lines.append("Not measured.")
         lines += ["", f"Source: {finding.source}", ""]
         if finding.rows:
-            lines += _table(["paper", *finding.columns[1:]], [[str(cell) for cell in row] for row in finding.rows])
+            lines += _table(
+                ["paper", *finding.columns[1:]], [[_paper_cell(cell) for cell in row] for row in finding.rows]
+            )
             lines.append("")
         lines += [
             f"The paper: {finding.says}" if finding.rows else f"Expected: {finding.says}",
@@ -118,6 +120,10 @@ for ModelOpt's own network and ONNX Runtime's own graph in (h). (d) runs the anc
 states with the float run on the same noise. Numbers are medians over the calibration seeds {seeds}
 ((e): {slow}), with the smallest and the largest behind them. Where a table does not say otherwise, plans have the
 defaults of `build` with static scales."""
+
+
+def _paper_cell(cell: str | float) -> str:
+    return cell if isinstance(cell, str) else f"{cell:.2f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
