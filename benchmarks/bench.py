@@ -30,7 +30,7 @@ from qdm_export.targets import emit, emit_float
 from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint, load_checkpoint
 
-__all__ = ["RESULTS", "Case", "case", "finish", "parser", "say", "write_float", "write_graph"]
+__all__ = ["RESULTS", "Case", "case", "finish", "parser", "print_table", "publish", "say", "write_float", "write_graph"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -123,6 +123,12 @@ def finish(
     name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool
 ) -> None:
     """Print a table, then the whole result as one JSON line; with ``save`` keep that line as a file."""
+    print_table(columns, rows)
+    publish(name, rows, extra, save=save)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows under their columns; numbers with two decimals."""
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
     for line in [list(columns), ["-" * width for width in widths], *cells]:
@@ -132,6 +138,10 @@ def finish(
                 for i, (text, width) in enumerate(zip(line, widths, strict=True))
             )
         )
+
+
+def publish(name: str, rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool) -> None:
+    """Print the whole result as one JSON line; with ``save`` keep that line as a file."""
     now = datetime.now(UTC)
     document = {
         "benchmark": name,

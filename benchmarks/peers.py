@@ -15,82 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ablation import FIRST_SEED, FULL, PLAIN
 from bench import Case, case, finish, parser, say, write_float, write_graph
-from numpy.typing import NDArray
-from onnxruntime.quantization import (  # noqa: TID251 - the peer that this script measures
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, quantized_static
 
-from qdm_calibration.modelopt import modelopt_network
-from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.quality import compare_with, reference_run
-from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.runtime import OnnxRuntimeSession, StepSession
-from qdm_deploy.samplers import StepTable, step_table
-from qdm_export.step_graph import StepGraph
-
-# The sampler that the rows were met with, as in bench.case.
-CALIBRATION_STEPS = 50
-BATCH = 16
-
-
-class Rows(CalibrationDataReader):  # type: ignore[misc]
-    """The calibration rows as inputs of the step graph, some at a time."""
-
-    def __init__(self, calibration: CalibrationSet, table: StepTable, names: tuple[str, ...]) -> None:
-        """Start at the first row; ``names`` are the graph's inputs."""
-        self.calibration, self.table, self.names = calibration, table, names
-        self.starts = iter(range(0, len(calibration), BATCH))
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        """The next rows; None at the end."""
-        start = next(self.starts, None)
-        if start is None:
-            return None
-        rows = slice(start, start + BATCH)
-        sample = self.calibration.sample[rows]
-        alone = np.arange(len(sample), dtype=np.int64)
-        inputs = {
-            "sample": sample,
-            "timestep": self.calibration.timestep[rows],
-            "coefficients": self.table.coefficients[self.calibration.step[rows]],
-            "noise": np.zeros_like(sample),
-            "previous_x0": np.zeros_like(sample),
-            "guidance": np.ones(len(sample), dtype=np.float32),
-            "unconditional_row": alone,
-            "owner_row": alone,
-            **{name: values[rows] for name, values in self.calibration.conditioning.items()},
-        }
-        return {name: inputs[name] for name in self.names}
-
-
-def quantized_static(model: Case, method: CalibrationMethod, folder: Path) -> OnnxRuntimeSession:
-    """The float step graph through ONNX Runtime's own quantization."""
-    source = write_float(model, folder)
-    with OnnxRuntimeSession(source) as session:
-        names = session.input_names
-    table = step_table(model.schedule, "ddim", CALIBRATION_STEPS)
-    quantize_static(
-        source,
-        folder / "static.onnx",
-        Rows(model.calibration, table, names),
-        quant_format=QuantFormat.QDQ,
-        # The sampler's own products and sums stay float: a bound of x0 that is switched off is a huge number, and one
-        # scale for it and for what it bounds would leave nothing.
-        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=method,
-    )
-    return OnnxRuntimeSession(folder / "static.onnx")
+from qdm_deploy.samplers import step_table
 
 
 def peers(model: Case, folder: Path) -> dict[str, tuple[str, Callable[[], StepSession]]]:
@@ -100,11 +32,7 @@ def peers(model: Case, folder: Path) -> dict[str, tuple[str, Callable[[], StepSe
         return lambda: OnnxRuntimeSession(write_graph(model, model.plan(options), "onnxruntime", folder / name))
 
     def theirs(config: str) -> Callable[[], StepSession]:
-        def opened() -> StepSession:
-            network = modelopt_network(model.checkpoint.unet, model.calibration, config)
-            return TorchSession(StepGraph(network, model.checkpoint.spec).eval(), config)
-
-        return opened
+        return lambda: modelopt_session(model, config)
 
     def static(method: CalibrationMethod) -> Callable[[], StepSession]:
         return lambda: quantized_static(model, method, folder / method.name)

@@ -5,7 +5,7 @@ use the whole grid, [-128, 127] at 8 bits; weights use [-127, 127] (4 bits: [-7,
 both exist and no product of codes can saturate a 16-bit pair sum on CPUs without VNNI.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import activation_levels
-from qdm_deploy.artifacts.statistics import Histogram
+from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, Histogram
 from qdm_deploy.errors import InputError
 
 __all__ = [
@@ -30,9 +30,10 @@ __all__ = [
     "weight_sqnr_db",
 ]
 
-RangeMethod = Literal["minmax", "percentile", "mse", "lp"]
-METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp")
-_POWERS = {"mse": 2.0, "lp": 2.4}  # PTQ4DM, table 5: Lp with p = 2.4 beats MSE, KL, cosine and L1
+RangeMethod = Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"]
+METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp", "l1", "cosine", "kl")
+_POWERS = {"mse": 2.0, "lp": 2.4, "l1": 1.0}  # PTQ4DM, table 4, where "MSE" has p = 2.4: it beats cosine, KL and L1
+_SEARCHED = (*_POWERS, "cosine", "kl")
 _PERCENTILE = 99.99
 # The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.
 _SMALLEST_SCALE = 2.0**-14
@@ -44,9 +45,10 @@ _WEIGHT_CLIPS: Mapping[int, NDArray[np.float64]] = {8: np.linspace(1.0, 0.6, 41)
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """A grid and the error it makes: mean |x - x_hat|**p over the histogram.
+    """A grid and the error it makes over the histogram.
 
-    p is the method's; 2 for the ranges that do not search.
+    Mean |x - x_hat|**p, where p is the method's and 2 for the ranges that do not search; 1 - cos(x, x_hat) for
+    "cosine", and a divergence in nats for "kl".
     """
 
     scale: float
@@ -66,7 +68,9 @@ def activation_scale(
 
     Args:
         histograms: (histogram of x, factor): the grid sees x / factor, and errors count in units of x.
-        method: "minmax", "percentile" (99.99 % of the mass on each side), "mse", or "lp" (p = 2.4).
+        method: "minmax", "percentile" (99.99 % of the mass on each side), or a search for the smallest error: "mse",
+            "lp" (p = 2.4), "l1", "cosine" or "kl" (the divergence of what the grid leaves of the distribution, as in
+            entropy calibration).
         zero_offset: whether z may differ from 0.
         bits: the grid has 2**bits codes.
 
@@ -76,21 +80,18 @@ def activation_scale(
     _refuse_unknown(method)
     qmin, qmax = activation_levels(bits)
     points, counts, factors = _points(histograms)
-    power = _POWERS.get(method, 2.0)
     low, high = float(points[0]), float(points[-1])
     if method == "percentile":
         mass = np.cumsum(counts) / counts.sum()
         tail = (100 - _PERCENTILE) / 100
         low, high = float(points[np.searchsorted(mass, tail)]), float(points[np.searchsorted(mass, 1 - tail)])
-    weights = counts * factors**power / counts.sum()
+    loss = _loss(points, counts, factors, method, (qmin, qmax))
 
     def measured(lo: float, hi: float) -> ActivationScale:
         scale, offset = _grid(lo, hi, zero_offset, (qmin, qmax))
-        codes = np.clip(np.rint(points / scale) - offset, qmin, qmax)
-        error = np.abs(points - (codes + offset) * scale) ** power
-        return ActivationScale(scale, offset, float((weights * error).sum()))
+        return ActivationScale(scale, offset, loss(scale, offset))
 
-    if method not in _POWERS:
+    if method not in _SEARCHED:
         return measured(low, high)
     # Two passes over how much of each tail to clip: a coarse grid, then a fine one around its best cell.
     best, best_cell = measured(low, high), (1.0, 1.0)
@@ -112,7 +113,8 @@ def activation_scale(
 def weight_scale(weight: NDArray[np.float32], method: RangeMethod, bits: int = 8) -> NDArray[np.float32]:
     """w per output channel, [O] float32 exact in float16, for a weight [O, ...] that gets codes of 8 or 4 bits.
 
-    "minmax" and "percentile" use the largest magnitude; the others search how far to clip it.
+    "minmax", "percentile" and "kl" use the largest magnitude (entropy calibration is for activations); the others
+    search how far to clip it.
 
     Raises:
         InputError: an unknown method, or another number of bits.
@@ -122,13 +124,13 @@ def weight_scale(weight: NDArray[np.float32], method: RangeMethod, bits: int = 8
     flat = weight.reshape(len(weight), -1).astype(np.float64)
     amax = np.abs(flat).max(axis=1)
     full = _float16(amax / qmax)
-    if method not in _POWERS:
+    if method not in _SEARCHED or method == "kl":
         return full
     best, best_error = full, np.full(len(flat), np.inf)
     for fraction in _WEIGHT_CLIPS[bits]:
         scale = _float16(fraction * amax / qmax)
         codes = np.clip(np.rint(flat / scale[:, None]), -qmax, qmax)
-        error = (np.abs(flat - codes * scale[:, None]) ** _POWERS[method]).sum(axis=1)
+        error = _row_errors(flat, codes * scale[:, None], method)
         better = error < best_error
         best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
     return best.astype(np.float32)
@@ -162,6 +164,77 @@ def weight_sqnr_db(weight: NDArray[np.float32], codes: NDArray[np.int8], scale: 
 def _refuse_unknown(method: str) -> None:
     if method not in METHODS:
         raise InputError(f"range method {method!r} is not known; choose one of {', '.join(METHODS)}")
+
+
+def _row_errors(values: NDArray[np.float64], back: NDArray[np.float64], method: RangeMethod) -> NDArray[np.float64]:
+    """Error of each row of [O, N]: a sum of powers, or 1 - cos."""
+    if method != "cosine":
+        errors: NDArray[np.float64] = (np.abs(values - back) ** _POWERS[method]).sum(axis=1)
+        return errors
+    norms = np.sqrt((values**2).sum(axis=1) * (back**2).sum(axis=1))
+    cosine: NDArray[np.float64] = np.divide((values * back).sum(1), norms, out=np.zeros(len(values)), where=norms > 0)
+    return 1 - cosine
+
+
+def _loss(
+    points: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    factors: NDArray[np.float64],
+    method: RangeMethod,
+    levels: tuple[int, int],
+) -> Callable[[float, int], float]:
+    """Error of the grid (s, z) by the method's own measure; by squares for the methods that do not search."""
+    if method == "kl":
+        return _divergence(points, counts, levels)
+    power = _POWERS.get(method, 2.0)
+    weights = counts * factors**power / counts.sum()
+
+    def back(scale: float, offset: int) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = (np.clip(np.rint(points / scale) - offset, *levels) + offset) * scale
+        return values
+
+    if method == "cosine":
+        weighted = weights * points
+        energy = float((weighted * points).sum())
+
+        def turned(scale: float, offset: int) -> float:
+            values = back(scale, offset)
+            norm = float(np.sqrt(energy * (weights * values**2).sum()))
+            return 1 - float((weighted * values).sum()) / norm if norm > 0 else 1.0
+
+        return turned
+    return lambda scale, offset: float((weights * np.abs(points - back(scale, offset)) ** power).sum())
+
+
+def _divergence(
+    points: NDArray[np.float64], counts: NDArray[np.float64], levels: tuple[int, int]
+) -> Callable[[float, int], float]:
+    """KL(P || Q) in nats of a grid, as entropy calibration counts it (Migacz 2017, "8-bit inference with TensorRT").
+
+    P is the histogram of what the grid sees, with the tails that the grid clips moved into its outermost bins. Q is
+    the same histogram without those tails, each code's mass spread evenly over the code's filled bins.
+    """
+    # All points in bins of one width: interleaved histograms of different factors would not be even inside a code.
+    limit = 2.0 ** np.ceil(np.log2(np.abs(points).max() * (1 + 1e-6)))
+    index = np.floor((points / limit + 1) * (HISTOGRAM_BINS // 2)).astype(np.int64)
+    mass = np.bincount(index, weights=counts, minlength=HISTOGRAM_BINS)
+    filled = np.flatnonzero(mass)
+    mass, centers = mass[filled] / mass.sum(), ((filled + 0.5) / (HISTOGRAM_BINS // 2) - 1) * limit
+
+    def measured(scale: float, offset: int) -> float:
+        codes = np.rint(centers / scale).astype(np.int64) - offset
+        first, last = np.searchsorted(codes, levels[0]), np.searchsorted(codes, levels[1], side="right")
+        if first == last:
+            return np.inf
+        kept = mass[first:last].copy()
+        code = codes[first:last] - levels[0]
+        sums, bins = np.bincount(code, weights=kept), np.bincount(code)
+        q = (sums[code] / bins[code]) / kept.sum()
+        kept[0] += mass[:first].sum()
+        kept[-1] += mass[last:].sum()
+        return float((kept * np.log(kept / q)).sum())
+
+    return measured
 
 
 def _points(

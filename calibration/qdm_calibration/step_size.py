@@ -25,7 +25,7 @@ from qdm_deploy.progress import SILENT, Progress
 
 __all__ = ["learn_step_sizes"]
 
-_POWER = 2.4  # PTQ4DM, table 5
+_POWER = 2.4  # PTQ4DM, table 4
 _LEARNING_RATE = 4e-4  # of log s, so that one rate suits scales of every size
 
 

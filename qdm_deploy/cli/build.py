@@ -91,7 +91,7 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--ranges",
-    type=click.Choice(["minmax", "percentile", "mse", "lp"]),
+    type=click.Choice(["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"]),
     default="mse",
     section=_QUANTIZATION,
     help="How the scale of an input follows from its histogram.",

@@ -98,7 +98,7 @@ class BuildOptions:
     calibration_file: Path | None = None
     save_calibration: Path | None = None
     conditioning_file: Path | None = None
-    ranges: Literal["minmax", "percentile", "mse", "lp"] = "mse"
+    ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
     channel_scales: Literal["none", "auto"] = "none"
@@ -139,7 +139,7 @@ class BuildOptions:
             raise InputError("the target onnxruntime is part of every bundle (the CPU fallback); add it to the targets")
         one_of("sampler", self.sampler, SAMPLERS)
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
-        one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
+        one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"))
         one_of("concat scales", self.concat_scales, ("none", "branch", "split"))
         one_of("channel scales", self.channel_scales, ("none", "auto"))
         within("steps", self.steps, 1, _MAX_STEPS)

@@ -22,7 +22,7 @@ from qdm_deploy.runtime import Conditioning, MixedSession, StepSession, denoise
 from qdm_deploy.samplers import StepTable, initial_noise
 from qdm_deploy.samplers.columns import NO_CLIP
 
-__all__ = ["ReferenceRun", "compare_with", "network_output", "reference_run"]
+__all__ = ["ReferenceRun", "compare_with", "network_output", "output_sqnr_db", "reference_run"]
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,6 @@ def compare_with(
             guidance=reference.guidance, batch_size=batch_size, description=f"{name}: denoising in INT8 only",
             on_step=lambda step, sample: alone.append(sample), progress=progress,
         )  # fmt: skip
-    outputs = network_output(
-        session, table, reference.inputs, model, reference.conditioning, reference.guidance, batch_size,
-        f"{name}: its output at each step", progress,
-    )  # fmt: skip
     row = QualityRow(
         target=target,
         backend=backend,
@@ -118,7 +114,14 @@ def compare_with(
         sampler=table.sampler,
         guidance=reference.guidance,
         timesteps=tuple(int(t) for t in table.timesteps),
-        eps_sqnr_db=sqnr_per_step_db(reference.outputs, outputs),
+        eps_sqnr_db=output_sqnr_db(
+            reference,
+            session,
+            model,
+            batch_size=batch_size,
+            description=f"{name}: its output at each step",
+            progress=progress,
+        ),
         state_sqnr_db=sqnr_per_step_db(reference.states, states),
         psnr_db=() if model.sample_kind == "latents" else psnr_per_image_db(reference.states[-1], samples),
         float_below=session.float_below if isinstance(session, MixedSession) else None,
@@ -129,6 +132,23 @@ def compare_with(
         max_abs=max_abs_difference(reference.states[-1], samples),
     )
     return row, samples
+
+
+def output_sqnr_db(
+    reference: ReferenceRun,
+    session: StepSession,
+    model: ModelSpec,
+    *,
+    batch_size: int = 16,
+    description: str = "The network's output at each step",
+    progress: Progress = SILENT,
+) -> tuple[float, ...]:
+    """Teacher-forced alone: SQNR in dB of the network's output at each step, on the states of the float run."""
+    outputs = network_output(
+        session, reference.table, reference.inputs, model, reference.conditioning, reference.guidance, batch_size,
+        description, progress,
+    )  # fmt: skip
+    return sqnr_per_step_db(reference.outputs, outputs)
 
 
 def network_output(

@@ -256,7 +256,10 @@ def test_more_bins_than_were_calibrated_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"ranges": "kl"}, "range method 'kl' is not known; choose one of minmax, percentile, mse, lp"),
+        (
+            {"ranges": "entropy"},
+            "range method 'entropy' is not known; choose one of minmax, percentile, mse, lp, l1, cosine, kl",
+        ),
         ({"concat_scales": "both"}, "concat scales 'both' are not known; choose 'none', 'branch' or 'split'"),
         ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
         ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),

@@ -79,7 +79,10 @@ def test_nothing_heavy_is_loaded_to_say_something_light(arguments: list[str]) ->
         (["inspect"], "Missing argument 'BUNDLE'"),
         (["generate", "x.qdm"], "Missing option '--out'"),
         (["generate", "x.qdm", "--out", "o", "--steps", "many"], "'many' is not a valid integer"),
-        (["build", "--int8", "--ranges", "wide"], "'wide' is not one of 'minmax', 'percentile', 'mse', 'lp'"),
+        (
+            ["build", "--int8", "--ranges", "wide"],
+            "'wide' is not one of 'minmax', 'percentile', 'mse', 'lp', 'l1', 'cosine', 'kl'",
+        ),
         (["build", "--int8", "--targets", "openvino,,tensorrt"], "'openvino,,tensorrt' has an empty entry"),
         (["engine", "x.qdm", "--profile", "1,4"], "'1,4' is not three batch sizes; write MIN,OPT,MAX"),
         (["build"], "no precision was given; today there is one, INT8: add --int8"),

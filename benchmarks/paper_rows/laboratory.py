@@ -1,0 +1,200 @@
+"""What the rows of one calibration seed share: the model, its float run, calibration sets, statistics, sessions."""
+
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+import numpy as np
+from ablation import FIRST_SEED
+from bench import Case, say
+from concat_forms import split_case
+from peer_models import CALIBRATION_STEPS
+
+from qdm_calibration.collect import collect_calibration_set
+from qdm_calibration.plan import PlanOptions
+from qdm_calibration.simulate import simulate
+from qdm_calibration.statistics import collect_statistics
+from qdm_calibration.timesteps import SamplingPlan
+from qdm_deploy.artifacts.calibration_set import CalibrationSet
+from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.pipeline.conditioning import conditioning_of
+from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
+from qdm_deploy.pipeline.simulation import TorchSession
+from qdm_deploy.runtime import StepSession
+from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
+from qdm_export.float_graph import export_float_graph
+from qdm_export.step_graph import StepGraph
+from qdm_export.topology import topology_of
+from qdm_export.unet import Checkpoint
+
+__all__ = ["BATCH", "EPS", "LAST", "Laboratory", "Model", "Settings"]
+
+T = TypeVar("T")
+
+BATCH = 32
+EPS, LAST = "eps SQNR dB", "last step"
+# Statistics of one calibration set are some 100 MB; those of the set that most rows share, and of the row at hand.
+_KEPT_STATISTICS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the run.
+
+    Attributes:
+        seeds: unseen seeds of every measurement.
+        steps: denoising steps of every measurement.
+        samples: trajectories of the calibration set.
+        images: folder with the IDX files of Fashion-MNIST; None leaves out the rows that need real images.
+        cache: where calibration sets are kept; None keeps them in memory.
+        iterations: of reconstruction, per block or layer.
+        scratch: a folder for graphs, removed with the run.
+    """
+
+    seeds: int
+    steps: int
+    samples: int
+    images: Path | None
+    cache: Path | None
+    iterations: int
+    scratch: Path
+
+
+class Model:
+    """The float model and its run on the unseen seeds; the same for all calibration seeds."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        """Export, and run the float network once."""
+        self.checkpoint, self.settings, self.spec = checkpoint, settings, checkpoint.spec
+        self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+        self.graph = export_float_graph(checkpoint)
+        self.topology = topology_of(self.graph)
+        self.weights = weights_sha256(checkpoint)
+        self.seeds = range(FIRST_SEED, FIRST_SEED + settings.seeds)
+        self.conditioning = conditioning_of(self.spec, settings.seeds)
+        self._shared: dict[str, Any] = {}
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What rows of all calibration seeds share, made when it is first needed."""
+        return _once(self._shared, name, make)
+
+    @property
+    def reference(self) -> ReferenceRun:
+        """The float run with DDIM."""
+
+        def run() -> ReferenceRun:
+            say("float reference")
+            session = TorchSession(StepGraph(self.checkpoint.unet, self.spec).eval(), "float")
+            table = step_table(self.schedule, "ddim", self.settings.steps)
+            return reference_run(
+                session, table, self.seeds, self.spec, conditioning=self.conditioning, batch_size=BATCH
+            )
+
+        return self.shared("float run", run)
+
+
+class Laboratory:
+    """Calibration sets, statistics and measurements under one calibration seed; made once, shared by the rows."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        """``seed``: of the calibration; different ones share no trajectory."""
+        self.model, self.settings, self.seed = model, model.settings, seed
+        self.first = seed << 20
+        self.table: StepTable = step_table(model.schedule, "ddim", CALIBRATION_STEPS)
+        self._sets: dict[str, CalibrationSet] = {}
+        self._cases: OrderedDict[str, Case] = OrderedDict()
+        self._shared: dict[str, Any] = {}
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What rows of this calibration seed share, made when it is first needed."""
+        return _once(self._shared, name, make)
+
+    def trajectory(self, plan: SamplingPlan | None = None) -> CalibrationSet:
+        """Rows of the float model's own trajectories; by default as `build` draws them."""
+        plan = plan or SamplingPlan(samples=self.settings.samples)
+        return self.kept(
+            f"trajectory {json.dumps(dataclasses.asdict(plan), sort_keys=True)}",
+            lambda: collect_calibration_set(
+                self.model.checkpoint.unet, self.model.spec, self.table, plan, seed=self.first, batch_size=BATCH
+            ),
+        )
+
+    def kept(self, name: str, make: Callable[[], CalibrationSet]) -> CalibrationSet:
+        """The calibration set of that name, made once; with a cache folder also once over several runs.
+
+        ``name`` says everything but model, seed and number of samples.
+        """
+        if name not in self._sets:
+            path = self._file(name)
+            if path is not None and path.is_file():
+                self._sets[name] = CalibrationSet.load(path)
+            else:
+                self._sets[name] = make()
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._sets[name].save(path)
+        return self._sets[name]
+
+    def _file(self, name: str) -> Path | None:
+        if self.settings.cache is None:
+            return None
+        identity = f"{name}\0{self.model.weights}\0{self.seed}\0{self.settings.samples}"
+        return self.settings.cache / f"set-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+
+    def case(self, name: str = "", calibration: CalibrationSet | None = None, *, split: bool = False) -> Case:
+        """The model with the statistics of a calibration set called ``name``; by default of ``trajectory()``.
+
+        ``split``: with its readers of skip concatenations split.
+        """
+        key = f"{name} split" if split else name
+        if key not in self._cases:
+            if split:
+                self._cases[key] = split_case(self.case(name, calibration))
+            else:
+                rows = self.trajectory() if calibration is None else calibration
+                model = self.model
+                statistics = collect_statistics(
+                    model.checkpoint.unet, model.topology, rows, model.spec.num_train_timesteps, batch_size=BATCH
+                )
+                self._cases[key] = Case(
+                    "fashion", model.checkpoint, model.graph, model.topology, statistics, model.schedule, rows
+                )
+        self._cases.move_to_end(key)
+        while len(self._cases) > _KEPT_STATISTICS:
+            self._cases.popitem(last=False)
+        return self._cases[key]
+
+    def planned(self, case: Case, options: PlanOptions) -> dict[str, float]:
+        """Numbers of a plan: teacher-forced, on the simulation of the target tensorrt."""
+        return self.simulated(case.checkpoint, case.plan(options))
+
+    def simulated(self, checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, float]:
+        """Numbers of a plan that is made already."""
+        step = StepGraph(simulate(checkpoint.unet, plan, "tensorrt"), checkpoint.spec).eval()
+        return self.measured(TorchSession(step, "tensorrt"))
+
+    def measured(self, session: StepSession) -> dict[str, float]:
+        """Teacher-forced SQNR of the network's output: mean over the steps, and at the last."""
+        found = output_sqnr_db(self.model.reference, session, self.model.spec, batch_size=BATCH)
+        return {EPS: fmean(found), LAST: found[-1]}
+
+
+def _once(kept: dict[str, Any], name: str, make: Callable[[], T]) -> T:
+    if name not in kept:
+        kept[name] = make()
+    found: T = kept[name]
+    return found
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """Digest of all weights by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(checkpoint.unet.state_dict().items()):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(value.numpy()).tobytes())
+    return digest.hexdigest()
