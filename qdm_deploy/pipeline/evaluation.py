@@ -47,8 +47,7 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
     if options.inception_weights is not None and options.real_images is not None:
         real = real_pictures(options.real_images, model)
         inception = Inception(options.inception_weights)
-    distributional = classifier is not None or inception is not None
-    count = max(options.num, options.paired) if distributional else options.paired
+    count = _samples_needed(options, classifier is not None or inception is not None)
     table = step_table(
         NoiseSchedule.from_config(bundle.scheduler_config()),
         options.sampler,
@@ -100,6 +99,10 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
             with new_file(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return result
+
+
+def _samples_needed(options: EvaluateOptions, beside_real: bool) -> int:
+    return max(options.num, options.paired) if beside_real else options.paired
 
 
 def _beside_real(
