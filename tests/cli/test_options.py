@@ -174,7 +174,8 @@ def test_float_steps_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> N
             "evaluate",
             (
                 "a --against b -n 9 --paired 2 --features f --cache c --out o.json --html p.html --force "
-                "--sampler ddpm --steps 3 --seed 4 --guidance 5 --conditioning t.st --backend openvino --batch-size 6 --threads 1"
+                "--sampler ddpm --steps 3 --seed 4 --guidance 5 --conditioning t.st --backend openvino "
+                "--batch-size 6 --threads 1"
             ),
             EvaluateOptions(
                 bundle=Path("a"),
