@@ -23,21 +23,39 @@ __all__ = ["evaluate"]
     short_help="Judge the INT8 model against its float reference, by seeds and by distribution.",
     examples=(
         "qdm-deploy evaluate fashion.qdm",
-        "qdm-deploy evaluate fashion.qdm --num 10000 --out evaluation.json",
+        "qdm-deploy evaluate fashion.qdm --num 10000 --out evaluation.json    also writes evaluation.html",
         "qdm-deploy evaluate new.qdm --against old.qdm --backend openvino",
+        "qdm-deploy evaluate cifar.qdm --inception-weights inception.safetensors --real-images pictures",
     ),
 )
 @click.argument("bundle", type=click.Path(path_type=Path), help="Bundle whose INT8 model is judged: B.")
 @option("--against", default="fp32", metavar="fp32|BUNDLE2", help="The reference A: its own float graph, or a bundle.")
 @option("--out", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
-@option("--force", is_flag=True, help="Replace that file.")
+@option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Write it as a page to this file.  [default: beside the JSON file]",
+)
+@option("--force", is_flag=True, help="Replace these files.")
 @option("-n", "--num", type=int, default=1000, help="Images of each that are compared with real ones.")
-@option("--paired", type=int, default=64, help="Seeds that are compared image by image.")
+@option("--paired", type=int, default=64, help="Seeds that are compared step by step.")
 @option(
     "--features",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
     help="Classifier to compare with real images in.  [default: the shipped one, where it fits the model]",
+)
+@option(
+    "--inception-weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Safetensors file of torch-fidelity's Inception-v3: also measure FID, Inception score and sFID (extra fid).",
+)
+@option(
+    "--real-images",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Real pictures of the model's size, for these.",
 )
 @option(
     "--cache",
@@ -68,34 +86,36 @@ def evaluate(output: Output, /, **options: Any) -> None:
     from qdm_deploy.pipeline import EvaluateOptions
     from qdm_deploy.pipeline import evaluate as run
 
-    found = run(EvaluateOptions(**options), output.progress)
-    out = options["out"]
+    asked = EvaluateOptions(**options)
+    found = run(asked, output.progress)
+    written = [path for path in (asked.out, asked.page) if path is not None]
 
     def text(console: "Console") -> None:
         for name, side in (("A", found.a), ("B", found.b)):
             console.print(f"{name}: {side.bundle}, {side.precision} on {side.backend['backend']}")
         print_table(
             console,
-            f"B beside A, {found.paired_seeds} seeds",
-            ("metric", ">mean", ">95 % interval", ">worst"),
+            "B beside A, the same seeds",
+            ("metric", ">seeds", ">mean", ">95 % interval", ">worst"),
             (_paired(row) for row in found.paired),
         )
-        print_table(
-            console,
-            f"beside real images, {found.images} of each",
-            ("metric", ">A", ">B", ">B - A", ">95 % interval", ">real vs real"),
-            (_distribution(row) for row in found.distribution),
-        )
+        if found.distribution:
+            print_table(
+                console,
+                f"beside real images, {found.images} of each",
+                ("metric", ">A", ">B", ">B - A", ">95 % interval", ">real vs real"),
+                (_distribution(row) for row in found.distribution),
+            )
         console.print()
         console.print("\n".join(_summary(found)))
-        if out is not None:
-            console.print(f"result: {out}")
+        for path in written:
+            console.print(f"result: {path}")
 
-    output.result({"evaluation": found, "out": out}, text, _summary(found))
+    output.result({"evaluation": found, "out": asked.out, "html": asked.page}, text, _summary(found))
 
 
 def _paired(row: "PairedRow") -> tuple[str, ...]:
-    return row.metric, f"{row.mean:.4g}", f"{row.low:.4g} to {row.high:.4g}", f"{row.worst:.4g}"
+    return row.metric, str(row.seeds), f"{row.mean:.4g}", f"{row.low:.4g} to {row.high:.4g}", f"{row.worst:.4g}"
 
 
 def _distribution(row: "DistributionRow") -> tuple[str, ...]:
@@ -105,4 +125,4 @@ def _distribution(row: "DistributionRow") -> tuple[str, ...]:
 
 
 def _summary(found: "Evaluation") -> list[str]:
-    return [*found.notes, *([] if found.verdict is None else [found.verdict])]
+    return [*found.notes, found.verdict]

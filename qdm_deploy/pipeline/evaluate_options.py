@@ -20,14 +20,17 @@ class EvaluateOptions:
         bundle: the bundle that is judged.
         against: "fp32" for its own float graph, or the folder of another bundle.
         num: pictures of each that are compared with real ones.
-        paired: how many of their seeds are compared picture by picture.
+        paired: how many of their seeds are compared step by step.
         sampler, steps, seed, guidance: what is run.
         conditioning_file: as in ``BuildOptions``.
         features: a classifier's folder; None takes the one that is shipped, where it fits the model.
         backend, threads, batch_size: what runs it.
         cache: folder for samples and features; None takes the user's cache.
+        inception_weights: safetensors file of torch-fidelity's Inception-v3, for FID, Inception score and sFID.
+        real_images: folder of real pictures of the model's size that these are measured from.
         out: JSON file for the result; None writes none.
-        force: replace an existing ``out``.
+        html: page for it; None writes it beside ``out``, with the suffix html, and none without ``out``.
+        force: replace existing files.
     """
 
     bundle: Path
@@ -44,7 +47,10 @@ class EvaluateOptions:
     threads: int | None = None
     batch_size: int = 16
     cache: Path | None = None
+    inception_weights: Path | None = None
+    real_images: Path | None = None
     out: Path | None = None
+    html: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -58,5 +64,33 @@ class EvaluateOptions:
         within("guidance", self.guidance, 0, 100)
         if self.threads is not None:
             within("threads", self.threads, 1, 1024)
-        if self.out is not None and self.out.exists() and not self.force:
-            raise InputError(f"{self.out} exists; choose another file, or add --force to replace it")
+        self._check_inception()
+        if self.out is not None and self.out == self.page:
+            raise InputError(f"{self.out} cannot be both the JSON file and the page; name the JSON file .json")
+        for path in (self.out, self.page):
+            if path is not None and path.exists() and not self.force:
+                raise InputError(f"{path} exists; choose another file, or add --force to replace it")
+
+    @property
+    def page(self) -> Path | None:
+        """Where the page is written."""
+        return self.html or (None if self.out is None else self.out.with_suffix(".html"))
+
+    def _check_inception(self) -> None:
+        weights, real = self.inception_weights, self.real_images
+        if (weights is None) != (real is None):
+            raise InputError(
+                "FID, Inception score and sFID need both weights of Inception-v3 (--inception-weights) and a folder "
+                f"of real pictures (--real-images); only {'the folder' if weights is None else 'the weights'} "
+                f"{real or weights} was given"
+            )
+        if weights is None or real is None:
+            return
+        if weights.suffix != ".safetensors":
+            raise InputError(
+                f"{weights} is no safetensors file, and other formats can run code when they are read. Convert weights "
+                "that you trust: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'new.safetensors')"
+            )
+        for path, there in ((weights, weights.is_file()), (real, real.is_dir())):
+            if not there:
+                raise InputError(f"{path} does not exist; give a file of weights and a folder of pictures")

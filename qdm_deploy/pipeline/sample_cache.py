@@ -36,7 +36,7 @@ class SampleCache:
     """
 
     def __init__(self, identity: Mapping[str, object], root: Path | None = None) -> None:
-        key = hashlib.sha256(canonical_json({"format": 1, **identity})).hexdigest()
+        key = hashlib.sha256(canonical_json({"format": 2, **identity})).hexdigest()
         self.folder = (root or _default_root()).expanduser().absolute() / key
 
     def tensors(
@@ -53,13 +53,13 @@ class SampleCache:
             name: what they are; part of the file's name.
             rows: which ones; part of the file's name too.
             shapes: shape of one row of each tensor; a file that holds something else is made again. -1 is any size.
-            make: makes them, float32 with one row for each in ``rows``.
+            make: makes them, float32 or float64 with one row for each in ``rows``.
             progress: told when a file is damaged.
 
         Raises:
             InputError, EnvironmentProblem, ResourceProblem: the file cannot be written.
         """
-        path = self.folder / f"{name}-{rows.start:06d}-{rows.stop:06d}.safetensors"
+        path = self._path(name, rows)
         if path.exists():
             problem, found = _read(path, rows.stop - rows.start, shapes)
             if problem is None:
@@ -69,6 +69,13 @@ class SampleCache:
         with new_file(path) as temporary:
             save_file({key: np.ascontiguousarray(value) for key, value in values.items()}, temporary)
         return values
+
+    def holds(self, name: str, rows: slice) -> bool:
+        """Whether there is a file for these rows; only ``tensors`` knows whether it is whole."""
+        return self._path(name, rows).exists()
+
+    def _path(self, name: str, rows: slice) -> Path:
+        return self.folder / f"{name}-{rows.start:06d}-{rows.stop:06d}.safetensors"
 
 
 def _read(path: Path, count: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str | None, Tensors]:
@@ -83,8 +90,8 @@ def _read(path: Path, count: int, shapes: Mapping[str, tuple[int, ...]]) -> tupl
         fits = len(value.shape) == len(shape) + 1 and value.shape[0] == count
         if not fits or any(want not in (-1, have) for want, have in zip(shape, value.shape[1:], strict=True)):
             return f"{name} has shape {list(value.shape)}", {}
-        if value.dtype != np.float32 or not np.isfinite(value).all():
-            return f"{name} is not finite float32", {}
+        if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
+            return f"{name} is not finite float32 or float64", {}
     return None, found
 
 

@@ -43,7 +43,7 @@ def resampled_indices(count: int, *, resamples: int = RESAMPLES, seed: int = 0) 
     return (generator.integers(0, count, count) for _ in range(resamples))
 
 
-def interval_of(value: float, draws: Sequence[float]) -> Interval:
+def interval_of(value: float, draws: Sequence[float] | NDArray[np.float64]) -> Interval:
     """The 2.5 and 97.5 percentiles of a statistic's bootstrap draws, with the statistic itself."""
     low, high = np.percentile(np.asarray(draws, dtype=np.float64), [2.5, 97.5])
     return Interval(float(value), float(low), float(high))

@@ -16,8 +16,10 @@ from qdm_deploy.errors import InputError
 __all__ = [
     "Gaussian",
     "classifier_score",
+    "covered",
     "frechet_distance",
     "gaussian_of",
+    "kernel_blocks",
     "kernel_distance",
     "kernel_mean",
     "precision_recall",
@@ -96,7 +98,7 @@ def kernel_distance(first: Array, second: Array, *, first_mean: float | None = N
     """
     x, y = _same_dimension(first, second)
     own = kernel_mean(x) if first_mean is None else first_mean
-    across = sum(float(block.sum()) for block in _kernel(x, y)) / (len(x) * len(y))
+    across = sum(float(block.sum()) for block in kernel_blocks(x, y)) / (len(x) * len(y))
     return own + kernel_mean(y) - 2.0 * across
 
 
@@ -108,7 +110,7 @@ def kernel_mean(features: Array) -> float:
     """
     x = _vectors(features)
     diagonal = _cubed(np.sum(x * x, axis=1) / x.shape[1] + 1.0)
-    total = sum(float(block.sum()) for block in _kernel(x, x)) - float(diagonal.sum())
+    total = sum(float(block.sum()) for block in kernel_blocks(x, x)) - float(diagonal.sum())
     return total / (len(x) * (len(x) - 1))
 
 
@@ -129,7 +131,19 @@ def precision_recall(real: Array, made: Array, *, neighbours: int = 3) -> tuple[
     x, y = _same_dimension(real, made)
     if neighbours < 1 or min(len(x), len(y)) <= neighbours:
         raise InputError(f"{min(len(x), len(y))} vectors have no {neighbours} neighbours each; give more vectors")
-    return _covered(x, y, neighbours), _covered(y, x, neighbours)
+    return float(_inside(x, y, neighbours).mean()), float(_inside(y, x, neighbours).mean())
+
+
+def covered(centres: Array, points: Array, *, neighbours: int = 3) -> NDArray[np.bool_]:
+    """[M] whether each of the points [M, D] lies in a ball of the centres [N, D], as in ``precision_recall``.
+
+    Raises:
+        InputError: k or fewer centres, unequal dimensions, NaN or infinity.
+    """
+    x, y = _same_dimension(centres, points)
+    if neighbours < 1 or len(x) <= neighbours:
+        raise InputError(f"{len(x)} vectors have no {neighbours} neighbours each; give more vectors")
+    return _inside(x, y, neighbours)
 
 
 def probabilities(logits: Array) -> NDArray[np.float64]:
@@ -155,8 +169,11 @@ def classifier_score(logits: Array) -> float:
     return float(np.exp(np.mean(np.sum(each * ratio, axis=1))))
 
 
-def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """k(x, y) in blocks of rows; only their sums are needed, but all together would not fit into memory."""
+def kernel_blocks(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """The kernel of ``kernel_distance`` for x [N, D] and y [M, D], in blocks of rows [<= 1024, M].
+
+    Only sums of it are ever needed, and all together would not fit into memory.
+    """
     return (_cubed(x[start : start + _ROWS] @ y.T / x.shape[1] + 1.0) for start in range(0, len(x), _ROWS))
 
 
@@ -165,15 +182,15 @@ def _cubed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values * values * values
 
 
-def _covered(centres: NDArray[np.float64], points: NDArray[np.float64], neighbours: int) -> float:
-    """Share of points within at least one centre's ball."""
+def _inside(centres: NDArray[np.float64], points: NDArray[np.float64], neighbours: int) -> NDArray[np.bool_]:
+    """Which points lie within at least one centre's ball."""
     inside = np.zeros(len(points), dtype=bool)
     for start in range(0, len(centres), _ROWS):
         rows = centres[start : start + _ROWS]
         # The nearest of its own set is the vector itself, at distance 0.
         radius = np.partition(_squared_distances(rows, centres), neighbours, axis=1)[:, neighbours]
         inside |= (_squared_distances(rows, points) <= radius[:, None]).any(axis=0)
-    return float(inside.mean())
+    return inside
 
 
 def _squared_distances(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

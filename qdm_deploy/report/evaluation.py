@@ -1,10 +1,11 @@
 """The result of an evaluation: numbers, how sure they are, and the sentence that follows from them."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["DistributionRow", "Evaluation", "PairedRow", "Side", "frechet_sentence"]
+__all__ = ["DistributionRow", "Evaluation", "PairedRow", "Side", "StepRow", "frechet_sentence", "paired_sentence"]
 
 
 class _Value(BaseModel):
@@ -21,20 +22,37 @@ class Side(_Value):
 
 
 class PairedRow(_Value):
-    """B beside A on the same seeds: mean over seeds, its 95 % interval, and the worst seed."""
+    """B beside A on ``seeds`` seeds: mean, its 95 % interval, and the worst seed."""
 
     metric: str
+    seeds: int
     mean: float
     low: float
     high: float
     worst: float
 
 
+class StepRow(_Value):
+    """One denoising step, SQNR in dB over all paired seeds with 95 % intervals.
+
+    ``output``: the networks' outputs at A's own samples, so that a step's error is its own. ``sample``: each model on
+    its own trajectory, so errors add up as they do in use.
+    """
+
+    timestep: int
+    output: float
+    output_low: float
+    output_high: float
+    sample: float
+    sample_low: float
+    sample_high: float
+
+
 class DistributionRow(_Value):
     """A's and B's pictures beside real ones.
 
-    ``low`` and ``high`` are the 95 % interval of B - A, None where it is not estimated. ``floor`` is the same metric
-    between two sets of real pictures, None where there is none.
+    ``low`` and ``high`` are the 95 % interval of B - A; None where it is not estimated, and then ``why_no_interval``
+    says why. ``floor`` is the same metric between two sets of real pictures, None where there is none.
     """
 
     metric: str
@@ -43,6 +61,7 @@ class DistributionRow(_Value):
     low: float | None = None
     high: float | None = None
     floor: float | None = None
+    why_no_interval: str | None = None
 
     @property
     def difference(self) -> float:
@@ -56,6 +75,7 @@ class Evaluation(_Value):
     ``distribution`` is empty where no classifier fits the model, and ``notes`` say so.
     """
 
+    schema_version: Literal["1.0"] = "1.0"
     a: Side
     b: Side
     images: int
@@ -67,8 +87,9 @@ class Evaluation(_Value):
     classifier: str | None
     classifier_accuracy: float | None
     paired: tuple[PairedRow, ...]
+    per_step: tuple[StepRow, ...]
     distribution: tuple[DistributionRow, ...]
-    verdict: str | None
+    verdict: str
     notes: tuple[str, ...]
 
 
@@ -87,4 +108,13 @@ def frechet_sentence(row: DistributionRow, images: int) -> str:
     return (
         f"The Frechet difference B - A of {row.difference:+.4g} (95 % interval {row.low:+.4g} to {row.high:+.4g}) "
         f"{word} distinguishable from zero at N = {images}{closer}."
+    )
+
+
+def paired_sentence(rows: Sequence[PairedRow]) -> str:
+    """What can be said without real images: how far B is from A, by the last of the rows that were measured."""
+    row = rows[-1]
+    return (
+        f"Beside A, the {row.metric} of B has a mean of {row.mean:.4g} (95 % interval {row.low:.4g} to {row.high:.4g}, "
+        f"worst {row.worst:.4g}, N = {row.seeds}); without features of real images nothing says which is better."
     )

@@ -19,6 +19,7 @@ from qdm_deploy.report.markup import (
     milliseconds,
     pairs,
     precision_name,
+    script_safe,
     section,
     table,
     words,
@@ -63,7 +64,7 @@ def render(report: Report, pictures: ReportPictures | None = None) -> str:
     return page.substitute(
         title=escape(f"{report.verdict.headline}: {_model_name(report)}"),
         body="\n".join(part for part in sections if part),
-        json=_script_safe(report.to_json()),
+        json=script_safe(report.to_json()),
         version=escape(report.versions.get("qdm-deploy", "unknown")),
         schema=escape(report.schema_version),
     )
@@ -248,11 +249,6 @@ def _origin(report: Report) -> str:
         total = f"{sum(report.stage_seconds.values()):.0f} s in all."
         stages = figure("Time of the build", total, bar_chart(bars, title="Time of the build", x_label="seconds"))
     return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>{options}')
-
-
-def _script_safe(text: str) -> str:
-    """JSON that can stand in a script element: no ``<`` could end it or open a comment."""
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _model_name(report: Report) -> str:

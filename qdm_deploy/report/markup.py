@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "plain",
     "precision_name",
+    "script_safe",
     "section",
     "span_of",
     "table",
@@ -116,3 +117,8 @@ def milliseconds(value: float) -> str:
 def megabytes(size: int) -> str:
     """A number of bytes in units of 10⁶."""
     return f"{size / 1e6:.{0 if size >= 100e6 else 1 if size >= 1e6 else 3}f} MB"
+
+
+def script_safe(text: str) -> str:
+    """JSON that can stand in a script element: no ``<`` could end it or open a comment."""
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -184,8 +184,9 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
         (
             "evaluate",
             (
-                "a --against b -n 9 --paired 2 --features f --cache c --out o.json --force --sampler ddpm --steps 3 "
-                "--seed 4 --guidance 5 --conditioning t.st --backend openvino --batch-size 6 --threads 1"
+                "a --against b -n 9 --paired 2 --features f --cache c --out o.json --html p.html --force "
+                "--sampler ddpm --steps 3 --seed 4 --guidance 5 --conditioning t.st --backend openvino "
+                "--batch-size 6 --threads 1"
             ),
             EvaluateOptions(
                 bundle=Path("a"),
@@ -203,6 +204,7 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
                 batch_size=6,
                 cache=Path("c"),
                 out=Path("o.json"),
+                html=Path("p.html"),
                 force=True,
             ),
         ),
@@ -212,8 +214,17 @@ def test_each_option_of_generate_compare_and_evaluate_arrives(
     verb: str, line: str, expected: Any, replace: Replace, invoke: Invoke
 ) -> None:
     assert options_of(replace, invoke, verb, line) == expected
-    same = [field.name for field in fields(expected) if field.default == getattr(expected, field.name)]
-    assert same == [], "the line above must change every option"
+    same = {field.name for field in fields(expected) if field.default == getattr(expected, field.name)}
+    # These two are refused unless they exist.
+    assert same - {"inception_weights", "real_images"} == set(), "the line above must change every option"
+
+
+def test_the_files_for_fid_arrive(replace: Replace, invoke: Invoke, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.touch()
+    line = f"a --inception-weights {weights} --real-images {tmp_path}"
+    expected = EvaluateOptions(bundle=Path("a"), inception_weights=weights, real_images=tmp_path)
+    assert options_of(replace, invoke, "evaluate", line) == expected
 
 
 def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:

@@ -261,7 +261,8 @@ def test_evaluate_prints_the_verdict_last(replace: Replace, invoke: Invoke, one_
     found = Evaluation(
         a=side("float"), b=side("int8"), images=1000, paired_seeds=64, sampler="ddim", steps=20, seed=0, guidance=1.0,
         classifier="1" * 64, classifier_accuracy=0.92,
-        paired=(PairedRow(metric="image PSNR (dB)", mean=34.25, low=34, high=34.5, worst=28.125),),
+        paired=(PairedRow(metric="image PSNR (dB)", seeds=64, mean=34.25, low=34, high=34.5, worst=28.125),),
+        per_step=(),
         distribution=(
             DistributionRow(metric="Frechet distance, features", a=1.5, b=1.75, low=0.125, high=0.5, floor=0.0625),
             DistributionRow(metric="recall", a=0.5, b=0.25),
@@ -273,10 +274,10 @@ def test_evaluate_prints_the_verdict_last(replace: Replace, invoke: Invoke, one_
     assert (result.exit_code, result.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert lines[:2] == ["A: b.qdm, float on openvino", "B: b.qdm, int8 on openvino"]
-    assert "image PSNR (dB) 34.25 34 to 34.5 28.12" in lines
+    assert "image PSNR (dB) 64 34.25 34 to 34.5 28.12" in lines
     assert "Frechet distance, features 1.5 1.75 +0.25 +0.125 to +0.5 0.0625" in lines
     assert "recall 0.5 0.25 -0.25 - -" in lines
-    assert lines[-3:] == ["A note.", "The difference is distinguishable.", "result: r.json"]
+    assert lines[-4:] == ["A note.", "The difference is distinguishable.", "result: r.json", "result: r.html"]
 
     document = one_document(invoke("evaluate", "b.qdm", "--json").stdout)
     assert Evaluation.model_validate(document["evaluation"]) == found

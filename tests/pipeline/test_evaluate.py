@@ -1,17 +1,29 @@
 """INT8 beside its reference, by seeds and beside real pictures; chunks that survive an interruption."""
 
+import html
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline import BuildOptions, EvaluateOptions, build, evaluate, sample_cache
+from qdm_deploy.pipeline import (
+    BuildOptions,
+    CompareOptions,
+    EvaluateOptions,
+    build,
+    compare,
+    evaluate,
+    evaluation,
+    sample_cache,
+)
 from qdm_deploy.pipeline.sample_cache import SampleCache
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, frechet_sentence
 from qdm_deploy.runtime.feature_classifier import SHIPPED
@@ -69,14 +81,31 @@ class Watcher:
 def test_paired_metrics_where_no_classifier_fits(labels: Path, tmp_path: Path) -> None:
     found = evaluate(options(labels, tmp_path / "cache", out=tmp_path / "new" / "result.json", guidance=1.5))
     rows = {row.metric: row for row in found.paired}
-    assert list(rows) == ["model output SQNR (dB)", "image PSNR (dB)"]
+    assert list(rows) == [
+        "model output SQNR, mean over steps (dB)", "finished sample SQNR (dB)", "image PSNR (dB)",
+    ]  # fmt: skip
     for row in rows.values():
-        assert 5 < row.worst <= row.low <= row.mean <= row.high < 100
-    assert (found.distribution, found.verdict, found.images) == ((), None, 0)
+        assert 5 < row.worst <= row.mean < 100
+        assert 5 < row.low <= row.mean <= row.high < 100
+        assert row.seeds == 3
+    assert len(found.per_step) == 3
+    timesteps = [step.timestep for step in found.per_step]
+    assert timesteps == sorted(timesteps, reverse=True)
+    for step in found.per_step:
+        assert step.output_low <= step.output <= step.output_high
+        assert step.sample_low <= step.sample <= step.sample_high
+    assert found.per_step[-1].sample == pytest.approx(rows["finished sample SQNR (dB)"].mean)
+    assert fmean(step.output for step in found.per_step) == pytest.approx(
+        rows["model output SQNR, mean over steps (dB)"].mean
+    )
+    assert (found.distribution, found.images) == ((), 0)
+    assert found.verdict.startswith("Beside A, the image PSNR (dB) of B has a mean of")
+    assert "nothing says which is better" in found.verdict
     assert (found.a.precision, found.b.precision, found.a.bundle_id) == ("float", "int8", found.b.bundle_id)
     assert "Only paired metrics: no classifier was given" in found.notes[0]
     assert "No SSIM" in found.notes[1]
     assert Evaluation.model_validate_json((tmp_path / "new" / "result.json").read_bytes()) == found
+    assert found.verdict in html.unescape((tmp_path / "new" / "result.html").read_text())
 
 
 @pytest.mark.slow  # 2000 resamples, and the 10,000 real pictures among themselves
@@ -86,7 +115,7 @@ def test_against_real_pictures(clothes: Path, tmp_path: Path) -> None:
     rows = {row.metric: row for row in found.distribution}
     assert list(rows) == [
         "Frechet distance, features", "Frechet distance, spatial", "kernel distance", "precision", "recall",
-        "classifier score", "label agreement",
+        "classifier score", "asked-for label",
     ]  # fmt: skip
     frechet = rows["Frechet distance, features"]
     # Pictures of a network that learned nothing are far away from clothes; other clothes are not.
@@ -94,45 +123,93 @@ def test_against_real_pictures(clothes: Path, tmp_path: Path) -> None:
     assert min(frechet.a, frechet.b) > 1.5 * frechet.floor
     assert rows["recall"].floor is not None
     assert rows["recall"].floor > rows["recall"].a
-    assert frechet.low is not None
-    assert frechet.high is not None
-    assert frechet.low <= frechet.high
+    for metric, row in rows.items():
+        without = metric in ("Frechet distance, spatial", "recall")
+        assert (row.low is None, row.high is None, row.why_no_interval is not None) == (without,) * 3, metric
+        if row.low is not None and row.high is not None:
+            assert row.low <= row.difference <= row.high, metric
     assert 1 <= rows["classifier score"].a <= 10
-    assert rows["label agreement"].floor == found.classifier_accuracy
+    assert rows["asked-for label"].floor == found.classifier_accuracy
     assert found.classifier_accuracy is not None
     assert found.classifier_accuracy > 0.9
     assert found.images == 20
     assert found.verdict is not None
     assert "at N = 20" in found.verdict
-    assert [row.metric for row in found.paired] == ["model output SQNR (dB)", "image PSNR (dB)", "image SSIM"]
+    assert [(row.metric, row.seeds) for row in found.paired] == [
+        ("model output SQNR, mean over steps (dB)", 3), ("finished sample SQNR (dB)", 3), ("image PSNR (dB)", 20),
+        ("image SSIM", 20), ("same label", 20),
+    ]  # fmt: skip
 
     again = Watcher()
     assert evaluate(options(clothes, tmp_path, num=20), again) == found
-    assert any("images 1 to 20" in task for task in watcher.tasks)
-    assert not any("images 1 to" in task for task in again.tasks), "both sets of images were in the cache"
+    # The first three are those of the comparison step by step.
+    assert any("images 4 to 20" in task for task in watcher.tasks)
+    assert not any("images" in task for task in again.tasks if ":" in task), "both sets of images were in the cache"
+    assert "Comparing real pictures with real ones" in watcher.tasks
+    assert "Comparing real pictures with real ones" not in again.tasks
 
 
 def test_an_interrupted_run_goes_on(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_cache, "CHUNK_IMAGES", 2)
+    # No classifier fits the tiny model, so only the paired seeds would be sampled.
+    monkeypatch.setattr(evaluation, "_samples_needed", lambda options, beside_real: 7)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(options(labels, tmp_path / "cache", paired=5), Watcher("images 5 to 5"))
+        evaluate(options(labels, tmp_path / "cache"), Watcher("images 7 to 7"))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/*")}
-    assert sorted(path.name for path in kept) == [f"samples-{a:06d}-{a + 2:06d}.safetensors" for a in (0, 2)]
+    assert sorted(path.name for path in kept) == [
+        *(f"samples-{a:06d}-{a + 2:06d}.safetensors" for a in (0, 2, 4)), "steps-000000-000003.safetensors",
+    ]  # fmt: skip
 
     watcher = Watcher()
-    found = evaluate(options(labels, tmp_path / "cache", paired=5), watcher)
+    found = evaluate(options(labels, tmp_path / "cache"), watcher)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    made = [task for task in watcher.tasks if "images" in task]
-    assert made == [f"A (onnxruntime float): images {a} of 5" for a in ("5 to 5",)] + [
-        f"B (onnxruntime int8): images {a} of 5" for a in ("1 to 2", "3 to 4", "5 to 5")
+    made = [task for task in watcher.tasks if " to " in task]
+    assert made == ["A (onnxruntime float): images 7 to 7 of 7"] + [
+        f"B (onnxruntime int8): images {a} of 7" for a in ("4 to 4", "5 to 6", "7 to 7")
     ]
-    assert found == evaluate(options(labels, tmp_path / "fresh", paired=5))
+    assert found == evaluate(options(labels, tmp_path / "fresh"))
 
 
 def test_other_settings_have_other_files(labels: Path, tmp_path: Path) -> None:
     for changes in ({}, {"seed": 1}, {"steps": 2}, {"guidance": 2.0}, {"sampler": "euler"}):
         evaluate(options(labels, tmp_path, **changes))
-    assert len(list(tmp_path.iterdir())) == 10
+    # A, B, and what is known of the pair.
+    assert len(list(tmp_path.iterdir())) == 15
+
+
+def test_samples_are_those_of_the_files_and_not_of_the_bundle(labels: Path, tmp_path: Path, reseal: Any) -> None:
+    evaluate(options(labels, tmp_path / "cache"))
+    other = tmp_path / "other.qdm"
+    shutil.copytree(labels, other)
+    manifest = other / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "created": "2001-01-01T00:00:00Z"}))
+    reseal(other)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    found = evaluate(options(other, tmp_path / "cache"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+    assert found.b.bundle_id != Bundle.open(labels).id
+
+    # Another float graph: other samples of A, but B's INT8 graph is the same.
+    with (other / "unet" / "float.data").open("r+b") as file:
+        file.write(bytes(64))
+    reseal(other)
+    with_float = {path.name for path in (tmp_path / "cache").iterdir()}
+    evaluate(options(other, tmp_path / "cache"))
+    assert len({path.name for path in (tmp_path / "cache").iterdir()} - with_float) == 2
+
+
+def test_what_is_compared_is_what_a_straight_run_gives(labels: Path, tmp_path: Path) -> None:
+    found = evaluate(options(labels, tmp_path, paired=3, steps=4))
+    compared = compare(
+        CompareOptions(
+            a=labels, b=labels, precision_a="float", samples=3, steps=4, backend_a="onnxruntime",
+            backend_b="onnxruntime", threads=1,
+        )
+    ).quality  # fmt: skip
+    assert [step.timestep for step in found.per_step] == list(compared.timesteps)
+    assert [step.output for step in found.per_step] == pytest.approx(compared.eps_sqnr_db, abs=0.01)
+    assert [step.sample for step in found.per_step] == pytest.approx(compared.state_sqnr_db, abs=0.01)
+    assert found.paired[2].mean == pytest.approx(compared.psnr_mean_db, abs=0.01)
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
@@ -155,7 +232,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
         (whole[:-4], "not usable"),
         (whole.replace(b"samples", b"simples"), "it holds simples"),
         (whole.replace(b"[2,3]", b"[3,2]"), r"samples has shape \[3, 2\]"),
-        (whole[:-4] + np.float32(np.nan).tobytes(), "samples is not finite float32"),
+        (whole[:-4] + np.float32(np.nan).tobytes(), "samples is not finite float32 or float64"),
     ):
         path.write_bytes(content)
         values, said = get(lambda: first)
@@ -213,6 +290,12 @@ def test_what_cannot_be_compared_is_refused_before_any_work(labels: Path, rgb: P
         ({"batch_size": 0}, "batch size is 0; it must be from 1 to 1024"),
         ({"seed": -1}, "seed is -1; it must be from 0 to"),
         ({"guidance": -1.0}, r"guidance is -1\.0; it must be from 0 to 100"),
+        ({"inception_weights": Path("w.safetensors")}, r"only the weights w\.safetensors was given"),
+        ({"real_images": Path("r")}, "only the folder r was given"),
+        ({"inception_weights": Path("w.pth"), "real_images": Path("r")}, r"w\.pth is no safetensors file"),
+        ({"inception_weights": Path("w.safetensors"), "real_images": Path("r")}, r"w\.safetensors does not exist"),
+        ({"out": Path("x.html")}, r"x\.html cannot be both the JSON file and the page"),
+        ({"html": Path(__file__)}, r"test_evaluate\.py exists; choose another file, or add --force"),
         ({"threads": 0}, "threads is 0; it must be from 1 to 1024"),
         ({"out": Path(__file__)}, r"test_evaluate\.py exists; choose another file, or add --force"),
     ],

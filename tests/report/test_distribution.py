@@ -9,6 +9,7 @@ from qdm_deploy.report.bootstrap import mean_interval, resampled_indices
 from qdm_deploy.report.distribution import (
     Gaussian,
     classifier_score,
+    covered,
     frechet_distance,
     gaussian_of,
     kernel_distance,
@@ -16,7 +17,7 @@ from qdm_deploy.report.distribution import (
     precision_recall,
     probabilities,
 )
-from qdm_deploy.report.paired_distribution import frechet_difference
+from qdm_deploy.report.paired_distribution import frechet_difference, kernel_difference, score_difference
 
 
 def gaussian(mean: float, variance: float, dimensions: int = 3) -> Gaussian:
@@ -121,6 +122,58 @@ def test_pairing_narrows_the_interval() -> None:
     assert paired.high - paired.low < 0.7 * (unpaired.high - unpaired.low)
 
 
+def test_the_kernel_difference_is_that_of_the_draws_written_out() -> None:
+    real, a = normal(40, seed=1), normal(9, seed=2)
+    b = a + 0.3 * normal(9, seed=3)
+    found = kernel_difference(real, a, b, resamples=30, seed=4)
+    assert found.value == pytest.approx(kernel_distance(real, b) - kernel_distance(real, a), rel=1e-5)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    def distance(made: np.ndarray, rows: np.ndarray) -> float:
+        pairs = [(i, j) for i in rows for j in rows if i != j]  # two seeds, never one with itself
+        within = np.mean([kernel(made[i], made[j]) for i, j in pairs])
+        return float(within - 2 * np.mean([kernel(made[i], other) for i in rows for other in real]))
+
+    generator = np.random.default_rng(4)
+    draws = []
+    for _ in range(30):
+        rows = generator.integers(0, 9, 9)
+        draws.append(distance(b, rows) - distance(a, rows))
+    assert np.allclose((found.low, found.high), np.percentile(draws, [2.5, 97.5]), rtol=1e-4)
+
+
+def test_the_kernel_difference_sees_a_shift_and_no_noise() -> None:
+    real, a = normal(500, seed=1), normal(300, seed=2)
+    assert kernel_difference(real, a, a, resamples=50).holds_zero
+    worse = kernel_difference(real, a, a + 0.5, resamples=200)
+    assert 0 < worse.low < worse.value < worse.high
+
+
+def test_the_score_difference_is_that_of_the_draws_written_out() -> None:
+    a = 3 * normal(50, seed=5)
+    b = a + normal(50, seed=6)
+    found = score_difference(a, b, resamples=40, seed=7)
+    assert found.value == pytest.approx(classifier_score(b) - classifier_score(a))
+    generator = np.random.default_rng(7)
+    draws = []
+    for _ in range(40):
+        rows = generator.integers(0, 50, 50)
+        draws.append(classifier_score(b[rows]) - classifier_score(a[rows]))
+    assert np.allclose((found.low, found.high), np.percentile(draws, [2.5, 97.5]))
+
+
+def test_covered_points_are_what_precision_and_recall_count() -> None:
+    real, made = normal(60, seed=8), normal(50, seed=9) * 1.5
+    precision, recall = precision_recall(real, made)
+    assert 0 < precision < 1
+    assert (covered(real, made).mean(), covered(made, real).mean()) == (precision, recall)
+    assert covered(np.array([[0.0], [1.0], [3.0]]), np.array([[-0.9], [2.2], [6.0]]), neighbours=1).tolist() == [
+        True, True, False,
+    ]  # fmt: skip
+
+
 def test_mean_interval_is_that_of_the_normal_approximation() -> None:
     values = np.random.default_rng(0).normal(5, 2, size=400)
     found = mean_interval(values.tolist())
@@ -140,6 +193,9 @@ def test_mean_interval_is_that_of_the_normal_approximation() -> None:
         (lambda: frechet_distance(gaussian(0, 1, 2), gaussian(0, 1, 3)), "features of 2 and 3 dimensions cannot be"),
         (lambda: kernel_distance(np.zeros((4, 2)), np.zeros((4, 3))), "features of 2 and 3 dimensions cannot be"),
         (lambda: precision_recall(np.zeros((3, 2)), np.zeros((9, 2))), "3 vectors have no 3 neighbours each"),
+        (lambda: covered(np.zeros((3, 2)), np.zeros((9, 2))), "3 vectors have no 3 neighbours each"),
+        (lambda: kernel_difference(normal(4, 3), normal(4, 3), normal(5, 3)), r"\[4, 3\] and \[5, 3\] are no pairs"),
+        (lambda: score_difference(normal(4, 3), normal(5, 3)), r"\[4, 3\] and \[5, 3\] are no pairs"),
         (lambda: frechet_difference(gaussian(0, 1), normal(4, 3), normal(5, 3)), r"\[4, 3\] and \[5, 3\] are no pairs"),
         (lambda: resampled_indices(1), "2000 resamples of 1 values give no interval"),
         (lambda: mean_interval([1.0, float("inf")]), "1 of 2 values are NaN or infinite"),
