@@ -119,12 +119,14 @@ def _searched_plan(
     statistics: ActivationStatistics,
     progress: Progress,
 ) -> QuantizationPlan:
-    from qdm_calibration.channel_factors import search_channel_factors
+    from qdm_calibration.channel_factors import free_inputs, search_channel_factors
     from qdm_calibration.plan import PlanOptions, make_plan
     from qdm_calibration.statistics import collect_scaled_inputs
 
     factors = None
-    if options.channel_scales == "auto":
+    bins = _step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps)
+    if options.channel_scales != "none":
+        free = free_inputs(topology, options.targets, gains=bins > 1)
         factors = search_channel_factors(
             checkpoint.unet,
             topology,
@@ -134,6 +136,7 @@ def _searched_plan(
             zero_offset=options.zero_offset,
             weight_bits=options.weight_bits,
             branch_fold=options.concat_scales == "branch",
+            channels=free if options.channel_scales == "free" else None,
             progress=progress,
         )
         inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}
@@ -149,7 +152,7 @@ def _searched_plan(
             ranges=options.ranges,
             zero_offset=options.zero_offset,
             concat_scales=options.concat_scales,
-            step_bins=_step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps),
+            step_bins=bins,
             weight_bits=options.weight_bits,
         ),
         factors=factors,

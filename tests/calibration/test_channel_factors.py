@@ -92,13 +92,13 @@ def test_even_channels_are_left_alone() -> None:
 
 def test_branches_are_offered_their_fold_and_channels_can_be_switched_off() -> None:
     gains = torch.cat([torch.full((8,), 0.02), torch.ones(8)])
-    *_, found = searched(gains, Topology((layer((8, 8)),)), channels=False)
+    *_, found = searched(gains, Topology((layer((8, 8)),)), channels=())
     assert "branch fold" in found.note
     assert "alpha" not in found.note
 
 
 def test_nothing_to_offer_is_said() -> None:
-    *_, found = searched(torch.ones(CHANNELS), Topology((layer(),)), channels=False)
+    *_, found = searched(torch.ones(CHANNELS), Topology((layer(),)), channels=())
     assert (found.inverse_k, found.gain_db) == (None, 0.0)
     assert found.note == "none: this input offers no factor"
 
