@@ -23,7 +23,7 @@ class Layer:
         normalized: whether a normalization stands between the last residual tensor and this input.
         strides, pads: of the convolution, (h, w) and (top, left, bottom, right); empty for "linear".
         spatial: (H, W) of the input of a convolution; None for "linear".
-        absorber: what takes a factor per channel of this input at no cost, going by the graph: "norm" (the scale and bias
+        absorber: what takes a factor per channel of this input at no cost, going by the graph: "norm" (scale and bias
             of the normalization before it: any factor), "weights" (layers that make it: powers of two, so that their
             weight scales stay exact); None where it needs an operation, or where something else reads the input too.
         float_reason: why the layer stays in floating point whatever the plan wants; None where INT8 is possible.

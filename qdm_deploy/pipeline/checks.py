@@ -75,6 +75,7 @@ def check_layers(
 ) -> CheckRow:
     """Every INT8 layer of a target's graph against its simulation, on the input that layer got in that graph.
 
+    Where factors k are absorbed, the float graph with them is first held against PyTorch.
     The graph is emitted once more, with each layer's input and result among its outputs, and in float32 throughout: a
     float16 engine rounds an input before it returns it, and what was rounded is not what was quantized.
     """
@@ -85,13 +86,23 @@ def check_layers(
     from qdm_export.float_graph import save_graph
     from qdm_export.targets import absorb, emit
 
-    absorbed = absorb(float_graph.clone(), plan, target)
+    name = f"{target} graph computes the planned integers"
+    backend = "onnxruntime" if target == "onnxruntime" else "openvino"
+    rewritten = float_graph.clone()
+    absorbed = absorb(rewritten, plan, target)
+    if absorbed.inputs:
+        # A layer is checked on the input it gets, so a factor lost on the way there would not show: this does.
+        path = folder / f"{target}.absorbed.onnx"
+        save_graph(rewritten, path, weights=f"{target}.absorbed.data")
+        same = check_float_graph(run_graph(backend, path, inputs), checkpoint, inputs)
+        if not same.ok:
+            return CheckRow(name=name, ok=False, detail=f"with its factors k absorbed, the float graph: {same.detail}")
     graph = emit(float_graph, plan, target, half=False)
     endpoints = layer_endpoints(graph, plan)
     path = folder / f"{target}.check.onnx"
     exposed = with_outputs(graph, [name for item in endpoints for name in (item.data, item.result)])
     save_graph(exposed, path, weights=f"{target}.check.data")
-    values = run_graph("onnxruntime" if target == "onnxruntime" else "openvino", path, inputs)
+    values = run_graph(backend, path, inputs)
     bins = torch.from_numpy(plan.bin_of_timestep()[inputs["timestep"]])
 
     def along(layer: LayerPlan, factor: NDArray[np.float32]) -> torch.Tensor:
@@ -116,16 +127,14 @@ def check_layers(
             exact, simulated = exact.numpy(), simulated.numpy()
         margins[item.name] = sqnr_db(simulated, values[item.result]) - sqnr_db(exact, simulated)
     if not margins:
-        return CheckRow(
-            name=f"{target} graph computes the planned integers", ok=True, detail="no layer is planned in INT8"
-        )
+        return CheckRow(name=name, ok=True, detail="no layer is planned in INT8")
     worst = min(margins, key=lambda name: margins[name])
     matching = sum(margin >= _MARGIN_DB for margin in margins.values())
     detail = (
         f"{matching} of {len(margins)} layers match their simulation; the implementation's error is at least "
         f"{margins[worst]:.0f} dB below the layer's quantization error (needed: {_MARGIN_DB:.0f} dB; least at {worst})"
     )
-    return CheckRow(name=f"{target} graph computes the planned integers", ok=matching == len(margins), detail=detail)
+    return CheckRow(name=name, ok=matching == len(margins), detail=detail)
 
 
 def check_half_graph(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdm_calibration.channel_factors import search_channel_factors
+from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import collect_scaled_inputs, collect_statistics
@@ -119,3 +119,41 @@ def test_scaled_statistics_are_of_x_over_k() -> None:
 def test_any_number_of_rows_will_do(rows_asked: int) -> None:
     *_, found = searched(torch.logspace(-1.3, 1.3, CHANNELS), Topology((layer(),)), rows=rows_asked)
     assert found.inverse_k is not None
+
+
+def test_factors_that_weights_take_up_are_powers_of_two() -> None:
+    gains = torch.logspace(-1.3, 1.3, CHANNELS)
+    *_, anywhere = searched(gains, Topology((replace(layer(), absorber="norm"),)))
+    *_, weights = searched(gains, Topology((replace(layer(), absorber="weights"),)))
+    assert "in the normalization before it" in anywhere.note
+    assert "powers of two, in the weights before it" in weights.note
+    fractions, _ = np.frexp(anywhere.inverse_k)
+    assert (fractions != 0.5).any()
+    fractions, _ = np.frexp(weights.inverse_k)
+    assert (fractions == 0.5).all()
+    assert weights.inverse_k.min() >= 1
+    assert weights.gain_db > 1  # rounding k to a power of two costs little
+
+
+def test_free_inputs_depend_on_the_targets_and_on_gains() -> None:
+    first = replace(layer(), normalized=True)
+    others = {
+        "raw": replace(first, normalized=False),
+        "norm": replace(first, absorber="norm"),
+        "weights": replace(first, normalized=False, absorber="weights"),
+    }
+    named = [replace(item, name=name, input_group=name) for name, item in {"conv": first, **others}.items()]
+    linear = Layer("linear", "linear", (8, 8), "linear", (8,), True)
+    topology = Topology((*named, linear))
+    absorbed = {"norm", "weights"}
+    assert free_inputs(topology, ["onnxruntime", "tensorrt"], gains=True) == absorbed
+    assert free_inputs(topology, ["onnxruntime", "openvino"], gains=True) == absorbed | {"conv"}
+    assert free_inputs(topology, ["openvino"], gains=False) == absorbed | {"conv", "raw"}
+
+
+def test_only_the_inputs_named_are_offered_factors() -> None:
+    gains = torch.logspace(-1.3, 1.3, CHANNELS)
+    *_, offered = searched(gains, Topology((layer(),)), channels=["conv"])
+    *_, not_offered = searched(gains, Topology((layer(),)), channels=["another"])
+    assert offered.inverse_k is not None
+    assert not_offered.inverse_k is None

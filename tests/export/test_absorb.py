@@ -1,7 +1,6 @@
 """Absorbed factors: the function stays, no multiply is left, integers match, and what must be refused is."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
