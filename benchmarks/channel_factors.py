@@ -24,7 +24,7 @@ from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.simulate import simulate
 from qdm_calibration.statistics import collect_scaled_inputs
-from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
@@ -40,8 +40,8 @@ FIRST_SEED = 2**40
 # Name of the variant: the inputs that are offered factors, and whether constants take up what they can.
 VARIANTS = {
     "none": ("none", True),
+    "absorbed": ("absorbed", True),
     "free": ("free", True),
-    "free, and unnormalized inputs": ("unnormalized", True),
     "auto": ("auto", True),
     "auto, each a multiply": ("auto", False),
 }
@@ -51,10 +51,9 @@ def offered(model: Case, scope: str) -> Collection[str] | None:
     """The inputs that may have factors per channel; None: all."""
     if scope == "auto":
         return None
-    found = free_inputs(model.topology, ["tensorrt"], gains=True)
-    if scope == "unnormalized":
-        found |= {name for name, layers in model.topology.groups().items() if not layers[0].normalized}
-    return found
+    if scope == "free":
+        return free_inputs(model.topology, TARGETS)
+    return {name for name, layers in model.topology.groups().items() if layers[0].absorber is not None}
 
 
 def plan_with(model: Case, scope: str) -> QuantizationPlan:

@@ -56,23 +56,24 @@ class ChannelFactors:
     gain_db: float
 
 
-def free_inputs(topology: Topology, targets: Collection[Target], *, gains: bool) -> frozenset[str]:
-    """The shared inputs where a factor per channel costs no operation on any of these targets.
+def free_inputs(topology: Topology, targets: Collection[Target]) -> frozenset[str]:
+    """The shared inputs where a factor per channel costs no kernel on any of these targets.
 
-    What stands before the input takes it (``Layer.absorber``), or, on targets with unsigned codes, the quantize of a
-    convolution does (``LayerPlan.axis_scale``), which gains that may come between would prevent.
+    What stands before the input takes it (``Layer.absorber``). Else, where codes are unsigned, the quantize of a
+    convolution does (``LayerPlan.axis_scale``); on ``tensorrt`` the multiply joins the quantize's own kernel, unless
+    that is one with the normalization and SiLU before it, which a multiply would part.
 
     Args:
         topology: the layers.
         targets: where the plan shall run.
-        gains: whether the plan may use gains r, which inputs that nothing normalizes may then have.
     """
-    return frozenset(
-        name
-        for name, (first, *_) in topology.groups().items()
-        if first.absorber is not None
-        or ("tensorrt" not in targets and first.kind == "conv" and (first.normalized or not gains))
-    )
+
+    def free(layer: Layer) -> bool:
+        return layer.absorber is not None or all(
+            not layer.normalized if target == "tensorrt" else layer.kind == "conv" for target in targets
+        )
+
+    return frozenset(name for name, (first, *_) in topology.groups().items() if free(first))
 
 
 def search_channel_factors(
@@ -102,7 +103,8 @@ def search_channel_factors(
         zero_offset: allow z.
         weight_bits: bits of the weights that take the factors: fewer bits bear smaller ones.
         branch_fold: offer the full fold of branch ranges at skip concatenations.
-        channels: shared inputs to offer k_c = (amax_c / max)**alpha; None: all.
+        channels: shared inputs to offer k_c = (amax_c / max)**alpha; None: all. The others are offered the fold alone,
+            and that only where no normalization stands before them.
         rows: calibration rows to measure on, spread over the timesteps.
         submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
@@ -113,7 +115,7 @@ def search_channel_factors(
         name: _candidates(
             layers[0],
             statistics.inputs[name],
-            branch_fold=branch_fold,
+            branch_fold=branch_fold and (channels is None or name in channels or not layers[0].normalized),
             channels=channels is None or name in channels,
         )
         for name, layers in groups.items()

@@ -113,6 +113,8 @@ class _QuantizedLayer(nn.Module):
         """Activation codes q in [-128, 127] for x, in the order of operations of the target."""
         plan = self.plan
         if self.axis_scale is not None:
+            if self.inverse_r is not None:
+                x = x * self._gain(self.inverse_r, x)
             return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(-128, 127)
         if self.inverse_k is not None:
             x = x * self.inverse_k

@@ -124,9 +124,8 @@ def _searched_plan(
     from qdm_calibration.statistics import collect_scaled_inputs
 
     factors = None
-    bins = _step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps)
     if options.channel_scales != "none":
-        free = free_inputs(topology, options.targets, gains=bins > 1)
+        free = free_inputs(topology, options.targets)
         factors = search_channel_factors(
             checkpoint.unet,
             topology,
@@ -152,7 +151,7 @@ def _searched_plan(
             ranges=options.ranges,
             zero_offset=options.zero_offset,
             concat_scales=options.concat_scales,
-            step_bins=bins,
+            step_bins=_step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps),
             weight_bits=options.weight_bits,
         ),
         factors=factors,

@@ -135,7 +135,7 @@ def test_factors_that_weights_take_up_are_powers_of_two() -> None:
     assert weights.gain_db > 1  # rounding k to a power of two costs little
 
 
-def test_free_inputs_depend_on_the_targets_and_on_gains() -> None:
+def test_free_inputs_depend_on_the_targets() -> None:
     first = replace(layer(), normalized=True)
     others = {
         "raw": replace(first, normalized=False),
@@ -144,11 +144,12 @@ def test_free_inputs_depend_on_the_targets_and_on_gains() -> None:
     }
     named = [replace(item, name=name, input_group=name) for name, item in {"conv": first, **others}.items()]
     linear = Layer("linear", "linear", (8, 8), "linear", (8,), True)
-    topology = Topology((*named, linear))
+    raw_linear = replace(linear, name="raw linear", input_group="raw linear", normalized=False)
+    topology = Topology((*named, linear, raw_linear))
     absorbed = {"norm", "weights"}
-    assert free_inputs(topology, ["onnxruntime", "tensorrt"], gains=True) == absorbed
-    assert free_inputs(topology, ["onnxruntime", "openvino"], gains=True) == absorbed | {"conv"}
-    assert free_inputs(topology, ["openvino"], gains=False) == absorbed | {"conv", "raw"}
+    assert free_inputs(topology, ["onnxruntime", "openvino"]) == absorbed | {"conv", "raw"}
+    assert free_inputs(topology, ["tensorrt"]) == absorbed | {"raw", "raw linear"}
+    assert free_inputs(topology, ["onnxruntime", "tensorrt"]) == absorbed | {"raw"}
 
 
 def test_only_the_inputs_named_are_offered_factors() -> None:
