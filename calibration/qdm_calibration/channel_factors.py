@@ -7,7 +7,7 @@ Which one is best depends on how the weights share the load, so it is measured: 
 inputs from the trajectory, with the codes it would be deployed with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,23 @@ from qdm_calibration.rows import chosen_rows, in_batches, run_rows
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import TensorCollector
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
-from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.artifacts.plan import LayerPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.progress import SILENT, Advance, Progress
 
-__all__ = ["ChannelFactors", "search_channel_factors"]
+__all__ = ["ChannelFactors", "free_inputs", "search_channel_factors"]
 
 EXPONENTS = (0.25, 0.5, 0.75)
 # A factor that removes less of a layer's error than this is not worth an operation in the graph.
 _MIN_GAIN_DB = 0.1
 _ROWS = 40
+# Where the factor goes, for the note.
+_HOMES = {
+    None: "",
+    "norm": " (in the normalization before it)",
+    "weights": " (powers of two, in the weights before it)",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,26 @@ class ChannelFactors:
     gain_db: float
 
 
+def free_inputs(topology: Topology, targets: Collection[Target]) -> frozenset[str]:
+    """The shared inputs where a factor per channel costs no kernel on any of these targets.
+
+    What stands before the input takes it (``Layer.absorber``). Else, where codes are unsigned, the quantize of a
+    convolution does (``LayerPlan.axis_scale``); on ``tensorrt`` the multiply joins the quantize's own kernel, unless
+    that is one with the normalization and SiLU before it, which a multiply would part.
+
+    Args:
+        topology: the layers.
+        targets: where the plan shall run.
+    """
+
+    def free(layer: Layer) -> bool:
+        return layer.absorber is not None or all(
+            not layer.normalized if target == "tensorrt" else layer.kind == "conv" for target in targets
+        )
+
+    return frozenset(name for name, (first, *_) in topology.groups().items() if free(first))
+
+
 def search_channel_factors(
     network: nn.Module,
     topology: Topology,
@@ -60,7 +86,7 @@ def search_channel_factors(
     zero_offset: bool = True,
     weight_bits: int = 8,
     branch_fold: bool = True,
-    channels: bool = True,
+    channels: Collection[str] | None = None,
     rows: int = _ROWS,
     submodule_prefix: str = "unet.",
     batch_size: int = 8,
@@ -77,7 +103,8 @@ def search_channel_factors(
         zero_offset: allow z.
         weight_bits: bits of the weights that take the factors: fewer bits bear smaller ones.
         branch_fold: offer the full fold of branch ranges at skip concatenations.
-        channels: offer k_c = (amax_c / max)**alpha.
+        channels: shared inputs to offer k_c = (amax_c / max)**alpha; None: all. The others are offered the fold alone,
+            and that only where no normalization stands before them.
         rows: calibration rows to measure on, spread over the timesteps.
         submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
@@ -85,7 +112,12 @@ def search_channel_factors(
     """
     groups = topology.groups()
     candidates = {
-        name: _candidates(layers[0], statistics.inputs[name], branch_fold=branch_fold, channels=channels)
+        name: _candidates(
+            layers[0],
+            statistics.inputs[name],
+            branch_fold=branch_fold and (channels is None or name in channels or not layers[0].normalized),
+            channels=channels is None or name in channels,
+        )
         for name, layers in groups.items()
     }
     picked = chosen_rows(calibration.timestep, rows)
@@ -140,7 +172,7 @@ def search_channel_factors(
             ],
             advance,
         )
-    return {name: _decide(found, errors[name]) for name, found in candidates.items()}
+    return {name: _decide(groups[name][0], found, errors[name]) for name, found in candidates.items()}
 
 
 _Candidate = tuple[str, NDArray[np.float32] | None]
@@ -155,15 +187,18 @@ def _candidates(layer: Layer, tensor: TensorStatistics, *, branch_fold: bool, ch
     # A channel that calibration hardly saw must not blow up: nothing is stretched more than 64-fold.
     share = np.maximum(amax / peak, 1 / 64)
     if channels:
-        found += [(f"alpha {alpha:g}", _float16(share**-alpha)) for alpha in EXPONENTS]
+        found += [(f"alpha {alpha:g}", _inverse(layer, share**-alpha)) for alpha in EXPONENTS]
     if branch_fold and layer.reads_concat:
         ends = np.cumsum(layer.branches)
         per_branch = [float(part.max()) for part in np.split(share, ends[:-1])]
-        found.append(("branch fold", _float16(1 / np.repeat(per_branch, layer.branches))))
+        found.append(("branch fold", _inverse(layer, 1 / np.repeat(per_branch, layer.branches))))
     return found
 
 
-def _float16(values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _inverse(layer: Layer, values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """1 / k, exact in float16; a power of two where the weight scales of other layers take it."""
+    if layer.absorber == "weights":
+        values = np.exp2(np.round(np.log2(values)))
     return values.astype(np.float16).astype(np.float32)
 
 
@@ -195,7 +230,7 @@ def _error(
     return float((got - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
 
 
-def _decide(candidates: Sequence[_Candidate], errors: NDArray[np.float64]) -> ChannelFactors:
+def _decide(layer: Layer, candidates: Sequence[_Candidate], errors: NDArray[np.float64]) -> ChannelFactors:
     if len(candidates) == 1:
         return ChannelFactors(None, "none: this input offers no factor", 0.0)
     db: Mapping[str, float] = {
@@ -206,4 +241,5 @@ def _decide(candidates: Sequence[_Candidate], errors: NDArray[np.float64]) -> Ch
     tried = ", ".join(f"{name} {gain:+.2f} dB" for name, gain in db.items() if name != "none")
     if db[best] < _MIN_GAIN_DB:
         return ChannelFactors(None, f"left out: measured on the layer's output, {tried}", 0.0)
-    return ChannelFactors(dict(candidates)[best], f"{best}: measured on the layer's output, {tried}", db[best])
+    note = f"{best}{_HOMES[layer.absorber]}: measured on the layer's output, {tried}"
+    return ChannelFactors(dict(candidates)[best], note, db[best])

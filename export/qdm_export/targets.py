@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
+from qdm_export.absorb import Absorption, absorb_factors
 from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
@@ -25,7 +26,7 @@ from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.step_gains import StepGains
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
-__all__ = ["FORMS", "TargetForm", "emit", "emit_float"]
+__all__ = ["FORMS", "TargetForm", "absorb", "emit", "emit_float"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,15 @@ FORMS: dict[Target, TargetForm] = {
 }
 
 
-def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool = True) -> ir.Model:
+def absorb(model: ir.Model, plan: QuantizationPlan, target: Target) -> Absorption:
+    """Rewrite a float step graph in place as ``emit`` does first: factors k that cost nothing on ``target``."""
+    form = FORMS[target]
+    return absorb_factors(model, plan, unsigned=form.unsigned, quantized_outputs=form.quantized_outputs)
+
+
+def emit(
+    graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool = True, absorb_k: bool = True
+) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
     Args:
@@ -53,6 +62,7 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
         plan: what to quantize, with which numbers.
         target: whose form.
         half: off keeps float32 where the target has float16, for checks of the integers alone.
+        absorb_k: off leaves every factor k where the plan has it, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -62,6 +72,10 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     _refuse_simulated_only(plan)
     form = FORMS[target]
+    model = graph.clone()
+    model.graph.name = f"step_{target}"
+    if absorb_k:
+        plan = absorb(model, plan, target).plan(plan)
     passes: list[ir.passes.PassBase] = [
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
@@ -77,8 +91,6 @@ def emit(graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool 
     if form.float16 and half:
         passes.append(HalfPrecision())
     passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
-    model = graph.clone()
-    model.graph.name = f"step_{target}"
     try:
         return ir.passes.Sequential(*passes)(model).model
     except ir.passes.PassError as error:

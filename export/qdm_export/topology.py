@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
+from qdm_export.linear_path import linear_path
 
 __all__ = ["MIN_CHANNELS", "MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
 
@@ -103,6 +105,7 @@ def topology_of(model: ir.Model) -> Topology:
                 spatial=_spatial(item) if item.kind == "conv" else None,
                 float_reason=_float_reason(item, shape, on_sample, behind_layer, before_layer),
                 feeds_norm=_feeds_norm(item.output),
+                absorber=_absorber(item, {other.node for other in nodes}),
             )
         )
     return Topology(tuple(layers))
@@ -218,6 +221,20 @@ def _float_reason(
         if _ints(item.node, "dilations", (1, 1)) != (1, 1):
             return "dilated convolution"
     return None
+
+
+def _absorber(item: LayerNode, layers: set[ir.Node]) -> Literal["norm", "weights"] | None:
+    """What would take a factor on the layer's input; tried with a factor that differs in every channel."""
+    if any(use.node not in layers or use.idx != 0 for use in item.data.uses()) or item.data.is_graph_output():
+        return None
+    rank, channels = _rank(item.data), _weight_shape(item)[1]
+    factor = np.arange(1.0, channels + 1).reshape(
+        (1, -1) + (1,) * (rank - 2) if item.kind == "conv" else (1,) * (rank - 1) + (-1,)
+    )
+    path = linear_path(item.data, factor)
+    if path is None:
+        return None
+    return "weights" if path.layers else "norm"
 
 
 def _reached_from(model: ir.Model, sources: Sequence[ir.Value]) -> set[ir.Value]:

@@ -101,10 +101,10 @@ class LayerPlan:
         """s k per input channel, [C], where unsigned targets quantize with it and so get k for nothing.
 
         A QuantizeLinear may have a scale per channel while the DequantizeLinear behind it has the plain s: the kernel
-        sees one scale, and dividing by k costs no operation. None where there is no k, where a gain stands in between,
-        and for linear layers, whose channels are innermost (a scale per element is slower than a multiply).
+        sees one scale, and dividing by k costs no operation, with a gain before it or without. None where there is no
+        k, and for linear layers, whose channels are innermost (a scale per element is slower than a multiply).
         """
-        if self.inverse_k is None or self.inverse_r is not None or self.layer.kind != "conv":
+        if self.inverse_k is None or self.layer.kind != "conv":
             return None
         scale: NDArray[np.float32] = np.float32(self.scale) / self.inverse_k
         return scale

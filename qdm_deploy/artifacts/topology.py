@@ -23,6 +23,9 @@ class Layer:
         normalized: whether a normalization stands between the last residual tensor and this input.
         strides, pads: of the convolution, (h, w) and (top, left, bottom, right); empty for "linear".
         spatial: (H, W) of the input of a convolution; None for "linear".
+        absorber: what takes a factor per channel of this input at no cost, going by the graph: "norm" (scale and bias
+            of the normalization before it: any factor), "weights" (layers that make it: powers of two, so that their
+            weight scales stay exact); None where it needs an operation, or where something else reads the input too.
         float_reason: why the layer stays in floating point whatever the plan wants; None where INT8 is possible.
         feeds_norm: whether the output goes to a normalization and nowhere else, but for an addition per channel.
     """
@@ -38,6 +41,7 @@ class Layer:
     spatial: tuple[int, int] | None = None
     float_reason: str | None = None
     feeds_norm: bool = False
+    absorber: Literal["norm", "weights"] | None = None
 
     @property
     def in_channels(self) -> int:

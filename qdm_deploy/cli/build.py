@@ -115,10 +115,11 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--channel-scales",
-    type=click.Choice(["none", "auto"]),
+    type=click.Choice(["none", "free", "auto"]),
     default="none",
     section=_QUANTIZATION,
-    help="Scales per input channel: none, or searched layer by layer and kept where the layer then errs less.",
+    help="Scales per input channel: none, or kept where the layer then errs less; free: only where they cost no "
+    "operation on any target.",
 )
 @option(
     "--step-bins",

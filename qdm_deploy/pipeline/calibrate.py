@@ -171,12 +171,13 @@ def _searched_plan(
     importance: Callable[[], StepImportance],
     progress: Progress,
 ) -> QuantizationPlan:
-    from qdm_calibration.channel_factors import search_channel_factors
+    from qdm_calibration.channel_factors import free_inputs, search_channel_factors
     from qdm_calibration.plan import PlanOptions, make_plan
     from qdm_calibration.statistics import collect_scaled_inputs
 
     factors = None
-    if options.channel_scales == "auto":
+    if options.channel_scales != "none":
+        free = free_inputs(topology, options.targets)
         factors = search_channel_factors(
             checkpoint.unet,
             topology,
@@ -186,6 +187,7 @@ def _searched_plan(
             zero_offset=options.zero_offset,
             weight_bits=options.weight_bits,
             branch_fold=options.concat_scales == "branch",
+            channels=free if options.channel_scales == "free" else None,
             progress=progress,
         )
         inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}

@@ -61,7 +61,8 @@ class BuildOptions:
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins is a number,
             "auto", or None: 4, or fewer where the calibrated timesteps cannot tell 4 apart.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
-            keeps it where the layer then errs less; "none" leaves only the factors of skip branches.
+            keeps it where the layer then errs less; "free" does so only for inputs where it costs no operation on any
+            of ``targets``; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
@@ -101,7 +102,7 @@ class BuildOptions:
     ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
-    channel_scales: Literal["none", "auto"] = "none"
+    channel_scales: Literal["none", "free", "auto"] = "none"
     step_bins: int | Literal["auto"] | None = None
     from_modelopt: str | None = None
     keep_fp: str | None = None
@@ -141,7 +142,7 @@ class BuildOptions:
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
         one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"))
         one_of("concat scales", self.concat_scales, ("none", "branch", "split"))
-        one_of("channel scales", self.channel_scales, ("none", "auto"))
+        one_of("channel scales", self.channel_scales, ("none", "free", "auto"))
         within("steps", self.steps, 1, _MAX_STEPS)
         within("calibration samples", self.calibration_samples, 1, _MAX_IMAGES)
         within("calibration steps", self.calibration_steps, 1, _MAX_STEPS)

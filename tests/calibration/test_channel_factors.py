@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdm_calibration.channel_factors import search_channel_factors
+from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import collect_scaled_inputs, collect_statistics
@@ -92,13 +92,13 @@ def test_even_channels_are_left_alone() -> None:
 
 def test_branches_are_offered_their_fold_and_channels_can_be_switched_off() -> None:
     gains = torch.cat([torch.full((8,), 0.02), torch.ones(8)])
-    *_, found = searched(gains, Topology((layer((8, 8)),)), channels=False)
+    *_, found = searched(gains, Topology((layer((8, 8)),)), channels=())
     assert "branch fold" in found.note
     assert "alpha" not in found.note
 
 
 def test_nothing_to_offer_is_said() -> None:
-    *_, found = searched(torch.ones(CHANNELS), Topology((layer(),)), channels=False)
+    *_, found = searched(torch.ones(CHANNELS), Topology((layer(),)), channels=())
     assert (found.inverse_k, found.gain_db) == (None, 0.0)
     assert found.note == "none: this input offers no factor"
 
@@ -119,3 +119,42 @@ def test_scaled_statistics_are_of_x_over_k() -> None:
 def test_any_number_of_rows_will_do(rows_asked: int) -> None:
     *_, found = searched(torch.logspace(-1.3, 1.3, CHANNELS), Topology((layer(),)), rows=rows_asked)
     assert found.inverse_k is not None
+
+
+def test_factors_that_weights_take_up_are_powers_of_two() -> None:
+    gains = torch.logspace(-1.3, 1.3, CHANNELS)
+    *_, anywhere = searched(gains, Topology((replace(layer(), absorber="norm"),)))
+    *_, weights = searched(gains, Topology((replace(layer(), absorber="weights"),)))
+    assert "in the normalization before it" in anywhere.note
+    assert "powers of two, in the weights before it" in weights.note
+    fractions, _ = np.frexp(anywhere.inverse_k)
+    assert (fractions != 0.5).any()
+    fractions, _ = np.frexp(weights.inverse_k)
+    assert (fractions == 0.5).all()
+    assert weights.inverse_k.min() >= 1
+    assert weights.gain_db > 1  # rounding k to a power of two costs little
+
+
+def test_free_inputs_depend_on_the_targets() -> None:
+    first = replace(layer(), normalized=True)
+    others = {
+        "raw": replace(first, normalized=False),
+        "norm": replace(first, absorber="norm"),
+        "weights": replace(first, normalized=False, absorber="weights"),
+    }
+    named = [replace(item, name=name, input_group=name) for name, item in {"conv": first, **others}.items()]
+    linear = Layer("linear", "linear", (8, 8), "linear", (8,), True)
+    raw_linear = replace(linear, name="raw linear", input_group="raw linear", normalized=False)
+    topology = Topology((*named, linear, raw_linear))
+    absorbed = {"norm", "weights"}
+    assert free_inputs(topology, ["onnxruntime", "openvino"]) == absorbed | {"conv", "raw"}
+    assert free_inputs(topology, ["tensorrt"]) == absorbed | {"raw", "raw linear"}
+    assert free_inputs(topology, ["onnxruntime", "tensorrt"]) == absorbed | {"raw"}
+
+
+def test_only_the_inputs_named_are_offered_factors() -> None:
+    gains = torch.logspace(-1.3, 1.3, CHANNELS)
+    *_, offered = searched(gains, Topology((layer(),)), channels=["conv"])
+    *_, not_offered = searched(gains, Topology((layer(),)), channels=["another"])
+    assert offered.inverse_k is not None
+    assert not_offered.inverse_k is None

@@ -291,11 +291,24 @@ def test_unsigned_targets_quantize_a_convolution_per_axis_and_need_no_multiply(s
     assert codes[0, :, 0, 0].tolist() == [50 + 64, 50 + 8, 50 + 4, 50 + 16]
 
 
-@pytest.mark.parametrize("changes", [{"inverse_r": R}, {"kind": "MatMul"}])
-def test_unsigned_targets_multiply_where_a_scale_per_axis_cannot_stand(small: Any, changes: dict[str, Any]) -> None:
-    kind = changes.get("kind")
-    graph = small((7, 4) if kind else (4, 6, 5))
-    graph.output(graph.linear(inverse_k=K, **changes) if kind else graph.conv(inverse_k=K, **changes))
+def test_a_gain_stands_before_a_quantize_per_axis(small: Any, run_graph: Any) -> None:
+    graph = small((4, 6, 5))
+    graph.output(graph.conv("a", zero_offset=78, inverse_k=K, inverse_r=R))
+    assert not ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
+    StepGains(graph.plan)(graph.model)
+    QuantizeInputs(graph.plan, unsigned=True)(graph.model)
+    codes = next(node.outputs[0] for node in graph.graph if node.op_type == "QuantizeLinear")
+    graph.graph.outputs.append(codes)
+    x = np.zeros((2, 4, 6, 5), dtype=np.float32)
+    x[:, :, 0, 0] = 1.0  # 8 steps of 0.125, or 2 in the later bin
+    found = run_graph(graph.model, {"x": x, "timestep": np.array([0, 999])}, optimize=False)[codes.name]
+    assert found[0, :, 0, 0].tolist() == [50 + 64, 50 + 8, 50 + 4, 50 + 16]
+    assert found[1, :, 0, 0].tolist() == [50 + 16, 50 + 2, 50 + 1, 50 + 4]
+
+
+def test_unsigned_targets_multiply_before_a_matrix_product(small: Any) -> None:
+    graph = small((7, 4))
+    graph.output(graph.linear(inverse_k=K, kind="MatMul"))
     assert ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
     QuantizeInputs(graph.plan, unsigned=True)(graph.model)
     quantize = next(node for node in graph.graph if node.op_type == "QuantizeLinear")

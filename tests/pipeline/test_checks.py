@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_calibration.channel_factors import ChannelFactors
+from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.statistics import collect_scaled_inputs
 from qdm_deploy.pipeline.checks import (
     check_float_graph,
     check_half_graph,
@@ -18,7 +21,7 @@ from qdm_deploy.pipeline.measure import simulation_of
 from qdm_deploy.pipeline.quality import network_output
 from qdm_deploy.pipeline.speed import random_inputs
 from qdm_deploy.runtime import Conditioning, OnnxRuntimeSession
-from qdm_export import targets
+from qdm_export import absorb, targets
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import emit, emit_float
 
@@ -113,3 +116,34 @@ def test_the_network_output_is_read_through_the_step_graph(
             base = network(states[step], timestep, np.full(2, spec.null_label))
             expected = base + np.float32(guidance) * (expected - base)
         np.testing.assert_allclose(read[step], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+def test_absorbed_factors_pass_the_check_and_lost_ones_do_not(
+    tiny: Any, tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, graph, topology = tiny.checkpoint("labels"), tiny.float_graph("labels"), tiny.topology("labels")
+    spread = {  # an alpha that no search would choose, so that every layer really has a factor
+        name: ChannelFactors(
+            np.exp2(np.arange(layers[0].in_channels) % 4).astype(np.float32), "for the test", 0.0
+        )
+        for name, layers in topology.groups().items()
+    }  # fmt: skip
+    statistics = tiny.statistics("labels")
+    scaled = collect_scaled_inputs(
+        checkpoint.unet, topology, tiny.calibration("labels"), statistics.timestep_edges,
+        {name: found.inverse_k for name, found in spread.items() if found.inverse_k is not None},
+    )  # fmt: skip
+    statistics = dataclasses.replace(statistics, inputs={**statistics.inputs, **scaled})
+    plan = make_plan(checkpoint.unet, topology, statistics, PlanOptions(ranges="minmax"), factors=spread)
+    inputs = random_inputs(checkpoint.spec, 3)
+    good = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
+    assert good.ok, good
+    absorbed = targets.absorb(graph.clone(), plan, target)
+    assert absorbed.inputs
+    assert absorbed.outputs
+    # One that multiplies k into the readers and 1 / k nowhere: each layer alone still does what it should.
+    monkeypatch.setattr(absorb, "_multiply", lambda model, path, name: None)
+    bad = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
+    assert not bad.ok
+    assert bad.detail.startswith("with its factors k absorbed, the float graph: ")
