@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,9 @@ class ReconstructOptions:
         rows: calibration rows to work on, spread over the timesteps; every fifth of them only judges.
         batch_size: rows per iteration.
         learning_rate: of Adam, for alpha; high, because the iterations are few.
-        regularizer: weight of the pull towards 0 or 1 (lambda).
+        regularizer: weight of the pull towards 0 or 1 (lambda). Both terms are relative, so that it means the same in
+            every block: the error to that of nearest rounding, the pull to the number of weights.
+        unit: what is learned together: "block", or "layer" for the comparison with it.
         seed: of the choice of rows and batches.
         quantize_inputs: train with activations as deployed rather than in floating point.
         folder: where finished blocks are kept; a run with the same plan, network, calibration set and options goes on
@@ -57,13 +59,16 @@ class ReconstructOptions:
     rows: int = 160
     batch_size: int = 16
     learning_rate: float = 1e-2
-    regularizer: float = 0.01
+    regularizer: float = 1.0
+    unit: Literal["block", "layer"] = "block"
     seed: int = 0
     quantize_inputs: bool = False
     folder: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        if self.unit not in ("block", "layer"):
+            raise InputError(f"the unit of reconstruction {self.unit!r} is not known; choose 'block' or 'layer'")
         if not 1 <= self.iterations <= 100_000:
             raise InputError(f"{self.iterations} iterations per block were asked for; allowed are 1 to 100000")
         if self.rows < 2 or self.batch_size < 1:
@@ -105,7 +110,7 @@ def reconstruct(
         raise InputError("the calibration set has one row; reconstruction needs at least 2, one of them to judge")
     twin = rounded_twin(network, plan, submodule_prefix)
     bins = plan.bin_of_timestep()
-    blocks = blocks_of(network, plan, submodule_prefix)
+    blocks = blocks_of(network, plan, submodule_prefix, options.unit)
     finished = FinishedBlocks.of("weights", network, plan, calibration, asdict(options), folder=options.folder)
     changed: dict[str, LayerPlan] = {}
 
@@ -189,19 +194,20 @@ class _Work:
 def _learn(work: _Work, options: ReconstructOptions, generator: torch.Generator, advance: Advance) -> dict[str, float]:
     """Round the block's weights; returns the held-out error of nearest rounding and of what it ends with."""
     train, held = held_out(len(work.target))
-    nearest = work.error(held)
-    channels = work.layers[-1].plan.layer.out_channels
+    nearest, unit = work.error(held), max(work.error(train), 1e-30)
     alphas = [layer.begin() for layer in work.layers]
+    weights = sum(alpha.numel() for alpha in alphas)
     optimizer = torch.optim.Adam(alphas, lr=options.learning_rate)
     done = 0
     for iteration in range(options.iterations):
         index = train[torch.randint(len(train), (min(options.batch_size, len(train)),), generator=generator)]
         optimizer.zero_grad()
-        loss = work.residual(index).square().mean() * channels
+        loss = work.residual(index).square().mean() / unit
         beta = _beta(iteration, options.iterations)
         if beta is not None:
             for layer in work.layers:
-                loss = loss + options.regularizer * (1 - (2 * layer.choice() - 1).abs().pow(beta)).sum()
+                pull = (1 - (2 * layer.choice() - 1).abs().pow(beta)).sum()
+                loss = loss + options.regularizer / weights * pull
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         done += 1

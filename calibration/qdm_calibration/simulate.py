@@ -106,8 +106,8 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("axis_scale", None if axis_scale is None else self._per_channel(axis_scale))
         inverse_r = None if plan.inverse_r is None else torch.from_numpy(plan.inverse_r)
         self.register_buffer("inverse_r", inverse_r)
-        bias = module.bias
-        self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
+        bias = plan.corrected(module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None)
+        self.register_buffer("bias", None if bias is None else self._per_channel(bias))
 
     def codes(self, x: Tensor) -> Tensor:
         """Activation codes q in [-128, 127] for x, in the order of operations of the target."""
