@@ -43,8 +43,8 @@ class RoundedLayer(nn.Module):
         self.steps = weight / self.unit  # W k in units of w
         self.codes = torch.from_numpy(plan.codes).float()
         self.alpha: Tensor | None = None
-        bias = module.bias
-        self.bias = bias.detach() if isinstance(bias, Tensor) else None
+        bias = plan.corrected(module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None)
+        self.bias = None if bias is None else torch.from_numpy(bias)
         self.stride, self.padding = getattr(module, "stride", 1), getattr(module, "padding", 0)
         axes = [1, -1, *tail] if plan.layer.kind == "conv" else [-1]
         self.inverse_k = None if plan.inverse_k is None else torch.from_numpy(plan.inverse_k).reshape(axes)

@@ -6,7 +6,7 @@ other layer is a unit of its own (BRECQ, Li et al. 2021, section 3.2).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,8 +60,15 @@ class Batch:
         )
 
 
-def blocks_of(network: nn.Module, plan: QuantizationPlan, submodule_prefix: str = "unet.") -> tuple[Block, ...]:
-    """The units that hold INT8 layers, in execution order of their first layer."""
+def blocks_of(
+    network: nn.Module,
+    plan: QuantizationPlan,
+    submodule_prefix: str = "unet.",
+    unit: Literal["block", "layer"] = "block",
+) -> tuple[Block, ...]:
+    """The units that hold INT8 layers, in execution order of their first layer; "layer": every layer is one."""
+    if unit == "layer":
+        return tuple(Block(layer.name, (layer,)) for layer in plan.quantized)
     members: dict[str, list[LayerPlan]] = {}
     for layer in plan.quantized:
         members.setdefault(_unit(network, layer.name, submodule_prefix), []).append(layer)

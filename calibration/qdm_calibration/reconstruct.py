@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,12 @@ from qdm_deploy.progress import SILENT, Advance, Progress
 
 __all__ = ["ReconstructOptions", "reconstruct", "rounded_twin"]
 
-_WARM_UP = 0.2  # part of the iterations without the regularizer
-_BETA_START, _BETA_END = 20.0, 2.0
+# The paper's schedule (20 % warm-up, beta from 20 to 2, one lambda) is for 20 000 iterations. In some hundred it leaves
+# half of the weights undecided, and rounding those hard loses what was learned; so the pull reaches all weights sooner
+# and grows until they are decided.
+_WARM_UP = 0.1  # part of the iterations without the regularizer
+_BETA_START, _BETA_END = 3.0, 2.0
+_GROWTH = 100.0  # of lambda, from the end of the warm-up to the last iteration
 _HELD_OUT = 5  # every fifth row judges, and is not trained on
 _CHECK_EVERY = 50
 _DECIDED = 0.999  # part of all weights with h at 0 or 1 at which nothing more can change
@@ -46,7 +50,9 @@ class ReconstructOptions:
         rows: calibration rows to work on, spread over the timesteps; every fifth of them only judges.
         batch_size: rows per iteration.
         learning_rate: of Adam, for alpha; high, because the iterations are few.
-        regularizer: weight of the pull towards 0 or 1 (lambda).
+        regularizer: weight of the pull towards 0 or 1 (lambda), to begin with. Both terms are relative, so that it
+            means the same in every block: the error to that of nearest rounding, the pull to the number of weights.
+        unit: what is learned together: "block", or "layer" for the comparison with it.
         seed: of the choice of rows and batches.
         quantize_inputs: train with activations as deployed rather than in floating point.
         folder: where finished blocks are kept; a run with the same plan, network, calibration set and options goes on
@@ -56,14 +62,17 @@ class ReconstructOptions:
     iterations: int = 300
     rows: int = 160
     batch_size: int = 16
-    learning_rate: float = 1e-2
-    regularizer: float = 0.01
+    learning_rate: float = 5e-2
+    regularizer: float = 1.0
+    unit: Literal["block", "layer"] = "block"
     seed: int = 0
     quantize_inputs: bool = False
     folder: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
+        if self.unit not in ("block", "layer"):
+            raise InputError(f"the unit of reconstruction {self.unit!r} is not known; choose 'block' or 'layer'")
         if not 1 <= self.iterations <= 100_000:
             raise InputError(f"{self.iterations} iterations per block were asked for; allowed are 1 to 100000")
         if self.rows < 2 or self.batch_size < 1:
@@ -105,7 +114,7 @@ def reconstruct(
         raise InputError("the calibration set has one row; reconstruction needs at least 2, one of them to judge")
     twin = rounded_twin(network, plan, submodule_prefix)
     bins = plan.bin_of_timestep()
-    blocks = blocks_of(network, plan, submodule_prefix)
+    blocks = blocks_of(network, plan, submodule_prefix, options.unit)
     finished = FinishedBlocks.of("weights", network, plan, calibration, asdict(options), folder=options.folder)
     changed: dict[str, LayerPlan] = {}
 
@@ -189,24 +198,27 @@ class _Work:
 def _learn(work: _Work, options: ReconstructOptions, generator: torch.Generator, advance: Advance) -> dict[str, float]:
     """Round the block's weights; returns the held-out error of nearest rounding and of what it ends with."""
     train, held = held_out(len(work.target))
-    nearest = work.error(held)
-    channels = work.layers[-1].plan.layer.out_channels
+    nearest, unit = work.error(held), max(work.error(train), 1e-30)
     alphas = [layer.begin() for layer in work.layers]
+    weights = sum(alpha.numel() for alpha in alphas)
     optimizer = torch.optim.Adam(alphas, lr=options.learning_rate)
     done = 0
     for iteration in range(options.iterations):
         index = train[torch.randint(len(train), (min(options.batch_size, len(train)),), generator=generator)]
         optimizer.zero_grad()
-        loss = work.residual(index).square().mean() * channels
-        beta = _beta(iteration, options.iterations)
-        if beta is not None:
+        loss = work.residual(index).square().mean() / unit
+        passed = _passed(iteration, options.iterations)
+        if passed is not None:
+            beta = _BETA_START + (_BETA_END - _BETA_START) * passed
+            strength = options.regularizer / weights * _GROWTH**passed
             for layer in work.layers:
-                loss = loss + options.regularizer * (1 - (2 * layer.choice() - 1).abs().pow(beta)).sum()
+                pull = (1 - (2 * layer.choice() - 1).abs().pow(beta)).sum()
+                loss = loss + strength * pull
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         done += 1
         advance()
-        if beta is not None and done % _CHECK_EVERY == 0 and _decided(work.layers) >= _DECIDED:
+        if passed is not None and done % _CHECK_EVERY == 0 and _decided(work.layers) >= _DECIDED:
             break
     advance(options.iterations - done)
     for layer in work.layers:
@@ -225,12 +237,10 @@ def held_out(rows: int) -> tuple[Tensor, Tensor]:
     return everything[~judges], everything[judges]
 
 
-def _beta(iteration: int, iterations: int) -> float | None:
-    """The regularizer's exponent, from 20 down to 2; None while it is off."""
+def _passed(iteration: int, iterations: int) -> float | None:
+    """How far the regularizer's schedule is, from 0 to 1; None while it is off."""
     done = iteration / max(iterations - 1, 1)
-    if done < _WARM_UP:
-        return None
-    return _BETA_END + (_BETA_START - _BETA_END) * (1 - (done - _WARM_UP) / (1 - _WARM_UP))
+    return None if done < _WARM_UP else (done - _WARM_UP) / (1 - _WARM_UP)
 
 
 def _decided(layers: Sequence[RoundedLayer]) -> float:

@@ -112,8 +112,8 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("output_scale", None if scale is None else self._per_channel(scale))
         zeros = None if zero_point is None else self._per_channel(zero_point.astype(np.float32))
         self.register_buffer("output_zero_point", zeros)
-        bias = module.bias
-        self.register_buffer("bias", self._per_channel(bias.detach().numpy()) if isinstance(bias, Tensor) else None)
+        bias = plan.corrected(module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None)
+        self.register_buffer("bias", None if bias is None else self._per_channel(bias))
 
     def codes(self, x: Tensor) -> Tensor:
         """Activation codes q for x, in [-128, 127] at 8 bits, in the order of operations of the target."""

@@ -46,7 +46,7 @@ def learn_step_sizes(
     rows = chosen_rows(calibration.timestep, options.rows, options.seed)
     twin = rounded_twin(network, plan, submodule_prefix)
     bins = torch.from_numpy(plan.bin_of_timestep()[calibration.timestep[rows]])
-    blocks = blocks_of(network, plan, submodule_prefix)
+    blocks = blocks_of(network, plan, submodule_prefix, options.unit)
     finished = FinishedBlocks.of("steps", network, plan, calibration, asdict(options), folder=options.folder)
     scales: dict[str, float] = {}
     notes: dict[str, str] = {}

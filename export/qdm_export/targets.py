@@ -7,6 +7,10 @@ onnxruntime  u8                quantized too            float32  the zero point,
 openvino     u8                not quantized            float32  the zero point, 128 - z   GroupNormalization
 tensorrt     s8                not quantized            float16  subtracted, constant map  GroupNormalization
 ===========  ================  =======================  =======  ========================  =====================
+
+Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
+graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
+they stay INT8.
 """
 
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from onnx_ir.passes import common
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
 from qdm_export.absorb import Absorption, absorb_factors
+from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
@@ -37,12 +42,19 @@ class TargetForm:
     quantized_outputs: bool
     float16: bool
     instance_norm: bool
+    packed_weights: bool
 
 
 FORMS: dict[Target, TargetForm] = {
-    "onnxruntime": TargetForm(unsigned=True, quantized_outputs=True, float16=False, instance_norm=True),
-    "openvino": TargetForm(unsigned=True, quantized_outputs=False, float16=False, instance_norm=False),
-    "tensorrt": TargetForm(unsigned=False, quantized_outputs=False, float16=True, instance_norm=False),
+    "onnxruntime": TargetForm(
+        unsigned=True, quantized_outputs=True, float16=False, instance_norm=True, packed_weights=True
+    ),
+    "openvino": TargetForm(
+        unsigned=True, quantized_outputs=False, float16=False, instance_norm=False, packed_weights=True
+    ),
+    "tensorrt": TargetForm(
+        unsigned=False, quantized_outputs=False, float16=True, instance_norm=False, packed_weights=False
+    ),
 }
 
 
@@ -77,9 +89,10 @@ def emit(
     if absorb_k:
         plan = absorb(model, plan, target).plan(plan)
     passes: list[ir.passes.PassBase] = [
+        BiasCorrections(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
-        QuantizeWeights(plan),
+        QuantizeWeights(plan, packed=form.packed_weights),
     ]
     if not form.unsigned:
         passes.append(ZeroOffsets(plan))

@@ -112,12 +112,15 @@ def topology_of(model: ir.Model) -> Topology:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """A constant, or the dequantized codes of one."""
+    """A constant, or the dequantized codes of one, which may be packed."""
     producer = value.producer()
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        codes = producer.inputs[0]
-        return codes is not None and codes.is_initializer()
-    return value.is_initializer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return value.is_initializer()
+    codes = producer.inputs[0]
+    unpack = None if codes is None else codes.producer()
+    if unpack is not None and unpack.op_type == "Cast":
+        codes = unpack.inputs[0]
+    return codes is not None and codes.is_initializer()
 
 
 def _module_path(node: ir.Node) -> str:

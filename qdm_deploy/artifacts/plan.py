@@ -3,7 +3,7 @@
 A quantized layer computes, per output channel o (T: timestep bin, c: input channel)::
 
     x_c  ~  r_T * k_c * s * (q_c + z)          q in [-128, 127]
-    y_o  =  r_T * w_o * s * sum_c Q_oc (q_c + z)  +  b_o
+    y_o  =  r_T * w_o * s * sum_c Q_oc (q_c + z)  +  b_o    b: the layer's own, corrected or not
 
 Scales are exact in float16, so that a float16 engine and a float32 runtime use the same numbers and the same codes.
 """
@@ -29,7 +29,15 @@ TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
 
 _KIND = "qdm-quantization-plan"
 _VERSION = 2
-_ARRAYS = ("inverse_k", "inverse_r", "weight_codes", "weight_scale", "output_scale", "output_zero_point")
+_ARRAYS = (
+    "inverse_k",
+    "inverse_r",
+    "weight_codes",
+    "weight_scale",
+    "output_scale",
+    "output_zero_point",
+    "bias_correction",
+)
 
 
 def activation_levels(bits: int) -> tuple[int, int]:
@@ -59,7 +67,8 @@ class LayerPlan:
         weight_scale: w, [O] float32, exact in float16.
         output_scale, output_zero_point: of the layer's result before r and the bias that follows it, [O] float32 and
             [O] uint8; only where a target quantizes outputs (convolutions).
-        notes: one sentence per factor ("s", "z", "k", "r") on what was decided and why.
+        bias_correction: [O] float32, added to the layer's bias (0 where it has none); None where nothing is corrected.
+        notes: one sentence per factor ("s", "z", "k", "r", "w", "b") on what was decided and why.
         weight_sqnr_db: of the dequantized weight against the float one.
         weight_bits: 8, or 4 where Q lies in [-7, 7]; Q is int8 in both cases.
         activation_bits: b; q lies in [-2**(b - 1), 2**(b - 1) - 1]. Only 8 can be emitted, fewer are simulated.
@@ -76,6 +85,7 @@ class LayerPlan:
     weight_scale: NDArray[np.float32] | None = None
     output_scale: NDArray[np.float32] | None = None
     output_zero_point: NDArray[np.uint8] | None = None
+    bias_correction: NDArray[np.float32] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
     weight_bits: int = 8
@@ -108,6 +118,13 @@ class LayerPlan:
             return None
         scale: NDArray[np.float32] = np.float32(self.scale) / self.inverse_k
         return scale
+
+    def corrected(self, bias: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        """The layer's bias [O] with its correction; None where there is neither."""
+        if bias is None or self.bias_correction is None:
+            return self.bias_correction if bias is None else bias
+        total: NDArray[np.float32] = (bias.astype(np.float64) + self.bias_correction).astype(np.float32)
+        return total
 
     @property
     def codes(self) -> NDArray[np.int8]:
@@ -176,6 +193,7 @@ class QuantizationPlan:
             "zero_offset": sum(plan.zero_offset != 0 for plan in quantized),
             "branch_factors": sum(plan.inverse_k is not None for plan in quantized),
             "step_gains": sum(plan.inverse_r is not None for plan in quantized),
+            "bias_corrections": sum(plan.bias_correction is not None for plan in quantized),
         }
 
     def save(self, folder: Path) -> None:

@@ -175,6 +175,13 @@ _FILE = click.Path(path_type=Path)
     help="Training steps of each block.",
 )
 @option(
+    "--bias-correction",
+    type=click.Choice(["none", "auto"]),
+    default="none",
+    section=_QUANTIZATION,
+    help="Take each layer's mean error from its bias, where the layer then errs less on other calibration samples.",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

@@ -135,6 +135,12 @@ def calibrated_plan(
     if options.reconstruct != "none":
         with stage("reconstruct"):
             plan = _reconstructed(options, checkpoint, plan, calibration, progress)
+    if options.bias_correction == "auto":
+        from qdm_calibration.bias_correction import correct_biases
+
+        with stage("correct biases"):
+            plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
+            plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     budgeted = Budgeted(plan)
     if options.keep_fp is not None or wants_sensitivity(options):
         with stage("sensitivity"):

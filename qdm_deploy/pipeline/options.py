@@ -72,6 +72,8 @@ class BuildOptions:
         reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
             learns the scales of the activations too; "none" rounds to nearest.
         reconstruct_iterations: training steps per block, at most.
+        bias_correction: "auto" takes each layer's mean error on the calibration rows from its bias, where that lowers
+            the layer's error on other rows; "none" leaves biases as they are.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
@@ -110,6 +112,7 @@ class BuildOptions:
     weight_bits: int = 8
     reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300
+    bias_correction: Literal["none", "auto"] = "none"
     seed: int = 0
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
@@ -154,6 +157,7 @@ class BuildOptions:
             _refuse_beside_modelopt(self)
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
         one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
+        one_of("bias correction", self.bias_correction, ("none", "auto"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)

@@ -109,6 +109,20 @@ def test_blocks_follow_the_order_of_execution(tiny: Any, four_bits: Quantization
     assert {"conv1", "conv2", "conv_shortcut"} <= leaves
 
 
+def test_every_layer_may_be_a_unit_of_its_own(tiny: Any, four_bits: QuantizationPlan) -> None:
+    network, calibration = tiny.checkpoint("labels").unet, tiny.calibration("labels")
+    units = blocks_of(network, four_bits, unit="layer")
+    assert [block.name for block in units] == [layer.name for layer in four_bits.quantized]
+    plan = reconstruct(network, four_bits, calibration, ReconstructOptions(**{**vars(QUICK), "unit": "layer"}))
+    reference = run(network, calibration)
+    before, after = (
+        sqnr_db(reference, run(simulate(network, item, "tensorrt"), calibration)) for item in (four_bits, plan)
+    )
+    assert after > before + 1
+    for layer in plan.quantized:
+        assert f"the held-out error of {layer.name} " in layer.notes["w"]
+
+
 @pytest.mark.parametrize("inputs", [False, True])
 def test_a_rounded_layer_computes_what_the_simulation_computes(tiny: Any, inputs: bool) -> None:
     from qdm_calibration.simulate import quantized_layer
@@ -149,6 +163,7 @@ def test_a_module_that_is_never_reached_is_named(tiny: Any) -> None:
     ("options", "message"),
     [
         ({"iterations": 0}, "0 iterations per block were asked for; allowed are 1 to 100000"),
+        ({"unit": "network"}, "unit of reconstruction 'network' is not known; choose 'block' or 'layer'"),
         ({"rows": 1}, "1 rows in batches of 16 were asked for"),
         ({"batch_size": 0}, "160 rows in batches of 0 were asked for"),
         ({"learning_rate": 0.0}, "learning rate 0.0 must be positive"),

@@ -55,7 +55,7 @@ def conv(x: Array, weight: Array, stride: int, pad: int) -> Array:
     [
         pytest.param(signed_channel_factors, id="ChannelFactors"),
         pytest.param(lambda plan: StepGains(plan), id="StepGains"),
-        pytest.param(lambda plan: QuantizeWeights(plan), id="QuantizeWeights"),
+        pytest.param(lambda plan: QuantizeWeights(plan, packed=True), id="QuantizeWeights"),
         pytest.param(lambda plan: ZeroOffsets(plan), id="ZeroOffsets"),
         pytest.param(lambda plan: QuantizeInputs(plan, unsigned=True), id="QuantizeInputs-u8"),
         pytest.param(lambda plan: QuantizeInputs(plan, unsigned=False), id="QuantizeInputs-s8"),
