@@ -1,7 +1,8 @@
 """Which layers to keep in float, given how much noise each adds and what it costs to leave INT8."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,8 +14,11 @@ from qdm_deploy.errors import InputError
 
 __all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep_float", "needs_sensitivity"]
 
-# Part of the cost that "auto" may take out of INT8: more would give back what INT8 is for.
+# Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
 MAX_FLOAT_SHARE = 0.1
+# "auto" takes bargains whatever the target: layers that add at least six times as much of the noise as they cost, up to
+# this part of the cost. In U-Nets these are the shortcuts of the last blocks: cheap, and nothing normalizes their input.
+BARGAIN_SHARE, BARGAIN = 0.03, 6.0
 _PERCENT = re.compile(r"([^,]*)%")
 
 
@@ -36,7 +40,7 @@ class FrontierPoint:
 
 
 def needs_sensitivity(choice: str) -> bool:
-    """Whether a choice needs a measurement: "auto" and "N%" do, names do not."""
+    """Whether a choice needs a measurement: "auto" and "N%" do, "none" and names do not."""
     return choice == "auto" or _PERCENT.fullmatch(choice) is not None
 
 
@@ -46,7 +50,7 @@ def check_choice(choice: str, topology: Topology) -> None:
     Raises:
         InputError: a percentage outside 0 to 100, or a name or pattern that fits no layer that may become INT8.
     """
-    if choice == "auto":
+    if choice in ("auto", "none"):
         return
     if needs_sensitivity(choice):
         _percentage(choice)
@@ -67,11 +71,11 @@ def keep_float(
 
     Args:
         plan: every layer that may be INT8 is.
-        choice: "auto", "N%" (the N percent of the layers that add most noise, rounded to whole layers) or names and
-            patterns (``*``, ``?``, ``[...]``) separated by commas.
+        choice: "auto" (bargains, and what it takes to reach ``min_sqnr_db``), "N%" (as much noise as N percent of the
+            cost can remove), "none", or names and patterns (``*``, ``?``, ``[...]``) separated by commas.
         sensitivity: of this plan; needed for "auto" and "N%".
         cost: of each layer in INT8, in any unit; None takes its multiply-accumulates.
-        min_sqnr_db: "auto" stops as soon as the predicted SQNR of the output reaches this.
+        min_sqnr_db: "auto" goes on until the predicted SQNR of the output reaches this.
         max_float_share: "auto" keeps no more than this part of the cost in float.
 
     Raises:
@@ -79,15 +83,18 @@ def keep_float(
         ValueError: no sensitivity where the choice needs one.
     """
     names = [layer.name for layer in plan.quantized]
+    if choice == "none":
+        return plan
     if not needs_sensitivity(choice):
         return _with_float(plan, dict.fromkeys(_named(choice, names), "kept in float: asked for by name"))
     if sensitivity is None:
         raise ValueError(f"keeping {choice!r} in float needs the sensitivity of the layers")
+    costs = _costs(sensitivity, cost)
     if choice == "auto":
-        kept = _greedy(sensitivity, _costs(sensitivity, cost), min_sqnr_db, max_float_share)
+        bargains = _within(sensitivity, costs, min(BARGAIN_SHARE, max_float_share), least_ratio=BARGAIN)
+        kept = _within(sensitivity, costs, max_float_share, bargains, min_sqnr_db=min_sqnr_db)
     else:
-        count = round(len(names) * _percentage(choice) / 100)
-        kept = list(sensitivity.ranked()[:count])
+        kept = _within(sensitivity, costs, _percentage(choice) / 100)
     shares = sensitivity.shares()
     return _with_float(plan, {name: f"kept in float: adds {_percent(shares[name])} of the noise" for name in kept})
 
@@ -113,21 +120,33 @@ def frontier(sensitivity: Sensitivity, cost: Mapping[str, float] | None = None) 
     return tuple(points)
 
 
-def _greedy(
-    sensitivity: Sensitivity, costs: Mapping[str, float], min_sqnr_db: float, max_float_share: float
+def _within(
+    sensitivity: Sensitivity,
+    costs: Mapping[str, float],
+    share: float,
+    kept: Sequence[str] = (),
+    *,
+    least_ratio: float = 0.0,
+    min_sqnr_db: float = math.inf,
 ) -> list[str]:
-    """Layers by noise removed per cost, until the target is met; one that would break the limit is passed over."""
-    noise = dict(zip(sensitivity.layers, sensitivity.mean_noise.tolist(), strict=True))
-    budget = max_float_share * sum(costs.values())
-    kept: list[str] = []
-    for name in sorted(sensitivity.layers, key=lambda name: noise[name] / costs[name], reverse=True):
-        predicted = sensitivity.sqnr_db(set(kept))
-        if predicted is None or predicted >= min_sqnr_db:
+    """``kept`` and more layers, by noise removed per cost; one that would break the limit is passed over.
+
+    It ends at layers whose part of the noise is less than ``least_ratio`` times their part of the cost, and where the
+    predicted SQNR reaches ``min_sqnr_db``.
+    """
+    noise, whole = sensitivity.shares(), sum(costs.values())
+    ratio = {name: noise[name] * whole / costs[name] for name in sensitivity.layers}
+    # The hair is for a share of 100 %, whose sum may round up.
+    left = share * whole * (1 + 1e-9) - sum(costs[name] for name in kept)
+    chosen = list(kept)
+    for name in sorted(set(sensitivity.layers) - set(kept), key=lambda name: (-ratio[name], name)):
+        predicted = sensitivity.sqnr_db(set(chosen))
+        if ratio[name] < least_ratio or predicted is None or predicted >= min_sqnr_db:
             break
-        if costs[name] <= budget:
-            budget -= costs[name]
-            kept.append(name)
-    return kept
+        if costs[name] <= left:
+            left -= costs[name]
+            chosen.append(name)
+    return chosen
 
 
 def _costs(sensitivity: Sensitivity, cost: Mapping[str, float] | None) -> dict[str, float]:
@@ -145,7 +164,7 @@ def _percentage(choice: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:
-        raise InputError(f"{choice!r} of the layers cannot be kept in float; give a percentage from 0% to 100%")
+        raise InputError(f"{choice!r} of the INT8 cost cannot be kept in float; give a percentage from 0% to 100%")
     return value
 
 
@@ -158,7 +177,7 @@ def _named(choice: str, names: list[str]) -> list[str]:
             close = get_close_matches(pattern, names, n=3)
             hint = f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
             raise InputError(
-                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'N%', or names or patterns of "
+                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', or names or patterns of "
                 "the layers that `qdm-deploy inspect` lists"
             )
         found.update(matches)

@@ -57,24 +57,37 @@ def test_an_unknown_name_is_refused_with_close_ones() -> None:
 
 @pytest.mark.parametrize("choice", ["101%", "-1%", "many%", "nan%", "%"])
 def test_a_percentage_that_is_none_is_refused(choice: str) -> None:
-    with pytest.raises(InputError, match=f"'{choice}' of the layers cannot be kept in float; give a percentage"):
+    with pytest.raises(InputError, match=f"'{choice}' of the INT8 cost cannot be kept in float; give a percentage"):
         check_choice(choice, plan().topology)
 
 
-def test_percent_takes_the_layers_that_add_most_noise() -> None:
+def test_percent_takes_as_much_noise_as_that_part_of_the_cost_can_remove() -> None:
+    # Per cost: mid.to_out 0.1, conv_in and mid.conv2 0.02, conv_out 0.0148, mid.conv1 0.01; the whole costs 1000.
     result = keep_float(plan(), "40%", sensitivity())
-    assert kept(result) == ["conv_in", "conv_out"]
-    assert result.layer("conv_in").reason == "kept in float: adds 50% of the noise"
+    assert kept(result) == ["mid.conv2", "mid.to_out", "conv_out"]  # 400 of it; conv_in costs 500
+    assert result.layer("mid.to_out").reason == "kept in float: adds 15% of the noise"
+    assert kept(keep_float(plan(), "60%", sensitivity())) == ["conv_in", "mid.to_out"]
     assert kept(keep_float(plan(), "0%", sensitivity())) == []
     assert kept(keep_float(plan(), "100%", sensitivity())) == list(NAMES)
 
 
-def test_auto_takes_noise_per_cost_within_the_limit() -> None:
-    # Per cost: mid.to_out 0.1, conv_in and mid.conv2 0.02, conv_out 0.0148, mid.conv1 0.01; the whole costs 1000.
+def test_none_keeps_the_plan() -> None:
+    before = plan()
+    assert keep_float(before, "none") is before
+    check_choice("none", before.topology)
+
+
+def test_auto_takes_bargains_and_what_a_target_needs() -> None:
+    # A bargain: 30 of 1000 in cost, and so at most 15 % of the noise is 5 times that. A sixfold one needs 18 %.
     assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=20)) == []
+    cheap = replace(sensitivity(), macs=np.array([500, 100, 100, 24, 276]))
+    assert kept(keep_float(plan(), "auto", cheap, min_sqnr_db=20)) == ["mid.to_out"]
+    # Too much of the cost for a bargain, whatever it gives.
+    loud = replace(cheap, noise=np.array([[1.0], [1.0], [1.0], [90.0], [1.0]]), macs=np.array([470, 100, 100, 31, 299]))
+    assert kept(keep_float(plan(), "auto", loud, min_sqnr_db=-90)) == []
+    # Towards a target, by noise per cost: conv_in costs half of the network and is passed over.
     assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=20.5)) == ["mid.to_out"]
     assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90)) == ["mid.to_out"]
-    # conv_in costs half of the network and is passed over.
     limited = keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90, max_float_share=0.2)
     assert kept(limited) == ["mid.conv2", "mid.to_out"]
     assert kept(keep_float(plan(), "auto", sensitivity(), min_sqnr_db=90, max_float_share=1)) == list(NAMES)
@@ -89,7 +102,7 @@ def test_a_measured_cost_replaces_the_multiply_accumulates() -> None:
 
 
 def test_what_needs_a_measurement() -> None:
-    assert [needs_sensitivity(choice) for choice in ("auto", "5%", "conv_in", "auto*")] == [True, True, False, False]
+    assert [needs_sensitivity(choice) for choice in ("auto", "5%", "none", "conv_in", "auto*")] == [True, True] + [False] * 3
     with pytest.raises(ValueError, match="keeping '5%' in float needs the sensitivity"):
         keep_float(plan(), "5%")
 
