@@ -72,7 +72,10 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
             paired += (agreement,)
         if inception is not None:
             rows += inception_rows(inception, run, a, b, real, progress)
-            notes.append(f"FID, Inception score and sFID: beside the {len(real)} pictures in {options.real_images}.")
+            notes.append(
+                f"FID and sFID: of {options.num} images, beside the {len(real)} pictures in {options.real_images}; "
+                "values of other numbers of images do not compare with them."
+            )
         notes += notes_on_steps(model, a, b)
     result = Evaluation(
         a=a.card,
