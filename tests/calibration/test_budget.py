@@ -102,7 +102,9 @@ def test_a_measured_cost_replaces_the_multiply_accumulates() -> None:
 
 
 def test_what_needs_a_measurement() -> None:
-    assert [needs_sensitivity(choice) for choice in ("auto", "5%", "none", "conv_in", "auto*")] == [True, True] + [False] * 3
+    assert [needs_sensitivity(choice) for choice in ("auto", "5%", "none", "conv_in", "auto*")] == [True, True] + [
+        False
+    ] * 3
     with pytest.raises(ValueError, match="keeping '5%' in float needs the sensitivity"):
         keep_float(plan(), "5%")
 
