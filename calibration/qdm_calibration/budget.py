@@ -16,8 +16,8 @@ __all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
 MAX_FLOAT_SHARE = 0.1
-# "auto" takes bargains whatever the target: layers that add at least six times as much of the noise as they cost, up to
-# this part of the cost. In U-Nets these are the shortcuts of the last blocks: cheap, and nothing normalizes their input.
+# "auto" takes bargains whatever the target: layers whose part of the noise is at least six times their part of the
+# cost, up to this part of the cost. In U-Nets these are shortcuts: cheap, and nothing normalizes their input.
 BARGAIN_SHARE, BARGAIN = 0.03, 6.0
 _PERCENT = re.compile(r"([^,]*)%")
 
@@ -177,8 +177,8 @@ def _named(choice: str, names: list[str]) -> list[str]:
             close = get_close_matches(pattern, names, n=3)
             hint = f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
             raise InputError(
-                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', or names or patterns of "
-                "the layers that `qdm-deploy inspect` lists"
+                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', or names or "
+                "patterns of the layers that `qdm-deploy inspect` lists"
             )
         found.update(matches)
     return [name for name in names if name in found]

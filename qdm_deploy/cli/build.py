@@ -116,7 +116,7 @@ _FILE = click.Path(path_type=Path)
 @option(
     "--channel-scales",
     type=click.Choice(["none", "free", "auto"]),
-    default="none",
+    default="free",
     section=_QUANTIZATION,
     help="Scales per input channel: none, or kept where the layer then errs less; free: only where they cost no "
     "operation on any target.",
@@ -125,9 +125,10 @@ _FILE = click.Path(path_type=Path)
     "--step-bins",
     type=CountOrAuto(),
     metavar="auto|N",
+    default="auto",
     section=_QUANTIZATION,
     help="Timestep bins with a gain of their own, cut where it helps most; 1 is none, auto as many as pay for "
-    "themselves.  [default: 4, or fewer if calibrated with fewer steps]",
+    "themselves.",
 )
 @option(
     "--from-modelopt",
@@ -139,8 +140,9 @@ _FILE = click.Path(path_type=Path)
 @option(
     "--keep-fp",
     section=_QUANTIZATION,
-    metavar="auto|N%|NAMES",
-    help="Layers to keep in float: as few as reach --min-sqnr, the noisiest N percent, or names and patterns (a,b*).",
+    metavar="auto|N%|none|NAMES",
+    help="Layers to keep in float: few, cheap and noisy ones and what --min-sqnr takes; N percent of the INT8 cost; "
+    "none; or names and patterns (a,b*).  [default: auto; with --from-modelopt none]",
 )
 @option(
     "--no-sensitivity",

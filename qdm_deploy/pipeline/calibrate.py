@@ -1,25 +1,22 @@
-"""Calibration and planning inside a build; whatever can be refused is refused before the first long stage."""
+"""Calibration inside a build; whatever can be refused is refused before the first long stage."""
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.artifacts.statistics import ActivationStatistics
-from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.importance import StepImportance, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
-from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp, measured_and_kept, wants_sensitivity
+from qdm_deploy.pipeline.planning import check_modelopt, check_step_bins, planned
+from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.ranges import InputRanges, input_ranges
 from qdm_deploy.samplers import StepTable
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibrated", "calibrated_plan", "calibration_given"]
 
-_DEFAULT_STEP_BINS = 4
 _STATES, _NULL_STATES = "encoder_hidden_states", "unconditional_hidden_states"
 
 
@@ -67,7 +63,7 @@ def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: St
     from qdm_calibration.timesteps import sampling_plan
 
     if options.from_modelopt is not None:
-        _check_modelopt(options.from_modelopt)
+        check_modelopt(options.from_modelopt)
     spec = checkpoint.spec
     states = read_hidden_states(options.conditioning_file)
     conditioning_of(spec, options.verify_samples, hidden_states=states)
@@ -81,7 +77,7 @@ def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: St
         given = CalibrationSet.load(options.calibration_file)
         _check_fits(given, checkpoint, options.calibration_file)
         timesteps = given.timestep
-    _step_bins(options, timesteps, spec.num_train_timesteps)
+    check_step_bins(options, timesteps, spec.num_train_timesteps)
     return given
 
 
@@ -127,24 +123,9 @@ def calibrated_plan(
     def importance() -> StepImportance:
         return _importance(options, checkpoint, table, states, progress)
 
-    with stage("plan"):
-        if options.from_modelopt is not None:
-            plan = _modelopt_plan(options, checkpoint, topology, calibration, statistics, progress)
-        else:
-            plan = _searched_plan(options, checkpoint, topology, calibration, statistics, importance, progress)
-    if options.reconstruct != "none":
-        with stage("reconstruct"):
-            plan = _reconstructed(options, checkpoint, plan, calibration, progress)
-    if options.bias_correction == "auto":
-        from qdm_calibration.bias_correction import correct_biases
-
-        with stage("correct biases"):
-            plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
-            plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
-    budgeted = Budgeted(plan)
-    if options.keep_fp is not None or wants_sensitivity(options):
-        with stage("sensitivity"):
-            budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress)
+    budgeted = planned(
+        options, checkpoint, topology, calibration, statistics, importance=importance, stage=stage, progress=progress
+    )
     return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 
 
@@ -166,128 +147,6 @@ def _importance(
         unconditional=_renamed(states, _NULL_STATES),
         progress=progress,
     )
-
-
-def _searched_plan(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    topology: Topology,
-    calibration: CalibrationSet,
-    statistics: ActivationStatistics,
-    importance: Callable[[], StepImportance],
-    progress: Progress,
-) -> QuantizationPlan:
-    from qdm_calibration.channel_factors import free_inputs, search_channel_factors
-    from qdm_calibration.plan import PlanOptions, make_plan
-    from qdm_calibration.statistics import collect_scaled_inputs
-
-    factors = None
-    if options.channel_scales != "none":
-        free = free_inputs(topology, options.targets)
-        factors = search_channel_factors(
-            checkpoint.unet,
-            topology,
-            statistics,
-            calibration,
-            ranges=options.ranges,
-            zero_offset=options.zero_offset,
-            weight_bits=options.weight_bits,
-            branch_fold=options.concat_scales == "branch",
-            channels=free if options.channel_scales == "free" else None,
-            progress=progress,
-        )
-        inverse_k = {name: found.inverse_k for name, found in factors.items() if found.inverse_k is not None}
-        scaled = collect_scaled_inputs(
-            checkpoint.unet, topology, calibration, statistics.timestep_edges, inverse_k, progress=progress
-        )
-        statistics = replace(statistics, inputs={**statistics.inputs, **scaled})
-    return make_plan(
-        checkpoint.unet,
-        topology,
-        statistics,
-        PlanOptions(
-            ranges=options.ranges,
-            zero_offset=options.zero_offset,
-            concat_scales=options.concat_scales,
-            step_bins=_step_bins(options, calibration.timestep, checkpoint.spec.num_train_timesteps),
-            weight_bits=options.weight_bits,
-        ),
-        factors=factors,
-        importance=lambda: importance().over(statistics.timestep_edges),
-        provenance={"weights_sha256": checkpoint.weights_sha256},
-        progress=progress,
-    )
-
-
-def _check_modelopt(source: str) -> None:
-    """Refuse before any work what ``_modelopt_plan`` could not do."""
-    from qdm_calibration.modelopt import CONFIGS, read_quantizer_state, require_modelopt
-
-    if source in CONFIGS:
-        require_modelopt()
-    else:
-        read_quantizer_state(Path(source))
-
-
-def _modelopt_plan(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    topology: Topology,
-    calibration: CalibrationSet,
-    statistics: ActivationStatistics,
-    progress: Progress,
-) -> QuantizationPlan:
-    from qdm_calibration.modelopt import CONFIGS, plan_from_modelopt, plan_from_quantizers, read_quantizer_state
-
-    source, unet = str(options.from_modelopt), checkpoint.unet
-    provenance = {"weights_sha256": checkpoint.weights_sha256}
-    if source in CONFIGS:
-        return plan_from_modelopt(
-            unet, topology, calibration, source, statistics, provenance=provenance, progress=progress
-        )
-    path = Path(source)
-    quantizers = read_quantizer_state(path)
-    # The file's name alone: a bundle says nothing of the folders of the machine that built it.
-    return plan_from_quantizers(unet, topology, quantizers, statistics, source=path.name, provenance=provenance)
-
-
-def _reconstructed(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    plan: QuantizationPlan,
-    calibration: CalibrationSet,
-    progress: Progress,
-) -> QuantizationPlan:
-    """The plan with learned rounding; finished blocks wait beside the bundle until all are."""
-    from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
-    from qdm_calibration.step_size import learn_step_sizes
-
-    folder = options.out.absolute().parent / f".{options.out.name}.reconstruction"
-    chosen = ReconstructOptions(iterations=options.reconstruct_iterations, seed=options.seed, folder=folder)
-    better = reconstruct(checkpoint.unet, plan, calibration, chosen, progress=progress)
-    if options.reconstruct == "full":
-        better = learn_step_sizes(checkpoint.unet, better, calibration, chosen, progress=progress)
-    shutil.rmtree(folder)
-    return replace(
-        better,
-        options={
-            **plan.options,
-            "reconstruct": options.reconstruct,
-            "reconstruct_iterations": options.reconstruct_iterations,
-        },
-    )
-
-
-def _step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> int | Literal["auto"]:
-    """Bins as asked for, or the default, or as many as these timesteps can tell apart."""
-    from qdm_calibration.statistics import timestep_edges
-    from qdm_calibration.step_bins import check_step_bins
-
-    edges = timestep_edges(timesteps, num_train_timesteps)
-    if options.step_bins is None:
-        return min(_DEFAULT_STEP_BINS, len(edges) - 1)
-    check_step_bins(edges, options.step_bins)
-    return options.step_bins
 
 
 def _sampling(options: BuildOptions) -> "SamplingPlan":

@@ -1,6 +1,6 @@
 """What a user can ask of the pipeline; refused here, before any work starts, when it cannot be done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -59,14 +59,15 @@ class BuildOptions:
         conditioning_file: safetensors with ``encoder_hidden_states`` [N, L, D] and, for guidance,
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins is a number,
-            "auto", or None: 4, or fewer where the calibrated timesteps cannot tell 4 apart.
+            or "auto": as many of 1, 2, 4, 8 as pay for themselves.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "free" does so only for inputs where it costs no operation on any
             of ``targets``; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
-        keep_fp: INT8 layers to keep in float: "auto" (a few that reach ``min_eps_sqnr_db``), "N%" (those
-            that add most noise), or names and patterns separated by commas; None keeps none.
+        keep_fp: INT8 layers to keep in float: "auto" (few, cheap and noisy ones, and what it takes to reach
+            ``min_eps_sqnr_db``), "N%" (of the INT8 cost, for as much noise as that removes), "none", or names and
+            patterns separated by commas; None is "auto", but "none" with scales of ModelOpt.
         sensitivity: measure the noise that each INT8 layer adds, for the report; "auto" and "N%" measure it anyway.
         weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
         reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
@@ -104,8 +105,8 @@ class BuildOptions:
     ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "mse"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
-    channel_scales: Literal["none", "free", "auto"] = "none"
-    step_bins: int | Literal["auto"] | None = None
+    channel_scales: Literal["none", "free", "auto"] = "free"
+    step_bins: int | Literal["auto"] = "auto"
     from_modelopt: str | None = None
     keep_fp: str | None = None
     sensitivity: bool = True
@@ -174,11 +175,16 @@ class BuildOptions:
         if self.save_calibration is not None and self.save_calibration.exists() and not self.force:
             raise InputError(f"{self.save_calibration} exists; choose another file, or add --force to replace it")
 
+    @property
+    def float_choice(self) -> str:
+        """``keep_fp``, or what stands for None."""
+        return self.keep_fp or ("auto" if self.from_modelopt is None else "none")
+
     def _check_step_bins(self) -> None:
         if isinstance(self.step_bins, str):
             if self.step_bins != "auto":
                 raise InputError(f"step bins is {self.step_bins!r}; give a number from 1 to 32, or auto")
-        elif self.step_bins is not None:
+        else:
             within("step bins", self.step_bins, 1, 32)
 
     def _check_float_steps(self) -> None:
@@ -196,13 +202,10 @@ class BuildOptions:
 
 
 def _refuse_beside_modelopt(options: BuildOptions) -> None:
+    default = {field.name: field.default for field in fields(BuildOptions)}
     asked = {
-        "ranges": options.ranges != "mse",
-        "no zero offset": not options.zero_offset,
-        "concat scales": options.concat_scales != "branch",
-        "channel scales": options.channel_scales != "none",
-        "step bins": options.step_bins is not None,
-        "weight bits": options.weight_bits != 8,
+        name.replace("_", " "): getattr(options, name) != default[name]
+        for name in ("ranges", "zero_offset", "concat_scales", "channel_scales", "step_bins", "weight_bits")
     }
     if any(asked.values()):
         raise InputError(

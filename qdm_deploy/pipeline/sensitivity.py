@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qdm_calibration.sensitivity import Sensitivity
     from qdm_export.unet import Checkpoint
 
-__all__ = ["Budgeted", "check_keep_fp", "measured_and_kept", "wants_sensitivity"]
+__all__ = ["Budgeted", "check_keep_fp", "measured_and_kept"]
 
 # A choice needs more than a page that shows shares: with 8 rows they move by a few percent of themselves.
 _ROWS_TO_CHOOSE, _ROWS_TO_SHOW = 20, 8
@@ -45,15 +45,7 @@ def check_keep_fp(options: BuildOptions, topology: Topology) -> None:
     """
     from qdm_calibration.budget import check_choice
 
-    if options.keep_fp is not None:
-        check_choice(options.keep_fp, topology)
-
-
-def wants_sensitivity(options: BuildOptions) -> bool:
-    """Whether a build measures: it was asked to, or its choice of float layers needs it."""
-    from qdm_calibration.budget import needs_sensitivity
-
-    return options.sensitivity or (options.keep_fp is not None and needs_sensitivity(options.keep_fp))
+    check_choice(options.float_choice, topology)
 
 
 def measured_and_kept(
@@ -67,15 +59,14 @@ def measured_and_kept(
     from qdm_calibration.budget import keep_float, needs_sensitivity
     from qdm_calibration.sensitivity import measure_sensitivity
 
-    choice = options.keep_fp
-    if not wants_sensitivity(options) or not plan.quantized:
-        return Budgeted(plan if choice is None else keep_float(plan, choice))
-    rows = _ROWS_TO_CHOOSE if choice is not None and needs_sensitivity(choice) else _ROWS_TO_SHOW
+    choice = options.float_choice
+    decides = needs_sensitivity(choice)
+    if not plan.quantized or not (decides or options.sensitivity):
+        return Budgeted(keep_float(plan, choice))
+    rows = _ROWS_TO_CHOOSE if decides else _ROWS_TO_SHOW
     # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
     found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).relative()
-    chosen = plan
-    if choice is not None:
-        chosen = keep_float(plan, choice, found, min_sqnr_db=options.min_eps_sqnr_db)
+    chosen = keep_float(plan, choice, found, min_sqnr_db=options.min_eps_sqnr_db)
     left = {layer.name for layer in chosen.quantized}
     kept = frozenset(name for name in found.layers if name not in left)
     noise = _noise_block(found, kept, min(rows, len(calibration)))
