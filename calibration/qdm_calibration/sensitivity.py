@@ -75,8 +75,17 @@ class Sensitivity:
         return replace(self, weights=weights)
 
     def relative(self) -> Self:
-        """The same measurement, noise counted relative to each timestep's signal: what SQNR sees."""
+        """The same measurement, noise counted relative to each timestep's signal."""
         return self.weighted(1.0 / self.signal)
+
+    def balanced(self) -> Self:
+        """The same measurement, noise counted relative to all the noise of each timestep.
+
+        So a share is what a layer's noise does to the mean SQNR in dB: its derivative by the logarithm of that noise.
+        Relative to the signal instead, the last steps, where SQNR is some 20 dB less, would decide alone.
+        """
+        whole = self.noise.sum(axis=0)
+        return self.weighted(np.divide(1.0, whole, out=np.zeros_like(whole), where=whole > 0)) if whole.any() else self
 
     def sqnr_db(self, kept: Set[str] = frozenset()) -> float | None:
         """Predicted SQNR of the output in dB with the layers ``kept`` in float: the mean over the timesteps.

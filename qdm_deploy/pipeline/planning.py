@@ -61,7 +61,7 @@ def planned(
     if options.bias_correction == "auto":
         from qdm_calibration.bias_correction import correct_biases
 
-        with stage("correct biases"):
+        with stage("bias correction"):
             plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
             plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     with stage("sensitivity"):

@@ -64,8 +64,8 @@ def measured_and_kept(
     if not plan.quantized or not (decides or options.sensitivity):
         return Budgeted(keep_float(plan, choice))
     rows = _ROWS_TO_CHOOSE if decides else _ROWS_TO_SHOW
-    # Relative to the signal of each timestep: the verdict counts decibels, not absolute noise.
-    found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).relative()
+    # Relative to the noise of each timestep: the verdict counts decibels, not absolute noise.
+    found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).balanced()
     chosen = keep_float(plan, choice, found, min_sqnr_db=options.min_eps_sqnr_db)
     left = {layer.name for layer in chosen.quantized}
     kept = frozenset(name for name in found.layers if name not in left)

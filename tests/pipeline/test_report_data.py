@@ -106,7 +106,7 @@ def budgeted(tiny: Any, tmp_path: Any, **changes: Any) -> Budgeted:
 def test_the_noise_block_is_the_measurement(tiny: Any, tmp_path: Any) -> None:
     found = budgeted(tiny, tmp_path)
     network, plan, data = tiny.checkpoint("rgb").unet, tiny.plan("rgb"), tiny.calibration("rgb")
-    expected = measure_sensitivity(network, plan, data, rows=8).relative()
+    expected = measure_sensitivity(network, plan, data, rows=8).balanced()
     assert found.plan == plan
     assert found.shares == pytest.approx(expected.shares())
     noise = found.noise
