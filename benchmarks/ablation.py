@@ -6,14 +6,17 @@ of the network's output (mean over the steps, and at the last step), PSNR of the
     python benchmarks/ablation.py --save
 """
 
+import argparse
 import json
 import tempfile
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import Case, case, finish, parser, say, write_float, write_graph
 
-from qdm_calibration.plan import PlanOptions
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.pipeline.conditioning import conditioning_of
@@ -24,19 +27,27 @@ from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
 
-PLAIN = PlanOptions(ranges="minmax", zero_offset=False, concat_scales="none", step_bins=1)
-FULL = PlanOptions()
-VARIANTS = {
+PLAIN: dict[str, Any] = {
+    "ranges": "minmax", "zero_offset": False, "concat_scales": "none", "channel_scales": "none", "step_bins": 1,
+    "keep_fp": "none",
+}  # fmt: skip
+FULL: dict[str, Any] = {}
+# What each row asks of `build`; what it does not name has build's default.
+VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric min-max": PLAIN,
-    "symmetric, MSE range": PlanOptions(zero_offset=False, concat_scales="none", step_bins=1),
-    "+ zero offset z": PlanOptions(concat_scales="none", step_bins=1),
-    "+ branch factors k": PlanOptions(step_bins=1),
-    "+ step gains r (default)": FULL,
-    "default without z": PlanOptions(zero_offset=False),
-    "default without k": PlanOptions(concat_scales="none"),
-    "default, min-max range": PlanOptions(ranges="minmax"),
-    "default, Lp 2.4 range": PlanOptions(ranges="lp"),
-    "default, gains from 5 % on": PlanOptions(gain_ratio=1.05),
+    "symmetric, MSE range": {**PLAIN, "ranges": "mse"},
+    "+ zero offset z": {"concat_scales": "none", "channel_scales": "none", "step_bins": 1, "keep_fp": "none"},
+    "+ free factors k": {"step_bins": 1, "keep_fp": "none"},
+    "+ few layers in float (default)": FULL,
+    "default without z": {"zero_offset": False},
+    "default without k": {"concat_scales": "none", "channel_scales": "none"},
+    "default, only branch factors": {"channel_scales": "none"},
+    "default, k on every input": {"channel_scales": "auto"},
+    "default, 4 step bins": {"step_bins": 4},
+    "default, min-max range": {"ranges": "minmax"},
+    "default, Lp 2.4 range": {"ranges": "lp"},
+    "default + bias correction": {"bias_correction": "auto"},
+    "default, 10 % of the cost in float": {"keep_fp": "10%"},
 }
 # Seeds that no calibration uses.
 FIRST_SEED = 2**40
@@ -52,7 +63,7 @@ def session_for(model: Case, plan: QuantizationPlan, target: Target, folder: Pat
 
 
 def measured(name: str, plan: QuantizationPlan, row: QualityRow) -> dict[str, Any]:
-    """One line of the table."""
+    """One line of the table, of one calibration seed."""
     summary = plan.summary()
     return {
         "plan": name,
@@ -61,59 +72,88 @@ def measured(name: str, plan: QuantizationPlan, row: QualityRow) -> dict[str, An
         "last step": row.eps_sqnr_db[-1],
         "PSNR dB": row.psnr_mean_db,
         "worst PSNR": row.psnr_min_db,
+        "float": summary["float"],
         "z": summary["zero_offset"],
         "k": summary["branch_factors"],
         "r": summary["step_gains"],
     }
 
 
+def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One line for all calibration seeds: the median of every number, and how far the SQNR spreads."""
+    sqnr = [row["eps SQNR dB"] for row in rows]
+    middle = {
+        key: median(row[key] for row in rows) if not isinstance(value, str) else value for key, value in rows[0].items()
+    }
+    return {**middle, "lowest": min(sqnr), "highest": max(sqnr)}
+
+
 def main() -> None:
     arguments = parser("Ablation of the quantization plan on the embedded model.")
     arguments.add_argument("--seeds", type=int, default=64)
-    arguments.add_argument("--steps", type=int, default=50)
+    arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--calibration-samples", type=int, default=16)
+    arguments.add_argument("--calibration-seeds", default="0,1,2")
     arguments.add_argument("--targets", default=",".join(TARGETS))
     arguments.add_argument("--headline", action="store_true", help="only symmetric min-max and the default")
     arguments.add_argument("--cache", type=Path, help="folder of finished rows, to go on from after an interruption")
     given = arguments.parse_args()
-    model = case("fashion", samples=given.calibration_samples)
-    spec = model.checkpoint.spec
-    table = step_table(model.schedule, "ddim", given.steps)
-    seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
-    rows: list[dict[str, Any]] = []
+    names = [name for name, options in VARIANTS.items() if not given.headline or options in (PLAIN, FULL)]
+    targets = [target for target in TARGETS if target in given.targets.split(",")]
+    found: dict[tuple[str, Target], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        with OnnxRuntimeSession(write_float(model, Path(scratch) / "float")) as session:
-            say("float reference")
-            reference = reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, given.seeds))
-        for number, name in enumerate(sorted(VARIANTS, key=lambda name: VARIANTS[name] not in (PLAIN, FULL))):
-            if given.headline and VARIANTS[name] not in (PLAIN, FULL):
-                continue
-            plan = model.plan(VARIANTS[name])
-            for target in (target for target in TARGETS if target in given.targets.split(",")):
-                cached = given.cache and given.cache / f"{number}-{target}-{given.seeds}x{given.steps}.json"
-                if cached and cached.is_file():
-                    rows.append(json.loads(cached.read_text()))
-                    continue
-                backend, opened = session_for(model, plan, target, Path(scratch) / str(number))
-                with opened as session:
-                    row, _ = compare_with(reference, session, spec, target=target, backend=backend)
-                rows.append(measured(name, plan, row))
-                if cached:
-                    given.cache.mkdir(parents=True, exist_ok=True)
-                    cached.write_text(json.dumps(rows[-1]))
-                say(f"{name} | {row.label}: {row.eps_sqnr_mean_db:.2f} dB, PSNR {row.psnr_mean_db:.2f} dB")
+        for seed in map(int, given.calibration_seeds.split(",")):
+            for name, target, row in _rows(given, seed, names, targets, Path(scratch)):
+                found.setdefault((name, target), []).append(row)
+    rows = [medians(found[name, target]) for target in targets for name in names]
     plain = {row["target"]: row["eps SQNR dB"] for row in rows if row["plan"] == "symmetric min-max"}
     for row in rows:
         row["over plain"] = row["eps SQNR dB"] - plain[row["target"]]
-    rows.sort(key=lambda row: (row["target"], list(VARIANTS).index(row["plan"])))
-    columns = ["plan", "target", "eps SQNR dB", "over plain", "last step", "PSNR dB", "worst PSNR", "z", "k", "r"]
+    columns = ["plan", "target", "eps SQNR dB", "over plain", "lowest", "highest", "last step", "PSNR dB", "worst PSNR"]
     extra = {
         "seeds": given.seeds,
         "steps": given.steps,
         "sampler": "ddim",
         "calibration_samples": given.calibration_samples,
+        "calibration_seeds": given.calibration_seeds,
     }
+    columns += ["float", "z", "k", "r"]
     finish("headline" if given.headline else "ablation", columns, rows, extra, save=given.save)
+
+
+def _rows(
+    given: argparse.Namespace, seed: int, names: Sequence[str], targets: Sequence[Target], scratch: Path
+) -> Iterator[tuple[str, Target, dict[str, Any]]]:
+    """Every plan and target under one calibration seed; different seeds share no trajectory."""
+    model = case("fashion", samples=given.calibration_samples, seed=seed << 20)
+    spec, table = model.checkpoint.spec, step_table(model.schedule, "ddim", given.steps)
+    seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
+    weights = model.checkpoint.weights_sha256[:12]
+    with OnnxRuntimeSession(write_float(model, scratch / "float")) as session:
+        say("float reference")
+        reference = reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, given.seeds))
+    for name in names:
+        plan: QuantizationPlan | None = None
+        options = sha256(json.dumps(VARIANTS[name], sort_keys=True).encode()).hexdigest()[:12]
+        for target in targets:
+            key = f"{weights}-{options}-{target}-{seed}-{given.calibration_samples}-{given.seeds}x{given.steps}"
+            cached = given.cache and given.cache / f"{key}.json"
+            if cached and cached.is_file():
+                yield name, target, json.loads(cached.read_text())
+                continue
+            plan = plan or model.built(**VARIANTS[name])
+            backend, opened = session_for(model, plan, target, scratch / key)
+            with opened as session:
+                row, _ = compare_with(reference, session, spec, target=target, backend=backend)
+            line = measured(name, plan, row)
+            if cached:
+                given.cache.mkdir(parents=True, exist_ok=True)
+                cached.write_text(json.dumps(line))
+            say(
+                f"{name} | {row.label}, seed {seed}: {row.eps_sqnr_mean_db:.2f} dB, last {row.eps_sqnr_db[-1]:.2f} dB, "
+                f"PSNR {row.psnr_mean_db:.2f} dB, {line['float']} layers float"
+            )
+            yield name, target, line
 
 
 if __name__ == "__main__":

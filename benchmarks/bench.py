@@ -5,6 +5,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,9 @@ from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.pipeline.importance import StepImportance, measure_importance
+from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.pipeline.planning import planned
 from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
@@ -65,8 +69,21 @@ class Case:
     calibration: CalibrationSet
 
     def plan(self, options: PlanOptions | None = None) -> QuantizationPlan:
-        """A plan from these statistics."""
+        """A plan from these statistics alone."""
         return make_plan(self.checkpoint.unet, self.topology, self.statistics, options or PlanOptions())
+
+    def built(self, **options: Any) -> QuantizationPlan:
+        """The plan that `build` makes with these options (``BuildOptions``), from this calibration set."""
+        given = BuildOptions(out=Path("unused"), sensitivity=False, **options)
+        table = step_table(self.schedule, given.sampler, given.steps)
+
+        def importance() -> StepImportance:
+            return measure_importance(self.checkpoint.unet, self.checkpoint.spec, table)
+
+        return planned(
+            given, self.checkpoint, self.topology, self.calibration, self.statistics,
+            importance=importance, stage=lambda name: nullcontext(),
+        ).plan  # fmt: skip
 
 
 def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:

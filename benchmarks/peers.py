@@ -28,8 +28,8 @@ from qdm_deploy.samplers import step_table
 def peers(model: Case, folder: Path) -> dict[str, tuple[str, Callable[[], StepSession]]]:
     """What is compared: name, what runs it, and how it is opened."""
 
-    def ours(name: str, options: Any) -> Callable[[], StepSession]:
-        return lambda: OnnxRuntimeSession(write_graph(model, model.plan(options), "onnxruntime", folder / name))
+    def ours(name: str, options: dict[str, Any]) -> Callable[[], StepSession]:
+        return lambda: OnnxRuntimeSession(write_graph(model, model.built(**options), "onnxruntime", folder / name))
 
     def theirs(config: str) -> Callable[[], StepSession]:
         return lambda: modelopt_session(model, config)
@@ -53,10 +53,10 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=64)
     arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--calibration-samples", type=int, default=16)
-    arguments.add_argument("--seed", type=int, default=0, help="seed of the calibration")
+    arguments.add_argument("--seed", type=int, default=0, help="of the calibration; different ones share no trajectory")
     arguments.add_argument("--cache", type=Path, help="folder of finished rows, to go on from after an interruption")
     given = arguments.parse_args()
-    model = case("fashion", samples=given.calibration_samples, steps=CALIBRATION_STEPS, seed=given.seed)
+    model = case("fashion", samples=given.calibration_samples, steps=CALIBRATION_STEPS, seed=given.seed << 20)
     spec = model.checkpoint.spec
     seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
     rows: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def main() -> None:
             reference = reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, given.seeds))
         for number, (name, (runs, opened)) in enumerate(peers(model, Path(scratch)).items()):
             cached = given.cache and given.cache / (
-                f"peers-{number}-{given.seed}-{given.calibration_samples}-{given.seeds}x{given.steps}.json"
+                f"peers-{model.checkpoint.weights_sha256[:12]}-{number}-{given.seed}-{given.calibration_samples}-{given.seeds}x{given.steps}.json"
             )
             if cached and cached.is_file():
                 rows.append(json.loads(cached.read_text()))

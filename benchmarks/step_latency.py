@@ -20,7 +20,7 @@ from qdm_export.step_graph import StepGraph
 
 def sessions(model: Case, folder: Path) -> dict[tuple[str, Literal["int8", "float"]], StepSession]:
     """Everything that is timed for one model."""
-    plan = model.plan()
+    plan = model.built()
     float_graph = write_float(model, folder)
     return {
         ("torch eager", "float"): TorchSession(StepGraph(model.checkpoint.unet, model.checkpoint.spec).eval(), "float"),

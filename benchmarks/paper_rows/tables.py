@@ -182,6 +182,9 @@ def _gains(settings: Settings) -> list[Row]:
 
 
 def _peers(settings: Settings) -> list[Row]:
+    def ours(options: dict[str, Any]) -> Callable[[Laboratory], dict[str, float]]:
+        return lambda lab: lab.simulated(lab.case().checkpoint, lab.case().built(**options))
+
     def theirs(config: str) -> Callable[[Laboratory], dict[str, float]]:
         def numbers(lab: Laboratory) -> dict[str, float]:
             if find_spec("modelopt") is None:
@@ -200,8 +203,10 @@ def _peers(settings: Settings) -> list[Row]:
 
     cost = settings.seeds * settings.steps + _default_rows(settings)
     return [
-        _planned("h", "ours, symmetric min-max", PLAIN, settings),
-        _planned("h", "ours, default", FULL, settings),
+        *(
+            Row("h", f"ours, {name}", {"build": options}, ours(options), cost)
+            for name, options in (("symmetric min-max", PLAIN), ("default", FULL))
+        ),
         *(Row("h", name, {"config": config}, theirs(config), cost) for name, config in CONFIGS.items()),
         *(
             Row("h", f"quantize_static, {name}", {"method": method.name}, static(method), cost)

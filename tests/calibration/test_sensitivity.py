@@ -96,6 +96,12 @@ def test_means_shares_and_ranks_by_hand() -> None:
     assert first.ranked() == ("a", "c", "b")
     # Relative to a signal of 1 and 100, the noise of the first timestep counts a hundredfold.
     assert found.relative().ranked() == ("c", "a", "b")
+    # Relative to all the noise, 2 and 4, both timesteps count alike: 1/2, 3/4 and 1/2 + 1/4 of it.
+    assert found.balanced().shares() == pytest.approx({"a": 0.25, "b": 0.375, "c": 0.375})
+    # That is what halving a layer's noise power changes in the mean SQNR, for small changes.
+    less = by_hand(noise=by_hand().noise * np.array([[1.0], [1.0 - 1e-6], [1.0]]))
+    assert less.sqnr_db() - found.sqnr_db() == pytest.approx(0.375 * 1e-6 * 10 / np.log(10), rel=1e-3)
+    assert by_hand(noise=np.zeros((3, 2))).balanced().shares() == {"a": 0.0, "b": 0.0, "c": 0.0}
     assert found.sqnr_db() == pytest.approx((10 * np.log10(1 / 2) + 10 * np.log10(100 / 4)) / 2)
     assert found.sqnr_db({"a", "b"}) == pytest.approx(10.0)
     assert found.sqnr_db({"a", "b", "c"}) is None
