@@ -65,7 +65,13 @@ def absorb(model: ir.Model, plan: QuantizationPlan, target: Target) -> Absorptio
 
 
 def emit(
-    graph: ir.Model, plan: QuantizationPlan, target: Target, *, half: bool = True, absorb_k: bool = True
+    graph: ir.Model,
+    plan: QuantizationPlan,
+    target: Target,
+    *,
+    half: bool = True,
+    absorb_k: bool = True,
+    packed_weights: bool = True,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -75,6 +81,8 @@ def emit(
         target: whose form.
         half: off keeps float32 where the target has float16, for checks of the integers alone.
         absorb_k: off leaves every factor k where the plan has it, for comparisons.
+        packed_weights: off stores codes of 4 bits as INT8 where the target takes INT4 too: graphs that share a file
+            with one that does not would otherwise store both.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -92,7 +100,7 @@ def emit(
         BiasCorrections(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
-        QuantizeWeights(plan, packed=form.packed_weights),
+        QuantizeWeights(plan, packed=packed_weights and form.packed_weights),
     ]
     if not form.unsigned:
         passes.append(ZeroOffsets(plan))

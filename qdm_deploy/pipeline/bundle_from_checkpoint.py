@@ -148,9 +148,11 @@ def _emit(
     with stages.stage("emit"):
         folder.mkdir()
         graphs = {}
+        # The graphs share one file, and TensorRT reads no INT4: with its codes in the file, INT4 beside them only adds.
+        packed = "tensorrt" not in options.targets
         with progress.task("Writing graphs", len(options.targets) + 1) as advance:
             for target in options.targets:
-                graphs[target] = emit(float_graph, plan, target)
+                graphs[target] = emit(float_graph, plan, target, packed_weights=packed)
                 advance()
             save_with_shared_weights(
                 {folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin"

@@ -1,7 +1,6 @@
 """Decisions: each factor on and off, exact folding, edges, reasons, and the saved plan."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +131,6 @@ def test_step_gains_follow_the_range_and_are_at_least_one() -> None:
     assert layer.scale == pytest.approx(1 / 127, rel=5e-3)  # the smallest bin's range
     # Under gains the output grid is that of the product before gain and bias: 1 / 1, 2 / 2, 4 / 4, 8 / 8.
     assert layer.output_scale == pytest.approx([1 / 127] * 16, rel=5e-3)
-
-
-def test_outputs_before_a_normalization_have_a_grid_per_channel() -> None:
-    low, high = -np.arange(16, dtype=np.float32), np.full(16, 2.0, dtype=np.float32)
-    high[15] = low[15] = 0.0  # a channel that never moves
-    out = replace(tensor(*FLAT), channel_min=np.tile(low, (4, 1)), channel_max=np.tile(high, (4, 1)))
-    item = conv(feeds_norm=True)
-    statistics = ActivationStatistics(EDGES, {item.name: tensor(*FLAT)}, {item.name: out}, {})
-    (layer,) = make_plan(network(item), Topology((item,)), statistics, PlanOptions(step_bins=1)).layers
-    np.testing.assert_allclose(layer.output_scale[:15], (high - low)[:15] / 255, rtol=1e-6)
-    np.testing.assert_array_equal(layer.output_zero_point[:15], np.rint(-low[:15] / ((high - low)[:15] / 255)))
-    assert 0 < layer.output_scale[15] < 1e-4
-    (even,) = make_plan(
-        network(item), Topology((item,)), statistics, PlanOptions(step_bins=1, zero_offset=False)
-    ).layers
-    np.testing.assert_allclose(even.output_scale[:15], np.maximum(-low, high)[:15] / 127, rtol=1e-6)
-    assert set(even.output_zero_point.tolist()) == {128}
 
 
 def test_weights_of_4_bits_use_15_codes_and_are_remembered(tiny: Any, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_float_steps_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> N
 
 
 def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> None:
-    assert options_of(replace, invoke, "build", "--int8").step_bins is None
+    assert options_of(replace, invoke, "build", "--int8").step_bins == "auto"
     assert options_of(replace, invoke, "build", "--int8 --step-bins 8").step_bins == 8
     assert options_of(replace, invoke, "build", "--int8 --step-bins auto").step_bins == "auto"
     for value, said in ("many", "'many' is neither a number nor auto"), ("40", "step bins is 40; it must be from 1"):

@@ -23,6 +23,8 @@ QUICK: dict[str, Any] = {
     "calibration_steps": 8,
     "step_bins": 2,
     "ranges": "minmax",
+    "channel_scales": "none",
+    "keep_fp": "none",
     "verify_samples": 2,
     "verify_steps": 4,
     "engines": (),

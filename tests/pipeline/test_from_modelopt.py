@@ -11,8 +11,10 @@ from safetensors.numpy import save_file
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import EnvironmentProblem, InputError
 
-# Ours: the quick builds' own choices would contradict it.
-OURS: dict[str, Any] = {"ranges": "mse", "step_bins": None, "targets": ("onnxruntime",)}
+# The defaults: the quick builds' own choices would contradict it.
+OURS: dict[str, Any] = {
+    "ranges": "mse", "step_bins": "auto", "channel_scales": "free", "keep_fp": None, "targets": ("onnxruntime",)
+}  # fmt: skip
 
 
 def test_a_state_file_becomes_the_plan_of_a_bundle(quick_build: Any, tiny: Any, tmp_path: Path) -> None:

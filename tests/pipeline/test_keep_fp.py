@@ -24,7 +24,7 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
 
 @pytest.mark.parametrize(
     ("choice", "message"),
-    [("conv_uot", "'conv_uot' is no INT8 layer .*"), ("200%", "'200%' of the layers cannot be kept in float")],
+    [("conv_uot", "'conv_uot' is no INT8 layer .*"), ("200%", "'200%' of the INT8 cost cannot be kept in float")],
 )
 def test_a_choice_that_cannot_be_kept_is_refused(quick_build: Any, tmp_path: Path, choice: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -45,11 +45,11 @@ BAD = float("nan")
         ),
         (
             {"from_modelopt": "f", "zero_offset": False, "concat_scales": "none"},
-            r"from ModelOpt \(f\) were asked for together with no zero offset, concat scales, which choose",
+            r"from ModelOpt \(f\) were asked for together with zero offset, concat scales, which choose",
         ),
         ({"step_bins": "all"}, r"step bins is 'all'; give a number from 1 to 32, or auto"),
         (
-            {"from_modelopt": "INT8_DIFFUSERS", "step_bins": "auto"},
+            {"from_modelopt": "INT8_DIFFUSERS", "step_bins": 4},
             r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with step bins, which choose",
         ),
         ({"step_bins": 33}, r"step bins is 33; it must be from 1 to 32"),

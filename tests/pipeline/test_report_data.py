@@ -104,7 +104,7 @@ def budgeted(tiny: Any, tmp_path: Any, **changes: Any) -> Budgeted:
 
 
 def test_the_noise_block_is_the_measurement(tiny: Any, tmp_path: Any) -> None:
-    found = budgeted(tiny, tmp_path)
+    found = budgeted(tiny, tmp_path, keep_fp="none")
     network, plan, data = tiny.checkpoint("rgb").unet, tiny.plan("rgb"), tiny.calibration("rgb")
     expected = measure_sensitivity(network, plan, data, rows=8).balanced()
     assert found.plan == plan
