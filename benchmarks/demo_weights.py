@@ -1,0 +1,74 @@
+"""Which of two sets of weights of the demo model makes pictures closer to real ones.
+
+Both float models denoise the same seeds (DDIM, on OpenVINO); the Frechet distance is taken in the features of the
+shipped Fashion-MNIST classifier, its difference resampled over the seeds.
+
+    python benchmarks/demo_weights.py OLD_MODEL_FOLDER --save
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench import finish, parser, say
+
+from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.pipeline.conditioning import conditioning_of
+from qdm_deploy.report.distribution import frechet_distance, gaussian_of
+from qdm_deploy.report.paired_distribution import frechet_difference
+from qdm_deploy.runtime import OpenVinoSession, denoise
+from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
+from qdm_deploy.runtime.images import to_pictures
+from qdm_deploy.samplers import NoiseSchedule, step_table
+from qdm_export.float_graph import export_float_graph, save_graph
+from qdm_export.targets import emit_float
+from qdm_export.unet import load_checkpoint
+
+
+def made_by(model: Path, count: int, steps: int, classifier: FeatureClassifier) -> tuple[Features, str]:
+    """The classifier's view of ``count`` pictures, and the digest of the weights."""
+    checkpoint = load_checkpoint(model)
+    table = step_table(NoiseSchedule.from_config(checkpoint.scheduler_config), "ddim", steps)
+    with tempfile.TemporaryDirectory() as folder:
+        save_graph(emit_float(export_float_graph(checkpoint)), Path(folder) / "float.onnx", weights="float.data")
+        with OpenVinoSession(Path(folder) / "float.onnx", precision="f32") as session:
+            samples = denoise(
+                session, table, range(count), checkpoint.spec, conditioning=conditioning_of(checkpoint.spec, count)
+            )
+    pictures = to_pictures(samples, checkpoint.spec)[:, None].astype(np.float32) / 127.5 - 1.0
+    return classifier.run(pictures), checkpoint.weights_sha256
+
+
+def main() -> None:
+    arguments = parser("Frechet distance of the embedded weights beside that of others.")
+    arguments.add_argument("other", type=Path, help="diffusers folder of the weights to compare with")
+    arguments.add_argument("--images", type=int, default=2000)
+    arguments.add_argument("--steps", type=int, default=20)
+    given = arguments.parse_args()
+    classifier = FeatureClassifier(SHIPPED)
+    real = gaussian_of(classifier.reference.features)
+    labels = np.arange(given.images) % classifier.card.classes
+    rows: list[dict[str, Any]] = []
+    features = {}
+    for name, model in (("other", given.other), ("embedded", EMBEDDED_MODEL)):
+        say(f"{name}: denoising {given.images} seeds")
+        found, digest = made_by(model, given.images, given.steps, classifier)
+        features[name] = found.features
+        rows.append(
+            {
+                "weights": name,
+                "sha256": digest[:12],
+                "Frechet distance": frechet_distance(real, gaussian_of(found.features)),
+                "asked-for label": float((found.logits.argmax(axis=1) == labels).mean()),
+            }
+        )
+    difference = frechet_difference(real, features["other"], features["embedded"], resamples=500)
+    extra = {"images": given.images, "steps": given.steps, "sampler": "ddim", "classifier": classifier.id}
+    extra |= {"embedded minus other": [difference.value, difference.low, difference.high]}
+    print(f"embedded - other: {difference.value:.2f} ({difference.low:.2f} to {difference.high:.2f})")
+    finish("demo-weights", ["weights", "sha256", "Frechet distance", "asked-for label"], rows, extra, save=given.save)
+
+
+if __name__ == "__main__":
+    main()
