@@ -60,8 +60,9 @@ def free_inputs(topology: Topology, targets: Collection[Target]) -> frozenset[st
     """The shared inputs where a factor per channel costs no kernel on any of these targets.
 
     What stands before the input takes it (``Layer.absorber``). Else, where codes are unsigned, the quantize of a
-    convolution does (``LayerPlan.axis_scale``); on ``tensorrt`` the multiply joins the quantize's own kernel, unless
-    that is one with the normalization and SiLU before it, which a multiply would part.
+    convolution behind a normalization does (``LayerPlan.axis_scale``), and elsewhere a multiply costs a percent of a
+    step; on ``tensorrt`` the multiply joins the quantize's own kernel, unless that is one with the normalization and
+    SiLU before it, which a multiply would part.
 
     Args:
         topology: the layers.

@@ -120,8 +120,6 @@ class _QuantizedLayer(nn.Module):
         plan = self.plan
         low, high = plan.activation_levels
         if self.axis_scale is not None:
-            if self.inverse_r is not None:
-                x = x * self._gain(self.inverse_r, x)
             return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(low, high)
         if self.inverse_k is not None:
             x = x * self.inverse_k

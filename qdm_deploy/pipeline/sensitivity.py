@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Budgeted", "check_keep_fp", "measured_and_kept"]
 
-# A choice needs more than a page that shows shares: with 8 rows they move by a few percent of themselves.
-_ROWS_TO_CHOOSE, _ROWS_TO_SHOW = 20, 8
+# A choice needs more than a page that shows shares.
+_ROWS_TO_CHOOSE, _ROWS_TO_SHOW = 12, 8
 
 
 @dataclass(frozen=True)

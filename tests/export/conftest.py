@@ -128,7 +128,8 @@ class SmallGraph:
 
     def conv(
         self, name: str = "conv", *, out: int = 3, kernel: int = 3, stride: int = 1, pad: int = 1, bias: bool = True,
-        seed: int = 0, group: str | None = None, source: ir.Value | None = None, **changes: Any,
+        seed: int = 0, group: str | None = None, source: ir.Value | None = None, normalized: bool = False,
+        **changes: Any,
     ) -> ir.Value:  # fmt: skip
         rng = np.random.default_rng(seed)
         data = self.x if source is None else source
@@ -141,7 +142,7 @@ class SmallGraph:
             (out, channels, kernel, kernel),
             group or name,
             (channels,),
-            False,
+            normalized,
             (stride, stride),
             pads,
             (height, width),

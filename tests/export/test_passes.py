@@ -265,9 +265,9 @@ def test_unsigned_inputs_have_a_pair_per_reader_and_the_offset_as_zero_point(sma
     assert found[0, 0, 0].tolist() == [50, 52, 50, 255, 0]
 
 
-def test_unsigned_targets_quantize_a_convolution_per_axis_and_need_no_multiply(small: Any, run_graph: Any) -> None:
+def test_behind_a_norm_unsigned_targets_quantize_per_axis_and_need_no_multiply(small: Any, run_graph: Any) -> None:
     graph = small((4, 6, 5))
-    graph.output(graph.conv("a", zero_offset=78, inverse_k=K))
+    graph.output(graph.conv("a", zero_offset=78, inverse_k=K, normalized=True))
     assert not ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
     QuantizeInputs(graph.plan, unsigned=True)(graph.model)
     assert Counter(operators(graph.model)) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Conv": 1}
@@ -280,10 +280,11 @@ def test_unsigned_targets_quantize_a_convolution_per_axis_and_need_no_multiply(s
     assert codes[0, :, 0, 0].tolist() == [50 + 64, 50 + 8, 50 + 4, 50 + 16]
 
 
-def test_a_gain_stands_before_a_quantize_per_axis(small: Any, run_graph: Any) -> None:
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_factor_beside_a_gain_is_a_multiply(small: Any, run_graph: Any, normalized: bool) -> None:
     graph = small((4, 6, 5))
-    graph.output(graph.conv("a", zero_offset=78, inverse_k=K, inverse_r=R))
-    assert not ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
+    graph.output(graph.conv("a", zero_offset=78, inverse_k=K, inverse_r=R, normalized=normalized))
+    assert ChannelFactors(graph.plan, unsigned=True)(graph.model).modified
     StepGains(graph.plan)(graph.model)
     QuantizeInputs(graph.plan, unsigned=True)(graph.model)
     codes = next(node.outputs[0] for node in graph.graph if node.op_type == "QuantizeLinear")
