@@ -115,8 +115,9 @@ def _setting(result: Mapping[str, Any]) -> str:
     return f"""Ours: the embedded model (weights `{result["weights"][:12]}`), DDIM with {result["steps"]} steps,
 {result["seeds"]} unseen seeds, {result["calibration_samples"]} calibration trajectories of
 {result["calibration_steps"]} steps. `eps SQNR dB` is the teacher-forced signal-to-noise ratio of the network's output,
-the mean over the steps; `last step` is that of the last step. INT8 is the simulation of the target `tensorrt`, except
-for ModelOpt's own network and ONNX Runtime's own graph in (h). (d) runs the ancestral sampler and compares images and
+the mean over the steps; `last step` is that of the last step. INT8 is the simulation of the target `tensorrt`; in (h)
+ModelOpt computes as it does itself, its own fake-quantized network with all its layers, and `onnxruntime` and
+`quantize_static` are graphs that ONNX Runtime runs. (d) runs the ancestral sampler and compares images and
 states with the float run on the same noise. Numbers are medians over the calibration seeds {seeds}
 ((e): {slow}), with the smallest and the largest behind them. Where a table does not say otherwise, plans have the
 defaults of `build` with static scales."""

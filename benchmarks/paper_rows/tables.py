@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from ablation import FULL, PLAIN
+from ablation import FULL, PLAIN, session_for
 from paper_rows.laboratory import Laboratory, Settings
 from paper_rows.operations import MU, OPERATIONS, PREVIOUS, SIGMA, operation_numbers
 from paper_rows.row import Row, Skipped
@@ -19,6 +19,7 @@ from peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.ranges import METHODS
 from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
+from qdm_deploy.artifacts.plan import Target
 
 __all__ = ["LETTERS", "rows_of"]
 
@@ -182,8 +183,15 @@ def _gains(settings: Settings) -> list[Row]:
 
 
 def _peers(settings: Settings) -> list[Row]:
-    def ours(options: dict[str, Any]) -> Callable[[Laboratory], dict[str, float]]:
-        return lambda lab: lab.simulated(lab.case().checkpoint, lab.case().built(**options))
+    def ours(options: dict[str, Any], target: Target) -> Callable[[Laboratory], dict[str, float]]:
+        def numbers(lab: Laboratory) -> dict[str, float]:
+            case = lab.case()
+            plan = lab.shared(f"built {options}", lambda: case.built(**options))
+            folder = settings.scratch / f"ours-{len(options)}-{lab.seed}"
+            with session_for(case, plan, target, folder)[1] as session:
+                return lab.measured(session)
+
+        return numbers
 
     def theirs(config: str) -> Callable[[Laboratory], dict[str, float]]:
         def numbers(lab: Laboratory) -> dict[str, float]:
@@ -201,11 +209,13 @@ def _peers(settings: Settings) -> list[Row]:
 
         return numbers
 
+    targets: tuple[Target, ...] = ("tensorrt", "onnxruntime")
     cost = settings.seeds * settings.steps + _default_rows(settings)
     return [
         *(
-            Row("h", f"ours, {name}", {"build": options}, ours(options), cost)
+            Row("h", f"ours, {name}, {target}", {"build": options, "target": target}, ours(options, target), cost)
             for name, options in (("symmetric min-max", PLAIN), ("default", FULL))
+            for target in targets
         ),
         *(Row("h", name, {"config": config}, theirs(config), cost) for name, config in CONFIGS.items()),
         *(
