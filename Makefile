@@ -18,8 +18,8 @@ VENV := .venv
 PIP_INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install
 QUIETLY := | sed -u '/^Requirement already satisfied/d'
 QDM := $(VENV)/bin/qdm-deploy
-RUN_EXTRAS := build,openvino,tensorrt-rtx
-DEV_EXTRAS := $(RUN_EXTRAS),dev
+RUN_EXTRAS := build,openvino,tensorrt-rtx,serve
+DEV_EXTRAS := $(RUN_EXTRAS),ray,dev
 
 # The version is part of the stamps' names, so that another PYTHON is noticed.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)

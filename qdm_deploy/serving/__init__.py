@@ -1,0 +1,1 @@
+"""Serving a bundle: step-level continuous batching, and HTTP."""
