@@ -127,8 +127,8 @@ FINDINGS = {
         "Other quantizers",
         "No paper has this table. NVIDIA's example for diffusion models keeps conv_in, conv_out, shortcuts and the "
         "time embedding in float, which is the diffusers filter here.",
-        "Ours above ModelOpt with the diffusers filter, that above ModelOpt's default; ours above `quantize_static` where "
-        "both are run by ONNX Runtime.",
+        "Ours above ModelOpt with the diffusers filter, that above ModelOpt's default; ours above `quantize_static` "
+        "where both are run by ONNX Runtime.",
         chains=(
             ("ours, default, tensorrt", "modelopt, diffusers filter", "modelopt INT8_DEFAULT_CFG"),
             ("ours, default, onnxruntime", "quantize_static, percentile"),

@@ -16,9 +16,10 @@ __all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
 MAX_FLOAT_SHARE = 0.1
-# "auto" takes bargains whatever the target: layers whose part of the noise is at least six times their part of the
-# cost, up to this part of the cost. In U-Nets these are shortcuts: cheap, and nothing normalizes their input.
-BARGAIN_SHARE, BARGAIN = 0.03, 6.0
+# "auto" takes bargains whatever the target: layers whose part of the noise, in the mean or at the worst timestep, is at
+# least six times their part of the cost, up to this part of the cost. In U-Nets these are shortcuts, which are cheap, and
+# whose input nothing normalizes, and the first block's convolution, which makes half the noise of the last step.
+BARGAIN_SHARE, BARGAIN = 0.04, 6.0
 _PERCENT = re.compile(r"([^,]*)%")
 
 
@@ -90,13 +91,14 @@ def keep_float(
     if sensitivity is None:
         raise ValueError(f"keeping {choice!r} in float needs the sensitivity of the layers")
     costs = _costs(sensitivity, cost)
+    shares, worst = sensitivity.shares(), sensitivity.worst_shares()
     if choice == "auto":
-        bargains = _within(sensitivity, costs, min(BARGAIN_SHARE, max_float_share), least_ratio=BARGAIN)
+        largest = {name: max(shares[name], worst[name]) for name in sensitivity.layers}
+        bargains = _within(sensitivity, costs, min(BARGAIN_SHARE, max_float_share), noise=largest, least_ratio=BARGAIN)
         kept = _within(sensitivity, costs, max_float_share, bargains, min_sqnr_db=min_sqnr_db)
     else:
         kept = _within(sensitivity, costs, _percentage(choice) / 100)
-    shares = sensitivity.shares()
-    return _with_float(plan, {name: f"kept in float: adds {_percent(shares[name])} of the noise" for name in kept})
+    return _with_float(plan, {name: _reason(shares[name], worst[name]) for name in kept})
 
 
 def frontier(sensitivity: Sensitivity, cost: Mapping[str, float] | None = None) -> tuple[FrontierPoint, ...]:
@@ -126,15 +128,16 @@ def _within(
     share: float,
     kept: Sequence[str] = (),
     *,
+    noise: Mapping[str, float] | None = None,
     least_ratio: float = 0.0,
     min_sqnr_db: float = math.inf,
 ) -> list[str]:
     """``kept`` and more layers, by noise removed per cost; one that would break the limit is passed over.
 
-    It ends at layers whose part of the noise is less than ``least_ratio`` times their part of the cost, and where the
-    predicted SQNR reaches ``min_sqnr_db``.
+    ``noise`` is each layer's part; None takes the parts of the mean noise. It ends at layers whose part of the noise is
+    less than ``least_ratio`` times their part of the cost, and where the predicted SQNR reaches ``min_sqnr_db``.
     """
-    noise, whole = sensitivity.shares(), sum(costs.values())
+    noise, whole = noise or sensitivity.shares(), sum(costs.values())
     ratio = {name: noise[name] * whole / costs[name] for name in sensitivity.layers}
     # The hair is for a share of 100 %, whose sum may round up.
     left = share * whole * (1 + 1e-9) - sum(costs[name] for name in kept)
@@ -182,6 +185,11 @@ def _named(choice: str, names: list[str]) -> list[str]:
             )
         found.update(matches)
     return [name for name in names if name in found]
+
+
+def _reason(share: float, worst: float) -> str:
+    text = f"kept in float: adds {_percent(share)} of the noise"
+    return text + (f", {_percent(worst)} at the worst timestep" if worst > 2 * share else "")
 
 
 def _percent(share: float) -> str:

@@ -56,6 +56,11 @@ class Sensitivity:
         total = float(mean.sum())
         return {name: float(value) / total if total else 0.0 for name, value in zip(self.layers, mean, strict=True)}
 
+    def worst_shares(self) -> dict[str, float]:
+        """Like ``shares``, of the noise at the timestep with the lowest SQNR alone."""
+        whole = self.noise.sum(axis=0)
+        return self.weighted(np.eye(len(whole))[int(np.argmax(whole / self.signal))]).shares()
+
     def ranked(self) -> tuple[str, ...]:
         """The layers, the one that adds most noise first."""
         return tuple(self.layers[i] for i in np.argsort(-self.mean_noise, kind="stable"))
