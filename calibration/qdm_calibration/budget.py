@@ -16,9 +16,9 @@ __all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
 MAX_FLOAT_SHARE = 0.1
-# "auto" takes bargains whatever the target: layers whose part of the noise, in the mean or at the worst timestep, is at
-# least six times their part of the cost, up to this part of the cost. In U-Nets these are shortcuts, which are cheap, and
-# whose input nothing normalizes, and the first block's convolution, which makes half the noise of the last step.
+# "auto" takes bargains whatever the target: layers whose part of the noise, in the mean or at the worst timestep, is
+# at least six times their part of the cost, up to this part of the cost. In U-Nets these are shortcuts, which are cheap
+# and read what nothing normalizes, and the first block's convolution, which makes half the noise of the last step.
 BARGAIN_SHARE, BARGAIN = 0.04, 6.0
 _PERCENT = re.compile(r"([^,]*)%")
 
