@@ -104,13 +104,18 @@ class Bundle:
         Raises:
             BundleError: The bundle was built without it.
         """
-        graphs = [PurePosixPath(entry.path) for entry in self.manifest.files if entry.role == "graph"]
-        targets = [graph.stem for graph in graphs if graph.parent == PurePosixPath("unet")]
-        if target not in targets:
-            raise BundleError(
-                f"{self.path} has no graph for {target!a}; it has: {', '.join(targets)}. Build it with that target"
-            )
+        if not self.has_graph(target):
+            there = ", ".join(self._graphs())
+            raise BundleError(f"{self.path} has no graph for {target!a}; it has: {there}. Build it with that target")
         return self.path / "unet" / f"{target}.onnx"
+
+    def has_graph(self, target: str) -> bool:
+        """Whether ``graph`` would find one."""
+        return target in self._graphs()
+
+    def _graphs(self) -> list[str]:
+        graphs = [PurePosixPath(entry.path) for entry in self.manifest.files if entry.role == "graph"]
+        return [graph.stem for graph in graphs if graph.parent == PurePosixPath("unet")]
 
     def scheduler_config(self) -> dict[str, object]:
         """The diffusers scheduler configuration that the model was trained with.

@@ -20,6 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.files import canonical_json, new_directory, sha256_of
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import EnvironmentProblem
@@ -101,7 +102,7 @@ class EngineCache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or _default_root()).expanduser().absolute()
+        self.root = (root or cache_folder("engines")).expanduser().absolute()
 
     def entry(
         self,
@@ -240,10 +241,3 @@ class EngineCache:
                 f"{stat.S_IMODE(status.st_mode):04o}: others could put their code into your engines; run chmod 700 on "
                 "your own folder, or set QDM_CACHE_DIR to another one"
             )
-
-
-def _default_root() -> Path:
-    own = os.environ.get("QDM_CACHE_DIR")
-    if own:
-        return Path(own) / "engines"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qdm-deploy" / "engines"

@@ -14,7 +14,7 @@ from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.pipeline.options import GenerateOptions
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime import denoise, open_session
+from qdm_deploy.runtime import choose_backend, denoise, open_session
 from qdm_deploy.runtime.images import ImageMetadata, contact_sheet, read_metadata, save_png, to_pictures
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
@@ -33,6 +33,7 @@ class GenerateResult:
         sheet: the contact sheet of the first 256.
         seconds: time in the denoising loop; ``images_per_second`` is over it.
         backend: ``StepSession.describe``.
+        precision: "int8" or "float", which graph ran.
         seeds: the pictures' seeds.
     """
 
@@ -41,6 +42,7 @@ class GenerateResult:
     seconds: float
     images_per_second: float
     backend: dict[str, object]
+    precision: str
     seeds: tuple[int, ...]
 
 
@@ -61,7 +63,10 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
     to_pictures(np.zeros((1, *model.sample_shape), dtype=np.float32), model)  # refuses latents before any work
     seeds = tuple(range(options.seed, options.seed + options.count))
     with new_directory(options.out, force=options.force, may_replace=_not_ours) as folder:
-        with open_session(bundle, options.backend, precision=options.precision, threads=options.threads) as session:
+        chosen, precision = choose_backend(
+            bundle, options.backend, options.precision, threads=options.threads, progress=progress
+        )
+        with open_session(bundle, chosen, precision=precision, threads=options.threads) as session:
             backend = session.describe()
             progress.say(f"Denoising {options.count} samples in {options.steps} steps on {backend['backend']}")
             start = time.perf_counter()
@@ -78,7 +83,7 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             seconds = time.perf_counter() - start
         pictures = to_pictures(samples, model)
         names = _label_names(options, model)
-        ran = f"{backend['backend']} {options.precision}"
+        ran = f"{backend['backend']} {precision}"
         if "float_below" in backend:
             ran += f", float below timestep {backend['float_below']}"
         width = max(5, len(str(seeds[-1])))
@@ -103,7 +108,9 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             images.append(options.out / path.name)
         captions = [name or f"seed {seed}" for name, seed in zip(names, seeds, strict=True)]
         save_png(folder / _SHEET, contact_sheet(pictures[:_MOST_ON_SHEET], captions=captions[:_MOST_ON_SHEET]))
-    return GenerateResult(tuple(images), options.out / _SHEET, seconds, options.count / seconds, dict(backend), seeds)
+    return GenerateResult(
+        tuple(images), options.out / _SHEET, seconds, options.count / seconds, dict(backend), precision, seeds
+    )
 
 
 def _label_names(options: GenerateOptions, model: ModelSpec) -> list[str | None]:

@@ -1,7 +1,6 @@
 """Samples and their features, kept in small files: an interrupted evaluation goes on where it stopped."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.files import canonical_json, new_file
 from qdm_deploy.progress import SILENT, Progress
 
@@ -37,7 +37,7 @@ class SampleCache:
 
     def __init__(self, identity: Mapping[str, object], root: Path | None = None) -> None:
         key = hashlib.sha256(canonical_json({"format": 2, **identity})).hexdigest()
-        self.folder = (root or _default_root()).expanduser().absolute() / key
+        self.folder = (root or cache_folder("evaluations")).expanduser().absolute() / key
 
     def tensors(
         self,
@@ -93,10 +93,3 @@ def _read(path: Path, count: int, shapes: Mapping[str, tuple[int, ...]]) -> tupl
         if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
             return f"{name} is not finite float32 or float64", {}
     return None, found
-
-
-def _default_root() -> Path:
-    own = os.environ.get("QDM_CACHE_DIR")
-    if own:
-        return Path(own) / "evaluations"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qdm-deploy" / "evaluations"

@@ -1,47 +1,18 @@
-"""Time per step, float against INT8, on the backends this machine has.
+"""Time per step, float against INT8, on the backends this machine has."""
 
-All sessions are timed in turn, round after round, so that a machine that changes its speed changes it for all of them.
-"""
-
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import SpeedRow
 from qdm_deploy.runtime import StepSession
+from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.runtime.timing import WARM_UP, timed_in_turn
 
-__all__ = ["measure_speed", "random_inputs", "speedup_of"]
-
-_WARM_UP = 2
-
-
-def random_inputs(model: ModelSpec, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Valid inputs of the step graph for ``batch`` rows, with a different timestep in each."""
-    generator = np.random.default_rng(seed)
-    shape = (batch, *model.sample_shape)
-    inputs: dict[str, NDArray[Any]] = {
-        "sample": generator.standard_normal(shape, dtype=np.float32),
-        "timestep": generator.integers(0, model.num_train_timesteps, batch),
-        "coefficients": np.tile(np.array([[1.0, -0.3, 1.0, 0.8, 0.1, 0.1, 0.1, -9.0, -8.0]], np.float32), (batch, 1)),
-        "noise": generator.standard_normal(shape, dtype=np.float32),
-        "previous_x0": generator.standard_normal(shape, dtype=np.float32),
-    }
-    inputs["coefficients"] = np.ascontiguousarray(inputs["coefficients"][:, : model.num_coefficients])
-    for item in model.conditioning:
-        if item.name == "class_labels":
-            inputs[item.name] = generator.integers(0, model.num_classes or 1, batch)
-        else:
-            inputs[item.name] = generator.standard_normal((batch, *item.shape), dtype=np.float32)
-    if model.conditional:
-        inputs["guidance"] = np.ones(batch, dtype=np.float32)
-        inputs["unconditional_row"] = np.arange(batch)
-        inputs["owner_row"] = np.arange(batch)
-    return inputs
+__all__ = ["measure_speed", "speedup_of"]
 
 
 def measure_speed(
@@ -54,17 +25,10 @@ def measure_speed(
 ) -> tuple[SpeedRow, ...]:
     """Median and 95th percentile of one step for every session and batch size, timed in interleaved rounds."""
     rows = []
-    with progress.task("Measuring speed", len(batches) * (runs + _WARM_UP) * len(sessions)) as advance:
+    with progress.task("Measuring speed", len(batches) * (runs + WARM_UP) * len(sessions)) as advance:
         for batch in batches:
             inputs = random_inputs(model, batch)
-            times: dict[tuple[str, Literal["int8", "float"]], list[float]] = {key: [] for key in sessions}
-            for run in range(runs + _WARM_UP):
-                for key, session in sessions.items():
-                    start = time.perf_counter()
-                    session.run(inputs)
-                    if run >= _WARM_UP:
-                        times[key].append(1000 * (time.perf_counter() - start))
-                    advance()
+            times = timed_in_turn(sessions, inputs, runs=runs, advance=advance)
             for (backend, precision), values in times.items():
                 rows.append(
                     SpeedRow(

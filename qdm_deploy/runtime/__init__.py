@@ -1,6 +1,6 @@
 """Running step graphs: sessions on the CPU backends, the timestep loop, pictures, and what this machine can run."""
 
-from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, open_session
+from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, choose_backend, open_session
 from qdm_deploy.runtime.denoise import Conditioning, denoise
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -16,6 +16,7 @@ __all__ = [
     "StepOutput",
     "StepSession",
     "automatic_backend",
+    "choose_backend",
     "denoise",
     "open_session",
 ]

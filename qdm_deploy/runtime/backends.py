@@ -8,54 +8,96 @@ from typing import Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import EnvironmentProblem, InputError
+from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.runtime.choice import Candidate, choose
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.session import StepSession
 
-__all__ = ["BACKENDS", "automatic_backend", "open_session"]
+__all__ = ["BACKENDS", "automatic_backend", "choose_backend", "open_session"]
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 def automatic_backend(targets: tuple[str, ...]) -> str:
-    """The fastest CPU backend that this machine has and a bundle with these targets was built for."""
+    """The CPU backend that is expected to be the fastest here, of those a bundle with these targets was built for."""
+    return _cpu_backends(targets)[0]
+
+
+def _cpu_backends(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The CPU backends that this machine has and the targets allow, the one that is usually faster first."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if on_x86 and "openvino" in targets and find_spec("openvino") is not None:
-        return "openvino"
-    return "onnxruntime"
+        return ("openvino", "onnxruntime")
+    return ("onnxruntime",)
+
+
+def choose_backend(
+    bundle: Bundle,
+    backend: str = "auto",
+    precision: Literal["auto", "int8", "float"] = "int8",
+    *,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Candidate:
+    """What ``open_session`` opens for these arguments: a backend and a precision, neither of them "auto".
+
+    Where there is something to choose, the candidates are timed once per bundle and machine
+    (``qdm_deploy.runtime.choice``), and ``progress`` is told what was taken and why.
+
+    Raises:
+        InputError: unknown backend or precision, or fewer than one thread.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise InputError(f"the backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    if precision not in ("auto", "int8", "float"):
+        raise InputError(f"the precision {precision!r} is unknown; choose auto, int8 or float")
+    if threads is not None and threads < 1:
+        raise InputError(f"{threads} threads cannot run anything; give at least 1, or leave it out for all cores")
+    backends = _cpu_backends(bundle.manifest.targets) if backend == "auto" else (backend,)
+    kinds: list[Literal["int8", "float"]] = ["int8", "float"] if precision == "auto" else [precision]
+    if precision == "auto" and not bundle.has_graph("float"):
+        kinds = ["int8"]
+    candidates: list[Candidate] = [(name, kind) for kind in kinds for name in backends]
+    if len(candidates) == 1:
+        return candidates[0]
+    choice = choose(
+        bundle,
+        candidates,
+        lambda candidate: open_session(bundle, candidate[0], precision=candidate[1], threads=threads),
+        [f"{name} {version(name)}" for name in backends],
+        threads=threads,
+        progress=progress,
+    )
+    return choice.backend, choice.precision
 
 
 def open_session(
     bundle: Bundle,
     backend: str = "auto",
     *,
-    precision: Literal["int8", "float"] = "int8",
+    precision: Literal["auto", "int8", "float"] = "int8",
     threads: int | None = None,
+    progress: Progress = SILENT,
 ) -> StepSession:
     """Open the bundle's step graph on a backend of this machine.
 
     Args:
         bundle: an opened bundle.
-        backend: one of ``BACKENDS``, or ``"auto"``: openvino on x86 where it is installed and the bundle has its
-            graph, otherwise onnxruntime.
+        backend: one of ``BACKENDS``, or ``"auto"``: the CPU backend that is the fastest here (``choose_backend``).
         precision: ``"int8"``: the graph of the backend's own target, with the float graph for those steps that the
-            bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32.
+            bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32; ``"auto"``:
+            whichever is faster here.
         threads: CPU threads; None takes the cores this process may use.
+        progress: told what an automatic choice took and why.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
         BundleError: the bundle has no graph for it, or the graph cannot be loaded.
         EnvironmentProblem: the backend is not installed, or has no session in this version.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise InputError(f"the backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
-    if precision not in ("int8", "float"):
-        raise InputError(f"the precision {precision!r} is unknown; choose int8 or float")
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads cannot run anything; give at least 1, or leave it out for all cores")
-    if backend == "auto":
-        backend = automatic_backend(bundle.manifest.targets)
+    backend, precision = choose_backend(bundle, backend, precision, threads=threads, progress=progress)
     if backend in ("tensorrt", "tensorrt-rtx"):
         raise EnvironmentProblem(
             f"the backend {backend!r} builds engines but has no session in qdm-deploy {version('qdm-deploy')}; "

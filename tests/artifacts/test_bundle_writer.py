@@ -89,7 +89,7 @@ for _ in range(rounds):
             (writer.root / "unet" / name).write_bytes(b"x" * 100_000)
         if stage == "writing":
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(600)
         writer.publish(
             name="tiny",
             model=ModelSpec(name="tiny", sample_shape=(3, 8, 8), num_train_timesteps=1000),
@@ -100,7 +100,7 @@ for _ in range(rounds):
         )
         if stage == "published":
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(600)
     print("ready", flush=True)
 """
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from qdm_deploy.errors import ExportError
 from qdm_deploy.pipeline.checks import run_graph
-from qdm_deploy.pipeline.speed import random_inputs
 from qdm_deploy.report.metrics import max_abs_difference
+from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.check import check_onnx
 from qdm_export.float_graph import save_graph
 from qdm_export.split_concat import SplitConv2d, concat_readers, split_checkpoint, split_graph, split_network

@@ -19,8 +19,8 @@ from qdm_deploy.pipeline.checks import (
 )
 from qdm_deploy.pipeline.measure import simulation_of
 from qdm_deploy.pipeline.quality import network_output
-from qdm_deploy.pipeline.speed import random_inputs
 from qdm_deploy.runtime import Conditioning, OnnxRuntimeSession
+from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export import absorb, targets
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import emit, emit_float

@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_real_sessions_split_a_guided_batch_and_refuse_a_wrong_one(labelled: Any) -> None:
-    from qdm_deploy.pipeline.speed import random_inputs
+    from qdm_deploy.runtime.random_inputs import random_inputs
 
     inputs = random_inputs(labelled.spec, 6)
     inputs["timestep"] = np.array([2, 90, 2, 90, 60, 60])
