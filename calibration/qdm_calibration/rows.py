@@ -12,14 +12,22 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 __all__ = ["chosen_rows", "in_batches", "run_rows"]
 
 
-def chosen_rows(timesteps: NDArray[np.int64], count: int, seed: int = 0) -> NDArray[np.int64]:
-    """At most ``count`` row indices, evenly over the timesteps and at random within each stretch of them."""
+def chosen_rows(
+    timesteps: NDArray[np.int64], count: int, seed: int = 0, *, last_step: bool = False
+) -> NDArray[np.int64]:
+    """At most ``count`` row indices, evenly over the timesteps and at random within each stretch of them.
+
+    With ``last_step`` the first is a row of the lowest timestep.
+    """
     order = np.argsort(timesteps, kind="stable")
     if count >= len(order):
         return order
     # A fixed stride could meet the same trajectories, and so the same classes, at every step.
     generator = np.random.default_rng(seed)
-    return np.array([generator.choice(part) for part in np.array_split(order, count)], dtype=np.int64)
+    parts = np.array_split(order, count)
+    if last_step:
+        parts[0] = order[timesteps[order] == timesteps.min()]
+    return np.array([generator.choice(part) for part in parts], dtype=np.int64)
 
 
 def in_batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

@@ -123,7 +123,7 @@ def measure_sensitivity(
         plan: what to quantize, with which numbers.
         calibration: where the rows are taken from.
         target: whose arithmetic; ``onnxruntime`` also rounds outputs, so it is the least favourable.
-        rows: rows to run, evenly over the timesteps; they run as one batch.
+        rows: rows to run, evenly over the timesteps, one of them at the last step; they run as one batch.
         weights: of each of the rows' distinct timesteps, rising, [M]; None is uniform.
         submodule_prefix: where the U-Net sits inside ``network``.
         progress: where to report.
@@ -135,7 +135,8 @@ def measure_sensitivity(
         raise InputError("the plan has no INT8 layer, so there is no sensitivity to measure")
     if rows < 1:
         raise InputError(f"{rows} sensitivity rows were asked for; at least 1 is needed")
-    index = chosen_rows(calibration.timestep, rows)
+    # Layers that are quiet elsewhere make most of the noise of the last step.
+    index = chosen_rows(calibration.timestep, rows, last_step=True)
 
     # One twin that shares every weight; only one of its modules is another at a time.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}

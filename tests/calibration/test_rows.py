@@ -15,6 +15,15 @@ def test_rows_are_spread_over_the_timesteps() -> None:
     assert len(chosen_rows(timesteps, 1000, seed=0)) == 320
 
 
+def test_the_last_step_can_be_asked_for() -> None:
+    timesteps = np.repeat(np.arange(100), 4)
+    for seed in range(20):
+        rows = chosen_rows(timesteps, 5, seed, last_step=True)
+        assert timesteps[rows[0]] == 0
+        assert len(set(timesteps[rows] // 20)) == 5
+    assert any(timesteps[chosen_rows(timesteps, 5, seed)[0]] > 0 for seed in range(20))
+
+
 def test_as_many_rows_as_timesteps_are_one_for_each_of_several_seeds(tiny: Any) -> None:
     data = tiny.calibration("labels")
     rows = chosen_rows(data.timestep, 12)

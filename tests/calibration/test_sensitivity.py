@@ -31,7 +31,7 @@ def output_noise(tiny: Any, plan: Any, rows: Any) -> Any:
 
 
 def test_the_powers_of_single_layers_add_up_to_the_noise_of_the_plan(tiny: Any, measured: Sensitivity) -> None:
-    rows = chosen_rows(tiny.calibration("labels").timestep, 12)
+    rows = chosen_rows(tiny.calibration("labels").timestep, 12, last_step=True)
     noise, signal = output_noise(tiny, tiny.plan("labels"), rows)
     order = np.argsort(tiny.calibration("labels").timestep[rows])
     np.testing.assert_allclose(measured.signal, signal[order], rtol=1e-5)
@@ -44,7 +44,7 @@ def test_the_powers_of_single_layers_add_up_to_the_noise_of_the_plan(tiny: Any, 
 
 
 def test_a_layers_noise_is_that_of_a_plan_with_only_this_layer(tiny: Any, measured: Sensitivity) -> None:
-    plan, rows = tiny.plan("labels"), chosen_rows(tiny.calibration("labels").timestep, 12)
+    plan, rows = tiny.plan("labels"), chosen_rows(tiny.calibration("labels").timestep, 12, last_step=True)
     chosen = next(item for item in plan.quantized if item.inverse_r is not None)
     alone = tuple(
         item if item.name == chosen.name else LayerPlan(item.layer, "float", reason="test") for item in plan.layers
