@@ -1,63 +1,130 @@
-"""Milliseconds per denoising step: INT8 beside FP32, every session timed in turn in one process.
+"""Milliseconds per denoising step: ours beside what a user would run instead, timed in turn in one process.
 
 The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16. Ratios within
-one run are the point; times move with the machine.
+one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced against the float model, on a few
+unseen seeds. `of peak` is the share of the integer (or float) peak that this machine showed on one large matrix product
+if nothing but the multiplications of the U-Net were to be done.
 
     python benchmarks/step_latency.py --save
+    pip install nncf; python benchmarks/step_latency.py --models cifar10     # with NNCF's post-training INT8 too
 """
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
+import numpy as np
+from ablation import FIRST_SEED
 from bench import Case, case, finish, parser, say, write_float, write_graph
+from machine_peak import float_peak, integer_peak, multiply_accumulates
+from speed_peers import PEERS, Missing
 
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.pipeline.speed import measure_speed, speedup_of
+from qdm_deploy.pipeline.conditioning import conditioning_of
+from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
-from qdm_export.step_graph import StepGraph
+from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.runtime.timing import timed_in_turn
+from qdm_deploy.samplers import step_table
+
+BASELINE = "onnxruntime FP32"
 
 
-def sessions(model: Case, folder: Path) -> dict[tuple[str, Literal["int8", "float"]], StepSession]:
-    """Everything that is timed for one model."""
-    plan = model.built()
-    float_graph = write_float(model, folder)
-    return {
-        ("torch eager", "float"): TorchSession(StepGraph(model.checkpoint.unet, model.checkpoint.spec).eval(), "float"),
-        ("onnxruntime", "float"): OnnxRuntimeSession(float_graph),
-        ("onnxruntime", "int8"): OnnxRuntimeSession(write_graph(model, plan, "onnxruntime", folder)),
-        ("openvino", "float"): OpenVinoSession(float_graph, precision="f32"),
-        ("openvino", "int8"): OpenVinoSession(write_graph(model, plan, "openvino", folder)),
+@dataclass(frozen=True)
+class Contender:
+    """What is timed: how it is opened, and whether its products are integers."""
+
+    opened: Callable[[], StepSession]
+    integer: bool
+
+
+def contenders(model: Case, folder: Path) -> dict[str, Contender]:
+    """Everything that is timed for one model; the peers that are not installed raise ``Missing`` when opened."""
+    float_graph = write_float(model, folder / "float")
+    found = {
+        BASELINE: Contender(partial(OnnxRuntimeSession, float_graph), integer=False),
+        "openvino FP32": Contender(partial(OpenVinoSession, float_graph, precision="f32"), integer=False),
+        "openvino BF16": Contender(partial(OpenVinoSession, float_graph, precision="bf16"), integer=False),
     }
+    for name, peer in PEERS.items():
+        found[name] = Contender(partial(peer.opened, model, folder / name.replace(" ", "-")), peer.integer)
+    for name, plan in {"": model.built(), ", 4 step bins": model.built(step_bins=4)}.items():
+        here = folder / f"ours{len(name)}"
+        graphs = {target: write_graph(model, plan, target, here / target) for target in ("onnxruntime", "openvino")}
+        found[f"onnxruntime INT8{name}"] = Contender(partial(OnnxRuntimeSession, graphs["onnxruntime"]), integer=True)
+        found[f"openvino INT8{name}"] = Contender(partial(OpenVinoSession, graphs["openvino"]), integer=True)
+    return found
 
 
 def main() -> None:
-    arguments = parser("Time per denoising step, INT8 beside FP32.")
+    arguments = parser("Time per denoising step, ours beside other runtimes and quantizers.")
     arguments.add_argument("--models", default="fashion,cifar10")
     arguments.add_argument("--batches", default="4,16")
-    arguments.add_argument("--runs", type=int, default=20)
+    arguments.add_argument("--runs", type=int, default=15)
+    arguments.add_argument("--only", help="parts of names, separated by commas: time only these, and the baseline")
     given = arguments.parse_args()
+    peaks = {True: integer_peak(), False: float_peak()}
+    say(f"peak: {peaks[True] / 1e9:.0f} G integer and {peaks[False] / 1e9:.0f} G float multiply-accumulates a second")
     rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     for name in given.models.split(","):
         model = case(name, samples=16 if name == "fashion" else 2, steps=50 if name == "fashion" else 5)
-        with tempfile.TemporaryDirectory() as scratch:
-            opened = sessions(model, Path(scratch))
-            say(f"{name}: timing {len(opened)} sessions in turn")
-            batches = [int(batch) for batch in given.batches.split(",")]
-            measured = measure_speed(opened, model.checkpoint.spec, batches, runs=given.runs)
-            for session in opened.values():
-                session.close()
-        for row in measured:
-            speedup = speedup_of(measured, row.backend, row.batch) if row.precision == "int8" else None
-            rows.append({"model": name, **row.model_dump(), "over float": speedup})
-    columns = ["model", "batch", "backend", "precision", "median_ms", "p95_ms", "over float"]
-    finish(
-        "step-latency",
-        columns,
-        sorted(rows, key=lambda row: (row["model"], row["batch"])),
-        {"runs": given.runs},
-        save=given.save,
-    )
+        macs = multiply_accumulates(model)
+        reference = _reference(model)
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+            found = contenders(model, Path(scratch))
+            wanted = found if given.only is None else _named(found, given.only.split(","))
+            opened: dict[str, StepSession] = {}
+            for label, contender in wanted.items():
+                try:
+                    opened[label] = stack.enter_context(contender.opened())
+                except Missing as why:
+                    left_out[label] = str(why)
+                    say(f"{label}: left out, {why}")
+            quality = {label: fmean(_sqnr(reference, session, model)) for label, session in opened.items()}
+            for batch in map(int, given.batches.split(",")):
+                say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
+                times = timed_in_turn(opened, random_inputs(model.checkpoint.spec, batch), runs=given.runs)
+                base = float(np.median(times[BASELINE]))
+                for label, values in times.items():
+                    median = float(np.median(values))
+                    done = macs * batch / (median / 1000)
+                    rows.append(
+                        {
+                            "model": name,
+                            "batch": batch,
+                            "what": label,
+                            "median ms": median,
+                            "p95 ms": float(np.percentile(values, 95)),
+                            "over ORT FP32": base / median,
+                            "eps SQNR dB": min(quality[label], 199.0),
+                            "of peak %": 100 * done / peaks[wanted[label].integer],
+                        }
+                    )
+    columns = ["model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %"]
+    extra = {"runs": given.runs, "left_out": left_out, "integer_peak": peaks[True], "float_peak": peaks[False]}
+    finish("step-latency", columns, rows, extra, save=given.save)
+
+
+def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:
+    return {name: item for name, item in found.items() if name == BASELINE or any(part in name for part in parts)}
+
+
+def _reference(model: Case) -> ReferenceRun:
+    """A short float run: what every contender's outputs are compared with."""
+    with tempfile.TemporaryDirectory() as scratch, OnnxRuntimeSession(write_float(model, Path(scratch))) as session:
+        spec = model.checkpoint.spec
+        table = step_table(model.schedule, "ddim", 5, learned_variance=spec.learned_variance)
+        seeds = range(FIRST_SEED, FIRST_SEED + 4)
+        return reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, 4), batch_size=4)
+
+
+def _sqnr(reference: ReferenceRun, session: StepSession, model: Case) -> tuple[float, ...]:
+    return tuple(output_sqnr_db(reference, session, model.checkpoint.spec, batch_size=4))
 
 
 if __name__ == "__main__":
