@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qdm_deploy.pipeline.inspection import Inspection, inspect
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
     from qdm_deploy.pipeline.publish import BuildResult
-    from qdm_deploy.pipeline.serve import ServeOptions, serve
+    from qdm_deploy.pipeline.service import ServeOptions, serve
     from qdm_deploy.pipeline.verification import Verification, verify
 
 __all__ = [
@@ -47,7 +47,7 @@ _HOME = {
     "GenerateOptions": "options",
     "GenerateResult": "images_from_bundle",
     "Inspection": "inspection",
-    "ServeOptions": "serve",
+    "ServeOptions": "service",
     "Verification": "verification",
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
@@ -55,7 +55,7 @@ _HOME = {
     "evaluate": "evaluation",
     "generate": "images_from_bundle",
     "inspect": "inspection",
-    "serve": "serve",
+    "serve": "service",
     "verify": "verification",
 }
 
