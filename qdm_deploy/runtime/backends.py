@@ -10,7 +10,7 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import EnvironmentProblem, InputError
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
+from qdm_deploy.runtime.openvino_session import KEPT_BATCH_SIZES, OpenVinoSession
 from qdm_deploy.runtime.session import StepSession
 
 __all__ = ["BACKENDS", "automatic_backend", "open_session"]
@@ -32,6 +32,7 @@ def open_session(
     *,
     precision: Literal["int8", "float"] = "int8",
     threads: int | None = None,
+    kept_batch_sizes: int = KEPT_BATCH_SIZES,
 ) -> StepSession:
     """Open the bundle's step graph on a backend of this machine.
 
@@ -42,6 +43,7 @@ def open_session(
         precision: ``"int8"``: the graph of the backend's own target, with the float graph for those steps that the
             bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32.
         threads: CPU threads; None takes the cores this process may use.
+        kept_batch_sizes: batch sizes that a backend which compiles each one (openvino) keeps compiled.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
@@ -63,16 +65,26 @@ def open_session(
         )
     float_below = bundle.manifest.float_below
     if precision == "float" or float_below is None:
-        return _open_graph(bundle, backend, precision, threads)
+        return _open_graph(bundle, backend, precision, threads, kept_batch_sizes)
     with ExitStack() as opened:
-        parts = [opened.enter_context(_open_graph(bundle, backend, kind, threads)) for kind in ("int8", "float")]
+        parts = [
+            opened.enter_context(_open_graph(bundle, backend, kind, threads, kept_batch_sizes))
+            for kind in ("int8", "float")
+        ]
         session = MixedSession(parts[0], parts[1], float_below)
         opened.pop_all()  # the mixed session closes them from here on
         return session
 
 
-def _open_graph(bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None) -> StepSession:
+def _open_graph(
+    bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None, kept_batch_sizes: int
+) -> StepSession:
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
-        return OpenVinoSession(graph, threads=threads, precision="auto" if precision == "int8" else "f32")
+        return OpenVinoSession(
+            graph,
+            threads=threads,
+            precision="auto" if precision == "int8" else "f32",
+            kept_batch_sizes=kept_batch_sizes,
+        )
     return OnnxRuntimeSession(bundle.graph("onnxruntime" if precision == "int8" else "float"), threads=threads)
