@@ -112,7 +112,7 @@ mkdir -p "$work/models" "$work/data" "$work/secrets"
 cp -r "$bundle" "$work/models/model.qdm"
 chmod -R a+rX "$work/models"
 chmod 1777 "$work/data"
-echo "key-$RANDOM$RANDOM" > "$work/secrets/qdm_api_key"
+python3 -c "import secrets; print(secrets.token_hex())" > "$work/secrets/qdm_api_key"
 user=$((20000 + RANDOM))
 
 say "as user $user"

@@ -2,7 +2,7 @@
 # wheelhouse.sh NAME: fills build/wheelhouse/NAME with what docker/requirements-NAME.lock lists and with qdm-deploy itself.
 #
 #   NAME         cpu, gpu-tensorrt, gpu-tensorrt-rtx, build-cpu or build-cuda
-#   PYTHON       makes the wheels (Python 3.11 or newer with pip; build/venv without it); pip's own settings choose the index
+#   PYTHON       downloads and makes the wheels (python3; it needs pip); pip's own settings choose the index
 #   TORCH_INDEX  package index that has the CPU build of torch; only for build-cpu
 #
 # Every download is checked against the lock. What is published as source becomes a wheel here, not in the image; the hashes
