@@ -3,7 +3,7 @@
 # engine would with --read-only, --cap-drop ALL, no-new-privileges and a user id that no passwd entry names.
 #
 #   BUNDLE      a class-conditional or unconditional bundle; without one, a quick one of the embedded model is built
-#   BASE_IMAGE  an image that buildah can pull; without it, Debian 12 with Python is bootstrapped (mmdebstrap)
+#   BASE_IMAGE  an image that buildah can pull, its registry included; without it, Debian 12 is bootstrapped (mmdebstrap)
 #   BUNDLER     the qdm-deploy that builds the quick bundle (.venv/bin/qdm-deploy); PYTHON makes the wheels (.venv/bin/python)
 #   IMAGE_TEST  folder for the image store and the base (build/image-test); the base is kept, the store is not
 #
@@ -59,7 +59,7 @@ say "wheelhouse"
 PYTHON=$PYTHON docker/wheelhouse.sh cpu
 
 echo '{"default": [{"type": "insecureAcceptAnything"}]}' > "$work/policy.json"
-[ -n "${BASE_IMAGE:-}" ] && printf 'unqualified-search-registries = ["docker.io"]\n' > "$work/registries.conf" || : > "$work/registries.conf"
+: > "$work/registries.conf"
 # The image format of Docker: OCI's has no HEALTHCHECK.
 build=(buildah "${store[@]}" bud --quiet --isolation chroot --format docker --signature-policy "$work/policy.json")
 if [ -z "${BASE_IMAGE:-}" ]; then
