@@ -136,5 +136,7 @@ def of_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "extra_forbidden":
         message = f"unknown field '{field}'; the fields are listed in /openapi.json"
     else:
-        message = f"'{field}' cannot be used: {first['msg']}"
+        # Of a field with several types, one problem for each.
+        said = dict.fromkeys(problem["msg"] for problem in problems if problem["loc"][:2] == first["loc"][:2])
+        message = f"'{field}' cannot be used: {'; or '.join(said)}"
     return ApiError(400, message, param=field, code="unknown_field" if kind == "extra_forbidden" else "invalid_value")

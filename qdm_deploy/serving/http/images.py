@@ -42,7 +42,7 @@ def images_router(service: Service) -> APIRouter:
         response_model=ImagesDocument,
         responses={
             200: {"description": "The images; with stream, events.", "content": {"text/event-stream": {}}},
-            **{status: {"model": ErrorDocument} for status in (429, 500, 503, 504)},
+            **{status: {"model": ErrorDocument} for status in (404, 429, 500, 503, 504)},
         },
         summary="Generate images",
     )

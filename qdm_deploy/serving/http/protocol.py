@@ -10,6 +10,8 @@ from qdm_deploy.serving.http.errors import ApiError
 
 __all__ = ["protocol_class"]
 
+_LINGER_SECONDS = 1.0
+
 
 def protocol_class(header_timeout: float, max_connections: int) -> type[H11Protocol]:
     """A protocol class with limits.
@@ -28,6 +30,7 @@ class _LimitedProtocol(H11Protocol):
     header_timeout: float
     max_connections: int
     _timer: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,7 +47,7 @@ class _LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         if self._idle() and self._timer is None:
             self._await_header()
@@ -74,6 +77,7 @@ class _LimitedProtocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer without a request; the connection ends with it."""
         self._stop_timer()
+        self._refused = True
         body = json.dumps(error.document).encode()
         headers = {
             "content-type": "application/json",
@@ -90,4 +94,7 @@ class _LimitedProtocol(H11Protocol):
         except h11.LocalProtocolError:
             parts = []  # an answer is on its way already
         self.transport.write(b"".join(part for part in parts if part))
-        self.transport.close()
+        # Closed at once, a connection with unread data is reset, and the answer may be lost with it.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)

@@ -73,7 +73,7 @@ async function watch() {
       const state = await answer.json();
       setPhase(state.phase, state.phase);
       const backend = state.backend.backend;
-      $("backend").textContent = backend ? `\u00b7 ${backend} ${state.backend.version ?? ""} \u00b7 ${model.size}` : "";
+      $("backend").textContent = backend ? `\u00b7 ${backend} ${(state.backend.version ?? "").split("-")[0]} \u00b7 ${model.size}` : "";
       Batch.draw(state);
       if (state.running_rows || state.waiting || running.size) wait = FAST_MS;
     }
