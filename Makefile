@@ -136,7 +136,7 @@ lock:
 	$(LOCK)/bin/python -m pip install '.[$(DEV_EXTRAS)]'
 	{ echo "# Made by 'make lock' (Python 3.11): do not edit."; \
 	  $(LOCK)/bin/python -m pip list --format=freeze --exclude pip --exclude qdm-deploy \
-	  | sed 's/+.*//' | grep -Ev '^(cuda|nvidia|triton)[-_=]' | LC_ALL=C sort -f; } > $(LOCK)/constraints.txt
+	  | sed 's/+.*//' | grep -Ev '^(cuda[-_]toolkit|nvidia|triton)[-_=]' | LC_ALL=C sort -f; } > $(LOCK)/constraints.txt
 	mv $(LOCK)/constraints.txt constraints.txt
 	rm -rf $(LOCK)
 
