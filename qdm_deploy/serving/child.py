@@ -11,17 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import QdmError
-from qdm_deploy.runtime.backends import open_session
-from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import NoiseSchedule
-from qdm_deploy.serving.batch import BatchRunner, batch_sizes
 from qdm_deploy.serving.jobs import JobMaker
+from qdm_deploy.serving.loading import Open, load, open_bundle_session
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Happened, Shown, Stepped, Stepper
@@ -30,19 +27,6 @@ from qdm_deploy.serving.wire import Frame, frame, receive_frame, request_from
 __all__ = ["main", "serve"]
 
 _LOG = logging.getLogger(__name__)
-Open = Callable[[Bundle, Settings], StepSession]
-
-
-def open_bundle_session(bundle: Bundle, settings: Settings) -> StepSession:
-    """The session that the settings ask for."""
-    sizes = batch_sizes(settings.max_rows, fixed_shapes=True, deterministic=settings.deterministic)
-    return open_session(
-        bundle,
-        settings.backend,
-        precision=settings.precision,
-        threads=settings.threads,
-        kept_batch_sizes=len(sizes or ()),
-    )
 
 
 def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
@@ -62,21 +46,13 @@ def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
     try:
         bundle = Bundle.open(Path(settings.bundle))
         schedule = NoiseSchedule.from_config(bundle.scheduler_config())
-        session = open_(bundle, settings)
+        with ExitStack() as sessions:
+            loaded = load(bundle, settings, open_, sessions)
+            stream.sendall(frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
+            stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
+            _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
     except QdmError as error:
         stream.sendall(frame("refused", error=type(error).__name__, message=str(error)))
-        return
-    with session:
-        description = session.describe()
-        max_rows = min(settings.max_rows, session.max_batch or settings.max_rows)
-        sizes = batch_sizes(
-            max_rows, fixed_shapes=description["backend"] != "onnxruntime", deterministic=settings.deterministic
-        )
-        runner = BatchRunner(session, bundle.model, max_rows, sizes)
-        runner.warm_up()
-        stream.sendall(frame("ready", backend=description, max_rows=max_rows))
-        stepper = Stepper(Scheduler(max_rows, bundle.model.sample_shape), runner)
-        _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, max_rows))
 
 
 def _step_for_ever(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]", stepper: Stepper, maker: JobMaker) -> None:

@@ -39,7 +39,7 @@ from qdm_deploy.serving.wire import Frame, frame, submission
 __all__ = ["ProcessEngine"]
 
 _LOG = logging.getLogger(__name__)
-_NEVER_STARTED_AGAIN = 60.0
+_DEAD_RETRY = 60.0
 
 
 class ProcessEngine:
@@ -54,8 +54,10 @@ class ProcessEngine:
         threads: CPU threads of the session; None takes the cores this process may use.
         max_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row.
-        deterministic: run every batch at ``max_rows`` rows, filled up where there are fewer, so that an image has the
-            same bits whatever runs beside it.
+        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two where there
+            are two threads. With more than one there is a further session for an image that runs alone.
+        deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
+            bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
         load_timeout: seconds that the child may take to open the bundle and run its first steps.
         restarts: when to start the child again; None takes the defaults of ``RestartPolicy``.
@@ -76,6 +78,7 @@ class ProcessEngine:
         threads: int | None = None,
         max_rows: int = 8,
         max_waiting: int = 64,
+        lanes: int | None = None,
         deterministic: bool = False,
         step_timeout: float = 60.0,
         load_timeout: float = 600.0,
@@ -88,7 +91,7 @@ class ProcessEngine:
         opened = Bundle.open(bundle, check="sizes")
         self._model = opened.model
         self._schedule = NoiseSchedule.from_config(opened.scheduler_config())
-        self._settings = Settings(str(bundle), backend, precision, threads, max_rows, deterministic)
+        self._settings = Settings(str(bundle), backend, precision, threads, max_rows, lanes, deterministic)
         self._maker = JobMaker(self._model, self._schedule, max_rows)
         self._step_timeout = step_timeout
         self._load_timeout = load_timeout
@@ -201,7 +204,7 @@ class ProcessEngine:
 
     def _refuse_by_phase(self) -> None:
         if self._phase == "dead":
-            self._refuse("engine_dead", "the engine has given up or was closed", _NEVER_STARTED_AGAIN)
+            self._refuse("engine_dead", "the engine has given up or was closed", _DEAD_RETRY)
         if self._draining:
             self._refuse("draining", "the server is shutting down", 5.0)
         if self._phase != "ready":

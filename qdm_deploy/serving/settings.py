@@ -18,6 +18,7 @@ class Settings:
     precision: Literal["int8", "float"] = "int8"
     threads: int | None = None
     max_rows: int = 8
+    lanes: int | None = None
     deterministic: bool = False
 
     def to_json(self) -> dict[str, object]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.serving.batch import BatchRunner
 from qdm_deploy.serving.contract import FailureReason
+from qdm_deploy.serving.lanes import Runner
 from qdm_deploy.serving.scheduler import Image, Scheduler
 
 __all__ = ["Done", "EngineBroken", "Failed", "Happened", "Shown", "Stepped", "Stepper"]
@@ -70,7 +70,7 @@ class Stepper:
         runner: how they run.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: BatchRunner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._without_success = 0
