@@ -26,11 +26,11 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 RUN_READY := $(VENV)/.ready-run-$(PYTHON_VERSION)
 DEV_READY := $(VENV)/.ready-dev-$(PYTHON_VERSION)
 
-.PHONY: help setup setup-dev demo test test-slow check lock clean
+.PHONY: help setup setup-dev demo test test-slow check lock image image-lock image-test clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
-	@echo "Other targets: setup setup-dev test-slow check lock clean"
+	@echo "Other targets: setup setup-dev test-slow check lock image image-lock image-test clean"
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -98,6 +98,29 @@ check: $(DEV_READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 
+# ----------------------------------------------------------------------------------------------------- container images
+
+# TARGET is cpu, gpu or build; docker/README.md has the rest. CONTAINERS is docker, podman or buildah.
+CONTAINERS ?= docker
+TARGET ?= cpu
+TENSORRT ?= tensorrt
+TORCH ?= cpu
+BASE_IMAGE ?=
+WHEELHOUSE := $(subst gpu,gpu-$(TENSORRT),$(subst build,build-$(TORCH),$(TARGET)))
+
+image:
+	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) docker/wheelhouse.sh $(WHEELHOUSE)
+	$(CONTAINERS) build --file docker/Dockerfile --target $(TARGET) --tag qdm-deploy:$(TARGET) \
+	  --build-arg TENSORRT=$(TENSORRT) --build-arg TORCH=$(TORCH) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) --build-arg REVISION=$$(git rev-parse HEAD || echo unknown) .
+
+image-test: $(RUN_READY)
+	docker/test_image.sh
+
+# Of constraints.txt and the extras: after `make lock`, and after a change of pyproject.toml.
+image-lock:
+	PYTHON=$(PYTHON) docker/lock.sh $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+
 # ---------------------------------------------------------------------------------------------------------- upkeep
 
 # Resolves pyproject.toml's bounds anew in an empty environment. The lowest supported Python, so that newer ones find
@@ -113,7 +136,7 @@ lock:
 	$(LOCK)/bin/python -m pip install '.[$(DEV_EXTRAS)]'
 	{ echo "# Made by 'make lock' (Python 3.11): do not edit."; \
 	  $(LOCK)/bin/python -m pip list --format=freeze --exclude pip --exclude qdm-deploy \
-	  | sed 's/+.*//' | grep -Ev '^(cuda|nvidia|triton)[-_=]' | LC_ALL=C sort -f; } > $(LOCK)/constraints.txt
+	  | sed 's/+.*//' | grep -Ev '^(cuda[-_]toolkit|nvidia|triton)[-_=]' | LC_ALL=C sort -f; } > $(LOCK)/constraints.txt
 	mv $(LOCK)/constraints.txt constraints.txt
 	rm -rf $(LOCK)
 

@@ -17,7 +17,9 @@ from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.evaluate import evaluate
 from qdm_deploy.cli.failures import EXIT_CODES, Terminated, show_failure
 from qdm_deploy.cli.generate import generate
+from qdm_deploy.cli.healthcheck import healthcheck
 from qdm_deploy.cli.inspect import inspect
+from qdm_deploy.cli.serve import serve
 from qdm_deploy.cli.verb import Settings, common_switches, write_lines
 from qdm_deploy.cli.verify import verify
 
@@ -80,7 +82,7 @@ def cli() -> None:
 
 
 cli.params += common_switches()
-for _command in (build, generate, inspect, verify, engine, compare, evaluate, doctor):
+for _command in (build, generate, inspect, verify, engine, compare, evaluate, serve, healthcheck, doctor):
     cli.add_command(_command)
 
 

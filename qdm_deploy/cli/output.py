@@ -52,7 +52,7 @@ class Output:
         self.command = command
         self._results = results
         self._json = json
-        self._quiet = quiet
+        self.quiet = quiet
         self._arguments = arguments
         self.progress: Progress = SILENT if quiet else progress_on(messages)
 
@@ -73,7 +73,7 @@ class Output:
         """
         if self._json:
             self._results.write(document_text(self.command, document))
-        elif self._quiet:
+        elif self.quiet:
             self._results.writelines(f"{line}\n" for line in brief)
         else:
             text(_console(self._results))

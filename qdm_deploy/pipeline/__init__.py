@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qdm_deploy.pipeline.inspection import Inspection, inspect
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
     from qdm_deploy.pipeline.publish import BuildResult
+    from qdm_deploy.pipeline.service import ServeOptions, serve
     from qdm_deploy.pipeline.verification import Verification, verify
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GenerateOptions",
     "GenerateResult",
     "Inspection",
+    "ServeOptions",
     "Verification",
     "build",
     "build_engine",
@@ -31,6 +33,7 @@ __all__ = [
     "evaluate",
     "generate",
     "inspect",
+    "serve",
     "verify",
 ]
 
@@ -44,6 +47,7 @@ _HOME = {
     "GenerateOptions": "options",
     "GenerateResult": "images_from_bundle",
     "Inspection": "inspection",
+    "ServeOptions": "service",
     "Verification": "verification",
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
@@ -51,6 +55,7 @@ _HOME = {
     "evaluate": "evaluation",
     "generate": "images_from_bundle",
     "inspect": "inspection",
+    "serve": "service",
     "verify": "verification",
 }
 

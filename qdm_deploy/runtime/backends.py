@@ -12,7 +12,7 @@ from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.choice import Candidate, choose
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
+from qdm_deploy.runtime.openvino_session import KEPT_BATCH_SIZES, OpenVinoSession
 from qdm_deploy.runtime.session import StepSession
 
 __all__ = ["BACKENDS", "automatic_backend", "choose_backend", "open_session"]
@@ -80,6 +80,7 @@ def open_session(
     precision: Literal["auto", "int8", "float"] = "int8",
     threads: int | None = None,
     progress: Progress = SILENT,
+    kept_batch_sizes: int = KEPT_BATCH_SIZES,
 ) -> StepSession:
     """Open the bundle's step graph on a backend of this machine.
 
@@ -91,6 +92,7 @@ def open_session(
             whichever is faster here.
         threads: CPU threads; None takes the cores this process may use.
         progress: told what an automatic choice took and why.
+        kept_batch_sizes: batch sizes that a backend which compiles each one (openvino) keeps compiled.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
@@ -105,16 +107,26 @@ def open_session(
         )
     float_below = bundle.manifest.float_below
     if precision == "float" or float_below is None:
-        return _open_graph(bundle, backend, precision, threads)
+        return _open_graph(bundle, backend, precision, threads, kept_batch_sizes)
     with ExitStack() as opened:
-        parts = [opened.enter_context(_open_graph(bundle, backend, kind, threads)) for kind in ("int8", "float")]
+        parts = [
+            opened.enter_context(_open_graph(bundle, backend, kind, threads, kept_batch_sizes))
+            for kind in ("int8", "float")
+        ]
         session = MixedSession(parts[0], parts[1], float_below)
         opened.pop_all()  # the mixed session closes them from here on
         return session
 
 
-def _open_graph(bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None) -> StepSession:
+def _open_graph(
+    bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None, kept_batch_sizes: int
+) -> StepSession:
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
-        return OpenVinoSession(graph, threads=threads, precision="auto" if precision == "int8" else "f32")
+        return OpenVinoSession(
+            graph,
+            threads=threads,
+            precision="auto" if precision == "int8" else "f32",
+            kept_batch_sizes=kept_batch_sizes,
+        )
     return OnnxRuntimeSession(bundle.graph("onnxruntime" if precision == "int8" else "float"), threads=threads)

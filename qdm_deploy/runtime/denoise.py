@@ -6,7 +6,6 @@ and its unconditional twin's, and the step graph keeps both in the same state.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import CheckFailed, InputError
 from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.runtime.rows import Conditioning, conditioning_rows, row_links
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers.columns import COEFFICIENTS
 from qdm_deploy.samplers.noise import initial_noise, step_noise
@@ -23,23 +23,6 @@ from qdm_deploy.samplers.table import StepTable
 __all__ = ["Conditioning", "denoise"]
 
 _NOISE_COLUMN = COEFFICIENTS.index("d")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What each sample should show, and what "nothing in particular" means to the model.
-
-    Attributes:
-        class_labels: [N] integers, or None.
-        encoder_hidden_states: [N, L, D] float32, or None.
-        null_label: class label of the unconditional twin; None takes the model's own.
-        null_hidden_states: [L, D] float32 text states of the unconditional twin (those of the empty prompt).
-    """
-
-    class_labels: NDArray[np.integer[Any]] | None = None
-    encoder_hidden_states: NDArray[np.float32] | None = None
-    null_label: int | None = None
-    null_hidden_states: NDArray[np.float32] | None = None
 
 
 def denoise(
@@ -99,11 +82,11 @@ def denoise(
         "coefficients": coefficients,
         "noise": noise,
         "previous_x0": np.zeros_like(sample),
-        **_conditioning_rows(model, conditioning, len(seeds), twin),
+        **conditioning_rows(model, conditioning, len(seeds), twin),
     }
     if model.conditional:
         inputs["guidance"] = np.full(rows, guidance, np.float32)
-        inputs.update(_row_links(rows, rows_each))
+        inputs.update(row_links(rows, rows_each))
     if set(inputs) != set(session.input_names):
         raise InputError(
             f"the step graph takes {', '.join(session.input_names)}, and the model {model.name!r} gives "
@@ -166,13 +149,6 @@ def _samples_at_once(max_batch: int | None, rows_each: int, batch_size: int) -> 
     return batch_size if max_batch is None else min(batch_size, max_batch // rows_each)
 
 
-def _row_links(rows: int, rows_each: int) -> dict[str, NDArray[np.int64]]:
-    """Where each row finds its unconditional twin and its owner, counted from the start of the batch that holds it."""
-    index = np.arange(rows)
-    owner = index - index % rows_each
-    return {"unconditional_row": owner + rows_each - 1, "owner_row": owner}
-
-
 def _batch(
     inputs: dict[str, NDArray[Any]], seeds: Sequence[int], first: int, count: int, rows_each: int
 ) -> tuple[Sequence[int], dict[str, NDArray[Any]]]:
@@ -182,64 +158,6 @@ def _batch(
     start = slice(0, here.stop - here.start)
     links = ("unconditional_row", "owner_row")
     return batch_seeds, {name: values[start if name in links else here] for name, values in inputs.items()}
-
-
-def _conditioning_rows(
-    model: ModelSpec, conditioning: Conditioning | None, count: int, twin: bool
-) -> dict[str, NDArray[Any]]:
-    """Conditioning inputs of all rows: the samples' own, and after each its unconditional twin's when guided."""
-    given = conditioning or Conditioning()
-    wanted = {item.name: item.shape for item in model.conditioning}
-    for name in ("class_labels", "encoder_hidden_states"):
-        value = getattr(given, name)
-        if value is not None and name not in wanted:
-            raise InputError(
-                f"the model {model.name!r} takes no {name}; it takes {', '.join(wanted) or 'no conditioning'}"
-            )
-        if value is None and name in wanted:
-            raise InputError(f"the model {model.name!r} needs {name} for each of the {count} samples")
-        if value is not None and value.shape != (count, *wanted[name]):
-            raise InputError(f"{name} has the shape {list(value.shape)}; {count} samples need {[count, *wanted[name]]}")
-    rows: dict[str, NDArray[Any]] = {}
-    if given.class_labels is not None:
-        null = given.null_label if given.null_label is not None else model.null_label
-        labels = _labels(given.class_labels, model, null)
-        if twin and null is None:
-            raise InputError(
-                f"the model {model.name!r} has no label for 'no class', so it cannot be guided; set guidance to 1"
-            )
-        rows["class_labels"] = _with_twin(labels, np.int64(null or 0)) if twin else labels
-    if given.encoder_hidden_states is not None:
-        states = np.ascontiguousarray(given.encoder_hidden_states, np.float32)
-        null_states = given.null_hidden_states
-        if twin and (null_states is None or null_states.shape != states.shape[1:]):
-            shape = None if null_states is None else list(null_states.shape)
-            raise InputError(
-                "guidance needs null_hidden_states (the text states of the empty prompt) of shape "
-                f"{list(states.shape[1:])}; given: {shape}"
-            )
-        rows["encoder_hidden_states"] = states if null_states is None or not twin else _with_twin(states, null_states)
-    return rows
-
-
-def _labels(labels: NDArray[np.integer[Any]], model: ModelSpec, null: int | None) -> NDArray[np.int64]:
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"class_labels are {labels.dtype}; give integers")
-    classes = model.num_classes or 0
-    for label in labels.tolist():
-        if not 0 <= label < classes and label != null:
-            also = "" if null is None else f", or {null} for no class"
-            raise InputError(
-                f"the class label {label} is unknown to the model {model.name!r}; it knows 0 .. {classes - 1}{also}"
-            )
-    return np.ascontiguousarray(labels, np.int64)
-
-
-def _with_twin(own: NDArray[Any], null: Any) -> NDArray[Any]:
-    rows = np.empty((2 * len(own), *own.shape[1:]), own.dtype)
-    rows[0::2] = own
-    rows[1::2] = null
-    return rows
 
 
 def _check_finite(samples: NDArray[np.float32], seeds: Sequence[int], session: StepSession) -> None:

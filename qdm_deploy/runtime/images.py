@@ -3,6 +3,7 @@
 Pictures are uint8 arrays: [N, H, W] grey or [N, H, W, 3] RGB for a set, [H, W] or [H, W, 3] for one.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,15 @@ from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import InputError
 
-__all__ = ["ImageMetadata", "comparison_strip", "contact_sheet", "read_metadata", "save_png", "to_pictures"]
+__all__ = [
+    "ImageMetadata",
+    "comparison_strip",
+    "contact_sheet",
+    "encode_picture",
+    "read_metadata",
+    "save_png",
+    "to_pictures",
+]
 
 _PREFIX = "qdm-deploy:"
 _GAP = 2
@@ -83,12 +92,42 @@ def save_png(path: Path, picture: Picture, metadata: ImageMetadata | None = None
     Raises:
         InputError, EnvironmentProblem, ResourceProblem: the file cannot be written.
     """
+    with new_file(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=_chunks(metadata))
+
+
+def encode_picture(
+    picture: Picture, output_format: str, *, quality: int = 100, metadata: ImageMetadata | None = None
+) -> bytes:
+    """One picture as the bytes of a file; equal input gives equal bytes.
+
+    Args:
+        picture: [H, W] or [H, W, 3] uint8.
+        output_format: png, webp or jpeg.
+        quality: of webp and jpeg, 0 .. 100; both lose something even at 100.
+        metadata: how it was made; png carries it, the others have no place for it.
+
+    Raises:
+        InputError: another format, or a quality out of range.
+    """
+    if output_format not in ("png", "webp", "jpeg"):
+        raise InputError(f"pictures cannot be encoded as {output_format!r}; choose png, webp or jpeg")
+    if not 0 <= quality <= 100:
+        raise InputError(f"a quality of {quality} is out of range; choose 0 .. 100")
+    image, file = Image.fromarray(picture), io.BytesIO()
+    if output_format == "png":
+        image.save(file, format="PNG", pnginfo=_chunks(metadata))
+    else:
+        image.save(file, format=output_format.upper(), quality=quality)
+    return file.getvalue()
+
+
+def _chunks(metadata: ImageMetadata | None) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
         for name, value in metadata.model_dump(exclude_none=True).items():
             chunks.add_text(_PREFIX + name, str(value))
-    with new_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
+    return chunks
 
 
 def read_metadata(path: Path) -> ImageMetadata:

@@ -19,10 +19,10 @@ from qdm_deploy.errors import BundleError, EnvironmentProblem
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
-__all__ = ["OpenVinoSession", "choose_precision", "import_openvino"]
+__all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision", "import_openvino"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
-_KEPT_BATCH_SIZES = 4
+KEPT_BATCH_SIZES = 4
 
 
 def import_openvino() -> ModuleType:
@@ -59,6 +59,7 @@ class OpenVinoSession:
         precision: precision of what is not INT8. ``"auto"`` takes bf16 where the CPU multiplies bf16 matrices (AMX) and
             the graph keeps the timestep exact in it; ``describe()`` says what was taken and why. The sampler's
             update stays float32 in both.
+        kept_batch_sizes: compiled graphs that are kept, the last ones used; each holds its own copy of the weights.
 
     Raises:
         BundleError: the file is missing, damaged, not a step graph, or OpenVINO cannot load it.
@@ -68,7 +69,12 @@ class OpenVinoSession:
     max_batch: int | None = None
 
     def __init__(
-        self, graph: Path, *, threads: int | None = None, precision: Literal["bf16", "f32", "auto"] = "auto"
+        self,
+        graph: Path,
+        *,
+        threads: int | None = None,
+        precision: Literal["bf16", "f32", "auto"] = "auto",
+        kept_batch_sizes: int = KEPT_BATCH_SIZES,
     ) -> None:
         ov = import_openvino()
         if not graph.is_file():
@@ -98,6 +104,7 @@ class OpenVinoSession:
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
         self._requests: OrderedDict[int, Any] = OrderedDict()
         self._graph_sha256 = sha256_of(graph)
+        self._kept_batch_sizes = kept_batch_sizes
         self._closed = False
 
     @property
@@ -162,7 +169,7 @@ class OpenVinoSession:
             request = self._core.compile_model(model, "CPU", options).create_infer_request()
         except Exception as error:
             raise self._load_error(error) from error
-        if len(self._requests) == _KEPT_BATCH_SIZES:
+        if len(self._requests) == self._kept_batch_sizes:
             self._requests.popitem(last=False)
         self._requests[rows] = request
         return request

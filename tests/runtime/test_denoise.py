@@ -208,7 +208,7 @@ def test_max_batch_of_the_session_limits_the_rows(labelled: Any, make_table: Any
 
 
 def test_text_states_get_their_twin(tmp_path: Path, labelled: Any) -> None:
-    from qdm_deploy.runtime.denoise import _conditioning_rows
+    from qdm_deploy.runtime.rows import conditioning_rows
 
     spec = ModelSpec(
         name="text",
@@ -219,13 +219,13 @@ def test_text_states_get_their_twin(tmp_path: Path, labelled: Any) -> None:
     states = np.arange(12, dtype=np.float64).reshape(2, 2, 3)
     null = np.full((2, 3), -1, np.float32)
     given = Conditioning(encoder_hidden_states=states, null_hidden_states=null)  # type: ignore[arg-type]
-    guided = _conditioning_rows(spec, given, 2, True)["encoder_hidden_states"]
+    guided = conditioning_rows(spec, given, 2, True)["encoder_hidden_states"]
     assert guided.dtype == np.float32
     np.testing.assert_array_equal(guided, np.stack([states[0], null, states[1], null]))
-    np.testing.assert_array_equal(_conditioning_rows(spec, given, 2, False)["encoder_hidden_states"], states)
+    np.testing.assert_array_equal(conditioning_rows(spec, given, 2, False)["encoder_hidden_states"], states)
     for wrong, shape in ((None, "None"), (np.zeros((1, 3), np.float32), r"\[1, 3\]")):
         with pytest.raises(InputError, match=rf"of shape \[2, 3\]; given: {shape}"):
-            _conditioning_rows(spec, Conditioning(None, given.encoder_hidden_states, None, wrong), 2, True)
+            conditioning_rows(spec, Conditioning(None, given.encoder_hidden_states, None, wrong), 2, True)
 
 
 def test_progress_counts_runs(plain: Any, make_table: Any) -> None:

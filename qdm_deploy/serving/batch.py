@@ -1,0 +1,158 @@
+"""One run of the session over images at different steps, packed into a batch of an allowed size.
+
+Every row holds one image's own timestep, coefficients, noise and conditioning, so nothing about a row depends on the
+rows beside it. Rows that only fill the batch are zeros with links to themselves; what comes out of them is not read.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.errors import InputError
+from qdm_deploy.runtime.mixed_session import MixedSession
+from qdm_deploy.runtime.session import StepSession
+from qdm_deploy.samplers import step_noise
+from qdm_deploy.samplers.columns import COEFFICIENTS
+from qdm_deploy.serving.scheduler import Image
+
+__all__ = ["BatchRunner", "batch_sizes"]
+
+_NOISE_COLUMN = COEFFICIENTS.index("d")
+# At most a third of a batch is padding.
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def batch_sizes(max_rows: int, *, fixed_shapes: bool, deterministic: bool) -> tuple[int, ...] | None:
+    """Batch sizes to run, rising; None is any number of rows.
+
+    Args:
+        max_rows: the largest.
+        fixed_shapes: the backend compiles each batch size by itself, so there must be few of them.
+        deterministic: one size only, because a kernel may round otherwise in a batch of another size.
+    """
+    if deterministic:
+        return (max_rows,)
+    if not fixed_shapes:
+        return None
+    return (*(size for size in _SIZES if size < max_rows), max_rows)
+
+
+class BatchRunner:
+    """Runs images on a session, each one step further.
+
+    A ``MixedSession`` would split a batch by itself into parts of any size; it is split here instead, so that each part
+    has an allowed size too.
+
+    Args:
+        session: the step graph of ``model``; not closed here.
+        model: shapes and conditioning.
+        max_rows: rows of the largest batch.
+        sizes: allowed batch sizes, rising up to ``max_rows``; None allows all.
+
+    Raises:
+        InputError: the session is of another model.
+    """
+
+    def __init__(self, session: StepSession, model: ModelSpec, max_rows: int, sizes: Sequence[int] | None) -> None:
+        self._model = model
+        self._sizes = sizes
+        self._parts: list[StepSession] = [session]
+        self._float_below = 0
+        if isinstance(session, MixedSession):
+            self._parts = [session.int8, session.floating]
+            self._float_below = session.float_below
+        self.max_rows = max_rows
+        shape = (max_rows, *model.sample_shape)
+        self._rows: dict[str, NDArray[Any]] = {
+            "sample": np.zeros(shape, np.float32),
+            "timestep": np.zeros(max_rows, np.int64),
+            "coefficients": np.zeros((max_rows, model.num_coefficients), np.float32),
+            "noise": np.zeros(shape, np.float32),
+            "previous_x0": np.zeros(shape, np.float32),
+        }
+        for item in model.conditioning:
+            self._rows[item.name] = np.zeros((max_rows, *item.shape), item.dtype)
+        if model.conditional:
+            self._rows["guidance"] = np.ones(max_rows, np.float32)
+            self._rows["unconditional_row"] = np.arange(max_rows)
+            self._rows["owner_row"] = np.arange(max_rows)
+        if set(self._rows) != set(session.input_names):
+            raise InputError(
+                f"the step graph takes {', '.join(session.input_names)}, and the model {model.name!r} gives "
+                f"{', '.join(self._rows)}: the session is of another model"
+            )
+
+    def warm_up(self) -> None:
+        """Run every size once on nothing, so that no request waits for a kernel to be compiled."""
+        self._clear(0, self.max_rows)
+        for session in self._parts:
+            for size in self._sizes or sorted({1, self.max_rows}):
+                session.run({name: values[:size] for name, values in self._rows.items()})
+
+    def run(self, images: Sequence[Image]) -> int:
+        """Take one step with each image and return how many rows were padding.
+
+        Raises:
+            Exception: whatever the backend raises; the images of the part that failed did not move.
+        """
+        padding = 0
+        for session, part in zip(self._parts, self._split(images), strict=False):
+            if part:
+                padding += self._run_part(session, part)
+        return padding
+
+    def _split(self, images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
+        below = [bool(image.job.table.timesteps[image.step] < self._float_below) for image in images]
+        return (
+            [image for image, floating in zip(images, below, strict=True) if not floating],
+            [image for image, floating in zip(images, below, strict=True) if floating],
+        )
+
+    def _run_part(self, session: StepSession, images: Sequence[Image]) -> int:
+        first_rows: list[int] = []
+        used = 0
+        for image in images:
+            first_rows.append(used)
+            used += self._put(image, used)
+        size = used if self._sizes is None else next(size for size in self._sizes if size >= used)
+        self._clear(used, size)
+        result = session.run({name: values[:size] for name, values in self._rows.items()})
+        for image, row in zip(images, first_rows, strict=True):
+            image.sample[...] = result.next_sample[row]
+            image.previous_x0[...] = result.x0[row]
+            image.step += 1
+        return size - used
+
+    def _put(self, image: Image, first: int) -> int:
+        """Write one image's rows from row ``first`` on; how many they are."""
+        job = image.job
+        here = slice(first, first + job.rows_each)
+        rows = self._rows
+        coefficients = job.table.coefficients[image.step]
+        rows["sample"][here] = image.sample
+        rows["previous_x0"][here] = image.previous_x0
+        rows["timestep"][here] = job.table.timesteps[image.step]
+        rows["coefficients"][here] = coefficients
+        # A twin takes its owner's state after the step, so its own noise is never used. Left-over noise is cleared, not
+        # multiplied by zero: another image's must have no way in.
+        rows["noise"][here] = 0
+        if coefficients[_NOISE_COLUMN] != 0:
+            rows["noise"][first] = step_noise([image.seed], image.step, self._model.sample_shape)[0]
+        for name, values in job.conditioning(image.index).items():
+            rows[name][here] = values
+        if "guidance" in rows:
+            rows["guidance"][here] = job.guidance
+            rows["owner_row"][here] = first
+            rows["unconditional_row"][here] = here.stop - 1
+        return job.rows_each
+
+    def _clear(self, first: int, stop: int) -> None:
+        for name, values in self._rows.items():
+            values[first:stop] = 0
+            if name == "guidance":
+                values[first:stop] = 1
+            elif name in ("unconditional_row", "owner_row"):
+                values[first:stop] = np.arange(first, stop)

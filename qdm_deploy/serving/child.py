@@ -1,0 +1,143 @@
+"""The engine process: opens the bundle, then steps as long as there is work, and tells its parent what happened.
+
+``python -m qdm_deploy.serving.child FD`` with one end of a socket pair. It ends when the other end closes, so it never
+outlives its parent, and it ends rather than go on with a session that fails whatever it is given.
+"""
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.errors import QdmError
+from qdm_deploy.samplers import NoiseSchedule
+from qdm_deploy.serving.jobs import JobMaker
+from qdm_deploy.serving.loading import Open, load, open_bundle_session
+from qdm_deploy.serving.scheduler import Scheduler
+from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
+from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Happened, Shown, Stepped, Stepper
+from qdm_deploy.serving.wire import Frame, frame, receive_frame, request_from
+
+__all__ = ["main", "serve"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
+    """Serve one parent until it goes.
+
+    Args:
+        stream: connected to the parent; its first frame holds the ``Settings``.
+        open_: opens the session; tests put in their own.
+    """
+    first = receive_frame(stream)
+    if first is None:
+        return
+    inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+    # From here on: a load or a step may take long, and the parent may go meanwhile.
+    threading.Thread(target=_receive_all, args=(stream, inbox), daemon=True).start()
+    settings = Settings(**first[0]["settings"])
+    try:
+        bundle = Bundle.open(Path(settings.bundle))
+        schedule = NoiseSchedule.from_config(bundle.scheduler_config())
+        with ExitStack() as sessions:
+            loaded = load(bundle, settings, open_, sessions)
+            stream.sendall(frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
+            stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
+            _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
+    except QdmError as error:
+        stream.sendall(frame("refused", error=type(error).__name__, message=str(error)))
+
+
+def _step_for_ever(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]", stepper: Stepper, maker: JobMaker) -> None:
+    scheduler = stepper.scheduler
+    happened: list[Happened] = []
+    while True:
+        idle = not scheduler.alive
+        if idle and happened:
+            # The parent learns of the end of the last request before we sleep.
+            stream.sendall(_told(happened) + _running(scheduler))
+            happened = []
+        while idle or not inbox.empty():
+            happened += _obey(inbox.get(), scheduler, maker)
+            idle = False
+        happened += stepper.begin(time.monotonic())
+        # One write for each step: what came of the last one, and who takes part in the next. It is sent before the step
+        # runs, so that the parent knows whose step it was when this process dies in it.
+        stream.sendall(_told(happened) + _running(scheduler))
+        happened = stepper.run()
+
+
+def _obey(received: Frame, scheduler: Scheduler, maker: JobMaker) -> list[Happened]:
+    header, _ = received
+    if header["kind"] == "cancel":
+        scheduler.end(header["request_id"])
+        return []
+    request, deadline = request_from(received)
+    try:
+        scheduler.submit(maker.job(request, deadline))
+    except (QdmError, ValueError) as error:
+        # The parent checked it with the same code.
+        return [Failed(request.request_id, "engine_error", str(error))]
+    return []
+
+
+def _running(scheduler: Scheduler) -> bytes:
+    """Id, step and steps of its furthest image, and rows, of each request that has any."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for image in scheduler.running:
+        step, _, rows = found.get(image.job.request_id, (0, 0, 0))
+        found[image.job.request_id] = (max(step, image.step), image.job.table.steps, rows + image.job.rows_each)
+    return frame("running", requests=[[request_id, *numbers] for request_id, numbers in found.items()])
+
+
+def _told(happened: list[Happened]) -> bytes:
+    return b"".join(_frame_of(item) for item in happened)
+
+
+def _frame_of(item: Happened) -> bytes:
+    if isinstance(item, Stepped):
+        return frame("stepped", rows=item.rows, padding=item.padding, seconds=item.seconds)
+    if isinstance(item, Shown):
+        return frame("shown", [item.x0], request_id=item.request_id, image=item.image, step=item.step, steps=item.steps)
+    if isinstance(item, Done):
+        return frame("done", [item.samples], request_id=item.request_id)
+    return frame("failed", request_id=item.request_id, reason=item.reason, message=item.message)
+
+
+def _receive_all(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]") -> None:
+    """Move what the parent says into the inbox; the end of the stream ends this process, even inside a step."""
+    with suppress(OSError):
+        while (received := receive_frame(stream)) is not None:
+            inbox.put(received)
+    os._exit(0)
+
+
+def main(arguments: list[str], open_: Open = open_bundle_session) -> int:
+    """The process; returns its exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Where memory runs out, the system should end this process, which is started again, and not its parent.
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+    with socket.socket(fileno=int(arguments[0])) as stream:
+        try:
+            serve(stream, open_)
+        except MemoryError:
+            _LOG.exception("out of memory")
+            return EXIT_OUT_OF_MEMORY
+        except EngineBroken:
+            _LOG.exception("the session is broken")
+            return EXIT_BROKEN
+        except ConnectionError:
+            return 0  # the parent is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""The engine's process, seen from its parent: start, talk, kill, and say how it ended."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Self
+
+from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
+from qdm_deploy.serving.wire import Frame, frame, read_frame
+
+__all__ = ["CHILD", "EngineProcess"]
+
+CHILD = ("-m", "qdm_deploy.serving.child")
+
+
+class EngineProcess:
+    """A running child with a stream of frames in both directions. Made by ``start``."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self.pid = process.pid
+
+    @classmethod
+    async def start(cls, settings: Settings, program: Sequence[str] = CHILD) -> Self:
+        """Start the process and hand it its settings.
+
+        Args:
+            settings: its first frame.
+            program: arguments of the interpreter; the number of the child's socket follows them.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        # The child imports what this process imports, from wherever this process does; -P keeps the current folder out.
+        folders = [os.path.abspath(folder) for folder in sys.path]
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                *program,
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if _has_descriptor() else asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+                # Ctrl-C in a terminal is for this process, which drains; the child goes when it is told, or with us.
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()  # or the end of the child would not end the stream
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        opened = cls(process, reader, writer)
+        opened.write(frame("open", settings=settings.to_json()))
+        return opened
+
+    async def read(self) -> Frame:
+        """Wait for a frame.
+
+        Raises:
+            EOFError: the process is gone.
+        """
+        try:
+            return await read_frame(self._reader)
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+
+    def write(self, data: bytes) -> None:
+        """Send a frame, without waiting: the child takes frames in a thread of its own, even inside a step."""
+        self._writer.write(data)
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def end(self) -> int:
+        """Kill it if it lives, close the stream, and return the exit status (negative: a signal)."""
+        self.kill()
+        self._writer.close()
+        with suppress(OSError):
+            await self._writer.wait_closed()
+        return await self._process.wait()
+
+    async def how_it_ended(self) -> str:
+        """What to tell of a process whose stream has ended."""
+        try:
+            async with asyncio.timeout(5):
+                status = await self._process.wait()
+        except TimeoutError:
+            return "the engine process closed its stream"
+        if status == -signal.SIGKILL:
+            return "the engine process was killed (SIGKILL): usually the system ran out of memory"
+        if status < 0:
+            return f"the engine process crashed with {signal.Signals(-status).name}"
+        if status == EXIT_OUT_OF_MEMORY:
+            return "the engine process ran out of memory"
+        if status == EXIT_BROKEN:
+            return "the engine's session failed whatever it was given"
+        return f"the engine process ended with exit status {status}"
+
+
+def _has_descriptor() -> bool:
+    """Whether standard error is a real file, which a child can write its log to."""
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""What every route works with: the engine, the settings, the metrics, and pictures made off the event loop."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.record import installed_version
+from qdm_deploy.runtime.images import ImageMetadata, encode_picture, to_pictures
+from qdm_deploy.serving.contract import Engine, GenerationRequest
+from qdm_deploy.serving.http.metrics import Metrics
+from qdm_deploy.serving.http.settings import HttpSettings
+from qdm_deploy.serving.http.translate import Order, label_name
+
+__all__ = ["Service"]
+
+
+def _now() -> int:
+    return int(datetime.now(UTC).timestamp())
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """One engine behind HTTP."""
+
+    engine: Engine
+    settings: HttpSettings
+    metrics: Metrics
+    created: int = field(default_factory=_now)
+    # Pictures are encoded beside the event loop, one request at a time: a burst of them must not slow the steps down.
+    _encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "pictures"))
+
+    def now(self) -> int:
+        """Seconds since 1970, as OpenAI's ``created`` counts them."""
+        return _now()
+
+    async def pictures(self, order: Order, images: Sequence[int], samples: NDArray[np.float32]) -> list[str]:
+        """Pictures as base64 of encoded files.
+
+        Args:
+            order: what was asked for.
+            images: which image of the request each sample is.
+            samples: [N, C, H, W] float32.
+        """
+        start = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._encoder, self._encode, order, images, samples)
+        self.metrics.decoded(time.perf_counter() - start)
+        return made
+
+    def close(self) -> None:
+        """Give the encoder's thread back."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, order: Order, images: Sequence[int], samples: NDArray[np.float32]) -> list[str]:
+        encoded = []
+        for image, picture in zip(images, to_pictures(samples, self.engine.model), strict=True):
+            metadata = self._metadata(order.request, image)
+            data = encode_picture(picture, order.output_format, quality=order.quality, metadata=metadata)
+            encoded.append(base64.b64encode(data).decode("ascii"))
+        return encoded
+
+    def _metadata(self, request: GenerationRequest, image: int) -> ImageMetadata:
+        backend = self.engine.state.backend
+        ran = f"{backend.get('backend', 'unknown')} {self.settings.precision}"
+        if "float_below" in backend:
+            ran += f", float below timestep {backend['float_below']}"
+        labels = request.class_labels
+        return ImageMetadata(
+            version=installed_version() or "unknown",
+            bundle_id=self.settings.bundle_id,
+            seed=request.seeds[image],
+            sampler=request.sampler,
+            steps=request.steps,
+            eta=request.eta,
+            guidance=request.guidance,
+            label=None if labels is None else label_name(self.engine.model, labels[image]),
+            backend=ran,
+        )

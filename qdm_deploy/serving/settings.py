@@ -1,0 +1,26 @@
+"""What the engine process is started with, and what its exit statuses mean."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+__all__ = ["EXIT_BROKEN", "EXIT_OUT_OF_MEMORY", "Settings"]
+
+EXIT_OUT_OF_MEMORY = 5
+EXIT_BROKEN = 70
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine process is started with; ``ProcessEngine`` explains each."""
+
+    bundle: str
+    backend: str = "auto"
+    precision: Literal["int8", "float"] = "int8"
+    threads: int | None = None
+    max_rows: int = 8
+    lanes: int | None = None
+    deterministic: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        """JSON values."""
+        return asdict(self)

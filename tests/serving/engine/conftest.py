@@ -1,0 +1,98 @@
+"""Bundles that an engine can serve: one whose network is linear and starts at once, and a real quantized U-Net."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
+from qdm_deploy.artifacts.manifest import Compatibility
+from qdm_deploy.runtime import Conditioning, StepSession, denoise
+from qdm_deploy.samplers import NoiseSchedule, step_table
+from qdm_deploy.serving.contract import GenerationRequest
+from tests.runtime.conftest import write_tiny
+
+LINEAR_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 100,
+    "beta_start": 0.001,
+    "beta_end": 0.2,
+    "clip_sample": True,
+    "timestep_spacing": "leading",
+}
+
+TARGETS = ("onnxruntime", "openvino")
+
+
+def _seal(writer: BundleWriter, model: Any, scheduler: dict[str, Any], float_below: int | None = None) -> None:
+    (writer.root / "scheduler").mkdir()
+    (writer.root / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    compatibility = Compatibility(opset=21, min_runtime="0.1.0")
+    writer.publish(
+        name=model.name, model=model, targets=TARGETS, compatibility=compatibility, provenance={}, recipe={},
+        float_below=float_below,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class-conditional with a null label, [3, 4, 4], 100 timesteps: what tests/runtime knows in closed form."""
+    folder = tmp_path_factory.mktemp("linear")
+    tiny = write_tiny(folder / "step.onnx", conditional=True)
+    with BundleWriter(folder / "linear.qdm") as writer:
+        (writer.root / "unet").mkdir()
+        for target in (*TARGETS, "float"):
+            shutil.copyfile(tiny.graph, writer.root / "unet" / f"{target}.onnx")
+        _seal(writer, tiny.spec, LINEAR_SCHEDULER)
+    return folder / "linear.qdm"
+
+
+@pytest.fixture(scope="session")
+def unet(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny class-conditional U-Net in INT8, with attention; its last steps run on the float graph."""
+    from qdm_export.float_graph import save_graph
+    from qdm_export.shared_weights import save_with_shared_weights
+    from qdm_export.targets import emit, emit_float
+
+    folder = tmp_path_factory.mktemp("unet")
+    checkpoint = tiny.checkpoint("labels")
+    with BundleWriter(folder / "unet.qdm") as writer:
+        root = writer.root / "unet"
+        root.mkdir()
+        graphs = {
+            root / f"{target}.onnx": emit(tiny.float_graph("labels").clone(), tiny.plan("labels"), target)
+            for target in TARGETS
+        }
+        save_with_shared_weights(graphs, root / "weights.bin")
+        save_graph(emit_float(tiny.float_graph("labels").clone()), root / "float.onnx", weights="float.data")
+        _seal(writer, checkpoint.spec, dict(checkpoint.scheduler_config), float_below=300)
+    return folder / "unet.qdm"
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[..., Any]:
+    """The images of a request from ``denoise``, without any engine; ``copies`` fills the batch with the same image."""
+
+    def run(bundle: Path, session: StepSession, request: GenerationRequest, copies: int = 1) -> Any:
+        opened = Bundle.open(bundle, check="sizes")
+        model = opened.model
+        schedule = NoiseSchedule.from_config(opened.scheduler_config())
+        table = step_table(
+            schedule, request.sampler, request.steps, eta=request.eta, learned_variance=model.learned_variance
+        )
+        images = []
+        for index, seed in enumerate(request.seeds):
+            labels = None if request.class_labels is None else np.full(copies, request.class_labels[index])
+            images.append(
+                denoise(
+                    session, table, [seed] * copies, model, conditioning=Conditioning(labels) if model.conditional else
+                    None, guidance=request.guidance, batch_size=copies,
+                )[0]
+            )  # fmt: skip
+        return np.stack(images)
+
+    return run

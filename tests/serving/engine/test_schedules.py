@@ -1,0 +1,155 @@
+"""Random schedules of arrivals, cancellations, faults and deadlines: one outcome each, no row and no place lost."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from qdm_deploy.runtime import Conditioning, denoise
+from qdm_deploy.samplers import step_table
+from qdm_deploy.serving.batch import BatchRunner
+from qdm_deploy.serving.contract import GenerationRequest
+from qdm_deploy.serving.jobs import JobMaker
+from qdm_deploy.serving.lanes import Lanes, lane_rows
+from qdm_deploy.serving.scheduler import QueueFull, Scheduler
+from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Stepper
+from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
+
+MAX_ROWS, MAX_WAITING = 5, 12
+MAKER = JobMaker(MODEL, SCHEDULE, MAX_ROWS)
+
+kinds = st.tuples(
+    st.integers(1, 4),  # images
+    st.sampled_from(["ddim", "ddpm", "dpmpp-2m"]),
+    st.integers(1, 4),  # steps
+    st.sampled_from([1.0, 1.0, 2.5]),
+    st.sampled_from([0, 1, 0, 1, 0, 1, RAISES, NOT_A_NUMBER]),
+    st.sampled_from([None, None, None, 0.0, 2.0, 6.0]),  # deadline from now
+)
+
+
+@cache
+def alone(images: int, sampler: str, steps: int, guidance: float, label: int) -> Any:
+    conditioning = Conditioning(np.full(images, label))
+    table = step_table(SCHEDULE, sampler, steps)
+    return denoise(FakeSession(), table, range(images), MODEL, conditioning=conditioning, guidance=guidance)
+
+
+class Schedules(RuleBasedStateMachine):
+    submitted = 0  # over all examples
+
+    def __init__(self) -> None:
+        super().__init__()
+        runners = [BatchRunner(FakeSession(), MODEL, lane_rows(MAX_ROWS, 2), None) for _ in range(2)]
+        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE, MAX_WAITING), Lanes(runners, None))
+        self.now = 0.0
+        self.wanted: dict[str, tuple[Any, ...]] = {}
+        self.outcomes: dict[str, list[str]] = {}
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.engine.scheduler
+
+    @rule(arrivals=st.lists(kinds, min_size=1, max_size=12))
+    def arrive(self, arrivals: list[Any]) -> None:
+        for images, sampler, steps, guidance, label, deadline in arrivals:
+            name = f"r{len(self.wanted)}"
+            request = GenerationRequest(
+                name, tuple(range(images)), sampler, steps, guidance=guidance, class_labels=(label,) * images
+            )
+            job = MAKER.job(request, None if deadline is None else self.now + deadline)
+            self.wanted[name] = (images, sampler, steps, guidance, label)
+            self.outcomes[name] = []
+            Schedules.submitted += 1
+            waiting = self.scheduler.waiting
+            try:
+                self.scheduler.submit(job)
+            except QueueFull:
+                assert waiting == MAX_WAITING
+                self.outcomes[name].append("refused")
+
+    @rule(steps=st.integers(1, 6))
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self.now += 1.0
+            self.note(self.engine.begin(self.now))
+            try:
+                self.note(self.engine.run())
+            except EngineBroken:
+                # The process would end here, and its parent fails what ran.
+                for name in {image.job.request_id for image in self.scheduler.running}:
+                    self.scheduler.end(name)
+                    self.outcomes[name].append("engine_error")
+
+    @rule(choice=st.integers(0, 1000))
+    def cancel(self, choice: int) -> None:
+        names = sorted(self.wanted)
+        if not names:
+            return
+        name = names[choice % len(names)]
+        before = self.scheduler.running_rows
+        held = sum(image.job.rows_each for image in self.scheduler.running if image.job.request_id == name)
+        if self.scheduler.end(name):
+            self.outcomes[name].append("cancelled")
+        assert self.scheduler.running_rows == before - held
+
+    def note(self, happened: list[Any]) -> None:
+        for item in happened:
+            if isinstance(item, Done):
+                self.outcomes[item.request_id].append("finished")
+                np.testing.assert_array_equal(item.samples, alone(*self.wanted[item.request_id]))
+            elif isinstance(item, Failed):
+                self.outcomes[item.request_id].append(item.reason)
+                label = self.wanted[item.request_id][-1]
+                if item.reason == "not_finite":
+                    assert label == NOT_A_NUMBER
+                elif item.reason == "engine_error":
+                    assert label == RAISES
+
+    @invariant()
+    def nothing_is_lost_or_counted_twice(self) -> None:
+        open_requests = {name for name, outcomes in self.outcomes.items() if not outcomes}
+        assert self.scheduler.alive == open_requests
+        assert all(len(outcomes) <= 1 for outcomes in self.outcomes.values())
+        assert self.scheduler.running_rows <= MAX_ROWS
+        assert self.scheduler.waiting <= MAX_WAITING
+        assert {image.job.request_id for image in self.scheduler.running} <= open_requests
+
+    def teardown(self) -> None:
+        for _ in range(1000):
+            if not self.scheduler.alive:
+                break
+            self.go_on(1)
+        assert self.scheduler.alive == frozenset()
+        assert self.scheduler.running == ()
+        assert self.scheduler.waiting == 0
+        assert all(len(outcomes) == 1 for outcomes in self.outcomes.values())
+
+
+def run_schedules(examples: int, steps: int) -> int:
+    Schedules.submitted = 0
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Schedules,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    return Schedules.submitted
+
+
+def test_random_schedules() -> None:
+    assert run_schedules(12, 20) > 200
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests() -> None:
+    assert run_schedules(300, 50) > 10_000
