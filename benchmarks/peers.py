@@ -19,9 +19,9 @@ from ablation import FIRST_SEED, FULL, PLAIN
 from bench import Case, case, finish, parser, say, write_float, write_graph
 from peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, quantized_static
 
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.quality import compare_with, reference_run
 from qdm_deploy.runtime import OnnxRuntimeSession, StepSession
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 
 

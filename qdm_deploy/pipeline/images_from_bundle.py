@@ -11,10 +11,10 @@ from qdm_deploy.artifacts.files import new_directory
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.pipeline.options import GenerateOptions
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime import denoise, open_session
+from qdm_deploy.runtime.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.runtime.images import ImageMetadata, contact_sheet, read_metadata, save_png, to_pictures
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
