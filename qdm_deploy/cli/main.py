@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from qdm_deploy.cli.batch import batch
 from qdm_deploy.cli.build import build
 from qdm_deploy.cli.compare import compare
 from qdm_deploy.cli.doctor import doctor
@@ -80,7 +81,7 @@ def cli() -> None:
 
 
 cli.params += common_switches()
-for _command in (build, generate, inspect, verify, engine, compare, evaluate, doctor):
+for _command in (build, generate, batch, inspect, verify, engine, compare, evaluate, doctor):
     cli.add_command(_command)
 
 

@@ -3,8 +3,9 @@
 Pictures are uint8 arrays: [N, H, W] grey or [N, H, W, 3] RGB for a set, [H, W] or [H, W, 3] for one.
 """
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import InputError
 
-__all__ = ["ImageMetadata", "comparison_strip", "contact_sheet", "read_metadata", "save_png", "to_pictures"]
+__all__ = [
+    "ImageMetadata",
+    "comparison_strip",
+    "contact_sheet",
+    "made_by",
+    "png_bytes",
+    "read_metadata",
+    "save_png",
+    "to_pictures",
+]
 
 _PREFIX = "qdm-deploy:"
 _GAP = 2
@@ -72,23 +82,39 @@ def to_pictures(samples: NDArray[np.float32], model: ModelSpec) -> Picture:
     return pixels[:, 0] if samples.shape[1] == 1 else np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
-def save_png(path: Path, picture: Picture, metadata: ImageMetadata | None = None) -> None:
-    """Write one picture as PNG, with its metadata as one text chunk per field; equal input gives equal bytes.
+def png_bytes(picture: Picture, metadata: ImageMetadata | None = None) -> bytes:
+    """One picture as the content of a PNG file, with its metadata as one text chunk per field.
 
     Args:
-        path: the file; it is either complete or not there.
         picture: [H, W] or [H, W, 3] uint8.
         metadata: how it was made; None for sheets and strips.
 
-    Raises:
-        InputError, EnvironmentProblem, ResourceProblem: the file cannot be written.
+    Returns:
+        The bytes; equal input gives equal bytes.
     """
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
         for name, value in metadata.model_dump(exclude_none=True).items():
             chunks.add_text(_PREFIX + name, str(value))
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="PNG", pnginfo=chunks)
+    return content.getvalue()
+
+
+def save_png(path: Path, picture: Picture, metadata: ImageMetadata | None = None) -> None:
+    """Write ``png_bytes`` to a file that is either complete or not there.
+
+    Raises:
+        InputError, EnvironmentProblem, ResourceProblem: the file cannot be written.
+    """
     with new_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=chunks)
+        temporary.write_bytes(png_bytes(picture, metadata))
+
+
+def made_by(engine: Mapping[str, object], precision: str) -> str:
+    """``ImageMetadata.backend``: the backend of ``StepSession.describe()``, its precision and its float steps."""
+    text = f"{engine['backend']} {precision}"
+    return text + (f", float below timestep {engine['float_below']}" if "float_below" in engine else "")
 
 
 def read_metadata(path: Path) -> ImageMetadata:
