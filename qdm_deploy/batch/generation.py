@@ -9,7 +9,7 @@ from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.place import Place, find_place
 from qdm_deploy.batch.run import run_place
 from qdm_deploy.batch.status import BatchStatus, batch_status
-from qdm_deploy.batch.worker import run_workers
+from qdm_deploy.batch.workers import run_workers
 from qdm_deploy.progress import SILENT, Progress
 
 __all__ = ["BatchResult", "generate_batch"]

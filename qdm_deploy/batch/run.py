@@ -100,7 +100,7 @@ def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally,
         tally.whole, tally.all = there, len(mine)
         start = time.perf_counter()
         images = sum(shard.count for shard in missing)
-        with progress.task(f"Generating on {engine['backend']}", images) as advance:
+        with progress.task(f"Generating images on {engine['backend']}", images) as advance:
             for shard in missing:
                 stopping.check()
                 _make(options, job, shard, _Pace(shard.count, stopping, advance), source, threads)

@@ -1,6 +1,6 @@
 """Several workers on one machine: a process each, because a session is one process's, with the cores divided.
 
-The parent starts ``python -m qdm_deploy.batch.worker``, hands it the options as a JSON line and reads one JSON object
+The parent starts ``python -m qdm_deploy.batch.child``, hands it the options as a JSON line and reads one JSON object
 per line back. A child leads a session of its own, so Ctrl-C reaches the parent alone, which passes it on; it ends by
 itself when its parent is gone.
 """
@@ -15,17 +15,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import IO, Any, cast
-
-from pydantic import TypeAdapter
 
 from qdm_deploy import errors
 from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.place import Place
-from qdm_deploy.batch.run import PlaceResult, run_place
+from qdm_deploy.batch.run import PlaceResult
 from qdm_deploy.batch.stopping import STOP_SIGNALS
+from qdm_deploy.batch.task import TASK, Task
 from qdm_deploy.errors import QdmError, ResourceProblem, TryAgain
 from qdm_deploy.progress import Advance, Progress
 from qdm_deploy.runtime.cpu import available_cores
@@ -33,15 +32,6 @@ from qdm_deploy.runtime.cpu import available_cores
 __all__ = ["run_workers"]
 
 _END_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class _Task:
-    options: BatchOptions
-    place: Place
-
-
-_TASK = TypeAdapter(_Task)
 
 
 def run_workers(options: BatchOptions, place: Place, progress: Progress) -> list[PlaceResult]:
@@ -56,7 +46,7 @@ def run_workers(options: BatchOptions, place: Place, progress: Progress) -> list
     """
     threads = options.threads or max(1, available_cores() // options.workers)
     tasks = [
-        _Task(replace(options, workers=1, threads=threads), place.split(number, options.workers))
+        Task(replace(options, workers=1, threads=threads), place.split(number, options.workers))
         for number in range(options.workers)
     ]
     events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
@@ -93,7 +83,7 @@ def _collect(
             else:
                 ends[number] = event
             if advance is None and totals and len(totals.keys() | ends.keys()) == workers:
-                title = f"Generating with {workers} workers"
+                title = f"Generating images with {workers} workers"
                 advance = open_task.enter_context(progress.task(title, sum(totals.values())))
             if advance is not None and waiting:
                 advance(waiting)
@@ -116,10 +106,10 @@ def _failure(number: int, end: dict[str, Any]) -> QdmError:
 
 
 @contextmanager
-def _started(task: _Task) -> "Iterator[subprocess.Popen[str]]":
+def _started(task: Task) -> "Iterator[subprocess.Popen[str]]":
     folders = [os.path.abspath(folder) for folder in sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, "-P", "-m", "qdm_deploy.batch.worker"]
+    command = [sys.executable, "-P", "-m", "qdm_deploy.batch.child"]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -132,7 +122,7 @@ def _started(task: _Task) -> "Iterator[subprocess.Popen[str]]":
         try:
             stream = cast(IO[str], child.stdin)
             with contextlib.suppress(BrokenPipeError):
-                stream.write(_TASK.dump_json(task).decode() + "\n")
+                stream.write(TASK.dump_json(task).decode() + "\n")
                 stream.flush()  # and left open: its end tells the child that we are gone
             yield child
         except BaseException:
@@ -176,55 +166,3 @@ def _listen(number: int, child: "subprocess.Popen[str]", events: "queue.Queue[tu
             events.put((number, event))
     status = child.wait()
     events.put((number, last or {"status": status}))
-
-
-class _Reporting:
-    """Progress as events for the parent."""
-
-    def __init__(self, events: IO[str]) -> None:
-        self._events = events
-
-    @contextmanager
-    def task(self, description: str, total: int | None) -> Iterator[Advance]:
-        """One task: that of the run."""
-        self.tell(total=total or 0)
-
-        def advance(steps: int = 1) -> None:
-            self.tell(advance=steps)
-
-        yield advance
-
-    def say(self, message: str) -> None:
-        """A line for people."""
-        self.tell(say=message)
-
-    def tell(self, **event: object) -> None:
-        self._events.write(json.dumps(event) + "\n")
-        self._events.flush()
-
-
-def main() -> None:
-    """The child: read the task, run it, report."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Native code prints where it likes; only our events may reach the pipe.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
-        os.dup2(2, 1)
-        events = _Reporting(stream)
-        task = _TASK.validate_json(sys.stdin.readline())
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-        try:
-            events.tell(result=asdict(run_place(task.options, task.place, events)))
-        except QdmError as error:
-            events.tell(failed=type(error).__name__, message=str(error))
-        except KeyboardInterrupt:
-            sys.exit(130)
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin: a thread waiting inside it would block the end of the interpreter
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
