@@ -16,6 +16,7 @@ from qdm_deploy.cli.compare import compare
 from qdm_deploy.cli.doctor import doctor
 from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.evaluate import evaluate
+from qdm_deploy.cli.export_triton import export_triton
 from qdm_deploy.cli.failures import EXIT_CODES, Terminated, show_failure
 from qdm_deploy.cli.generate import generate
 from qdm_deploy.cli.inspect import inspect
@@ -81,7 +82,7 @@ def cli() -> None:
 
 
 cli.params += common_switches()
-for _command in (build, generate, batch, inspect, verify, engine, compare, evaluate, doctor):
+for _command in (build, generate, batch, inspect, verify, engine, compare, evaluate, export_triton, doctor):
     cli.add_command(_command)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qdm_deploy.pipeline.inspection import Inspection, inspect
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
     from qdm_deploy.pipeline.publish import BuildResult
+    from qdm_deploy.pipeline.triton_repository import TritonExport, export_triton
     from qdm_deploy.pipeline.verification import Verification, verify
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "GenerateOptions",
     "GenerateResult",
     "Inspection",
+    "TritonExport",
     "Verification",
     "build",
     "build_engine",
     "compare",
     "evaluate",
+    "export_triton",
     "generate",
     "inspect",
     "verify",
@@ -44,11 +47,13 @@ _HOME = {
     "GenerateOptions": "options",
     "GenerateResult": "images_from_bundle",
     "Inspection": "inspection",
+    "TritonExport": "triton_repository",
     "Verification": "verification",
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "export_triton": "triton_repository",
     "generate": "images_from_bundle",
     "inspect": "inspection",
     "verify": "verification",
