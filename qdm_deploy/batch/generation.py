@@ -5,11 +5,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdm_deploy.batch.job import JOB_NAME
 from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.place import Place, find_place
-from qdm_deploy.batch.run import run_place
+from qdm_deploy.batch.run import PlaceResult, run_place
 from qdm_deploy.batch.status import BatchStatus, batch_status
 from qdm_deploy.batch.workers import run_workers
+from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
 __all__ = ["BatchResult", "generate_batch"]
@@ -52,9 +54,14 @@ def generate_batch(options: BatchOptions, progress: Progress = SILENT) -> BatchR
     if place.world > 1:
         progress.say(f"part {place.rank} of {place.world}, from {place.source}")
     start = time.perf_counter()
+    joining = (options.out / JOB_NAME).exists()
     try:
-        alone = options.workers == 1
-        results = [run_place(options, place, progress)] if alone else run_workers(options, place, progress)
+        results = _run(options, place, progress)
+    except InputError:
+        # Another machine may have begun the job meanwhile, with threads that this one is to take over.
+        if joining or options.threads is not None or not (options.out / JOB_NAME).exists():
+            raise
+        results = _run(options, place, progress)
     except KeyboardInterrupt as error:
         again = "stopped; complete shards stay: run the same command again to go on"
         raise error if error.args else type(error)(again) from None
@@ -71,3 +78,7 @@ def generate_batch(options: BatchOptions, progress: Progress = SILENT) -> BatchR
         engine=results[0].engine,
         status=batch_status(options.out),
     )
+
+
+def _run(options: BatchOptions, place: Place, progress: Progress) -> list[PlaceResult]:
+    return [run_place(options, place, progress)] if options.workers == 1 else run_workers(options, place, progress)

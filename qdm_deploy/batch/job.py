@@ -23,12 +23,12 @@ from qdm_deploy.batch.options import BatchOptions, Format
 from qdm_deploy.batch.staging import publish, staged
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.conditioning import label_number
+from qdm_deploy.runtime.cpu import available_cores
 
-__all__ = ["JOB_NAME", "Job", "Shard", "job_of", "join_job", "read_job"]
+__all__ = ["JOB_NAME", "Job", "Shard", "job_of", "join_job", "read_job", "threads_for"]
 
 JOB_NAME = "job.json"
 _SUFFIX: dict[Format, str] = {"webdataset": ".tar", "npz": ".npz", "png": ""}
-_THREADS = ("threads", "precision_reason")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class Shard:
 
 
 class Job(BaseModel):
-    """What decides the bytes. ``engine`` is what the session says of itself, but for the number of threads."""
+    """What decides the bytes.
+
+    ``engine`` is what the session says of itself. The number of its threads counts: OpenVINO adds up in another order
+    with another number of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -127,17 +131,28 @@ def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object]) 
         conditioning_sha256=None if conditioning is None else sha256_of(conditioning),
         precision=options.precision,
         batch_size=options.batch_size,
-        engine=_without_threads(engine),
+        engine=_facts(engine),
         versions=versions,
     )
 
 
-def _without_threads(engine: Mapping[str, object]) -> dict[str, Any]:
+def _facts(engine: Mapping[str, object]) -> dict[str, Any]:
     return {
-        name: _without_threads(value) if isinstance(value, Mapping) else value
+        name: _facts(value) if isinstance(value, Mapping) else value
         for name, value in engine.items()
-        if name not in _THREADS
+        if name != "precision_reason"
     }
+
+
+def threads_for(options: BatchOptions, workers: int) -> int:
+    """Threads of a worker: as asked for, or those of the job that is under way, or a share of the cores."""
+    if options.threads is not None:
+        return options.threads
+    if (options.out / JOB_NAME).exists():
+        threads = read_job(options.out).engine.get("threads")
+        if isinstance(threads, int):
+            return threads
+    return max(1, available_cores() // workers)
 
 
 def read_job(out: Path) -> Job:

@@ -24,7 +24,7 @@ class Marker(BaseModel):
         fingerprint: of the job.
         seconds: from the first step to the finished file.
         created: UTC time of the commit.
-        host, cpu, threads: where it was made; these may differ between runs.
+        host, cpu: where it was made; these may differ between runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +41,6 @@ class Marker(BaseModel):
     created: str
     host: str
     cpu: str
-    threads: int
 
 
 def digest_of(payload: Path) -> str:

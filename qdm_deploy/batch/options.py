@@ -38,7 +38,9 @@ class BatchOptions:
         sampler, steps, eta, seed, guidance: how pictures are made.
         label: name or number of a class; None: all classes in turn.
         conditioning_file: as in ``GenerateOptions``; text states take turns too.
-        backend, precision, threads: what runs it; ``threads`` is of one worker.
+        backend, precision: what runs it.
+        threads: of one worker. They are part of the job too; None: those of the job that is under way in ``out``, or an
+            equal share of the cores.
         batch_size: pictures that are denoised together. It is part of the job: INT8 kernels may round a row
             differently in a batch of another size.
         grace: seconds that a shard may still take to finish after SIGTERM or SIGUSR1; one that needs longer is dropped.

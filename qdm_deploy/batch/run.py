@@ -14,7 +14,7 @@ from pathlib import Path
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import disk_problems
 from qdm_deploy.batch.formats import is_folder, write_shard
-from qdm_deploy.batch.job import Job, Shard, job_of, join_job
+from qdm_deploy.batch.job import Job, Shard, job_of, join_job, threads_for
 from qdm_deploy.batch.marker import Marker, digest_of, forget, intact, read_marker, size_of, write_marker
 from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.pictures import PictureSource
@@ -25,7 +25,7 @@ from qdm_deploy.errors import CheckFailed, TryAgain
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.backends import open_session
 from qdm_deploy.runtime.conditioning import read_hidden_states
-from qdm_deploy.runtime.cpu import available_cores, cpu_model
+from qdm_deploy.runtime.cpu import cpu_model
 
 __all__ = ["PlaceResult", "commit", "run_place"]
 
@@ -84,7 +84,7 @@ class _Tally:
 def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally, progress: Progress) -> PlaceResult:
     bundle = Bundle.open(options.bundle)
     states = read_hidden_states(options.conditioning_file)
-    threads = options.threads or available_cores()
+    threads = threads_for(options, 1)
     with open_session(bundle, options.backend, precision=options.precision, threads=threads) as session:
         engine = dict(session.describe())
         job = job_of(options, bundle, engine)
@@ -103,7 +103,7 @@ def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally,
         with progress.task(f"Generating images on {engine['backend']}", images) as advance:
             for shard in missing:
                 stopping.check()
-                _make(options, job, shard, _Pace(shard.count, stopping, advance), source, threads)
+                _make(options, job, shard, _Pace(shard.count, stopping, advance), source)
                 tally.whole += 1
     return PlaceResult(len(missing), images, there, time.perf_counter() - start, engine)
 
@@ -131,7 +131,7 @@ class _Pace:
         self._stopping.expect((self._count - self._done) * self.seconds / self._done)
 
 
-def _make(options: BatchOptions, job: Job, shard: Shard, pace: _Pace, source: PictureSource, threads: int) -> None:
+def _make(options: BatchOptions, job: Job, shard: Shard, pace: _Pace, source: PictureSource) -> None:
     out = options.out
     with locked(out):
         if intact(out, job, shard) is not None:  # another worker was faster
@@ -141,10 +141,10 @@ def _make(options: BatchOptions, job: Job, shard: Shard, pace: _Pace, source: Pi
     with staged(out / shard.name, folder=is_folder(job.format)) as temporary:
         write_shard(job.format, temporary, source.batches(shard, pace.made), shard.count, source.shape)
         digest = digest_of(temporary)
-        commit(out, job, shard, temporary, digest, seconds=pace.seconds, threads=threads)
+        commit(out, job, shard, temporary, digest, seconds=pace.seconds)
 
 
-def commit(out: Path, job: Job, shard: Shard, temporary: Path, digest: str, *, seconds: float, threads: int) -> None:
+def commit(out: Path, job: Job, shard: Shard, temporary: Path, digest: str, *, seconds: float) -> None:
     """Give a finished shard its name and its marker, unless another worker did so meanwhile.
 
     Raises:
@@ -175,6 +175,5 @@ def commit(out: Path, job: Job, shard: Shard, temporary: Path, digest: str, *, s
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             host=platform.node(),
             cpu=cpu_model(),
-            threads=threads,
         )
         write_marker(out, shard, marker)

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Any, cast
 
 from qdm_deploy import errors
+from qdm_deploy.batch.job import threads_for
 from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.place import Place
 from qdm_deploy.batch.run import PlaceResult
@@ -27,7 +28,6 @@ from qdm_deploy.batch.stopping import STOP_SIGNALS
 from qdm_deploy.batch.task import TASK, Task
 from qdm_deploy.errors import QdmError, ResourceProblem, TryAgain
 from qdm_deploy.progress import Advance, Progress
-from qdm_deploy.runtime.cpu import available_cores
 
 __all__ = ["run_workers"]
 
@@ -44,7 +44,7 @@ def run_workers(options: BatchOptions, place: Place, progress: Progress) -> list
         ResourceProblem: a worker was killed.
         TryAgain: SIGTERM or SIGUSR1 came, and all workers stopped.
     """
-    threads = options.threads or max(1, available_cores() // options.workers)
+    threads = threads_for(options, options.workers)
     tasks = [
         Task(replace(options, workers=1, threads=threads), place.split(number, options.workers))
         for number in range(options.workers)

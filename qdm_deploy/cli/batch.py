@@ -174,7 +174,12 @@ class _Batch(Verb):
     help="Run the INT8 graph or the float reference.",
 )
 @option("--batch-size", type=int, default=16, section="Runtime", help="Images denoised together; part of the job.")
-@option("--threads", type=int, section="Runtime", help="CPU threads of a worker.  [default: its share of the cores]")
+@option(
+    "--threads",
+    type=int,
+    section="Runtime",
+    help="CPU threads of a worker; part of the job.  [default: of the job under way, else a share of the cores]",
+)
 @click.pass_obj
 def batch(output: Output, /, **options: Any) -> None:
     """Generate N images in shards, as many processes and machines as there are.

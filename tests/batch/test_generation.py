@@ -211,6 +211,41 @@ def test_workers_share_the_work_and_change_nothing(make: Make, shards: Shards, t
         make(tmp_path / "two", workers=2, steps=3)
 
 
+def test_a_job_keeps_its_threads(make: Make, shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO rounds differently with another number of them, so their number must not follow that of the workers."""
+    import qdm_deploy.batch.job as module
+
+    monkeypatch.setattr(module, "available_cores", lambda: 6)
+    out = tmp_path / "out"
+    begun = make(out, threads=None, rank=0, world=4)
+    assert begun.status.job.engine["threads"] == 6
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    assert make(out, threads=None, rank=1, world=4).shards == 1
+    assert make(out, threads=None, workers=2).status.missing == ()
+    with pytest.raises(InputError, match=r"engine\.threads: 6 there, 2 here"):
+        make(out, threads=2)
+    make(tmp_path / "whole", threads=6)
+    assert shards(tmp_path / "whole") == shards(out)
+    assert make(tmp_path / "new", threads=None).status.job.engine["threads"] == 2
+
+
+def test_a_machine_that_comes_second_takes_the_threads_of_the_first(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qdm_deploy.batch.run as module
+
+    join, out = module.join_job, tmp_path / "out"
+
+    def slower(folder: Path, job: Any) -> None:
+        monkeypatch.setattr(module, "join_job", join)
+        make(out, threads=3, rank=0, world=4)  # the other machine, just before this one writes its job
+        join(folder, job)
+
+    monkeypatch.setattr(module, "join_job", slower)
+    assert make(out, threads=None).status.missing == ()
+    assert batch_status(out).job.engine["threads"] == 3
+
+
 def test_damage_is_found_and_made_good(make: Make, shards: Shards, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(out)
@@ -272,7 +307,7 @@ def test_two_machines_that_disagree_are_reported(make: Make, tmp_path: Path) -> 
     job = read_job(out)
     (tmp_path / "mine").write_bytes(b"other bytes")
     with pytest.raises(CheckFailed, match=r"shard-00000\.tar was made twice, with different bytes: here on"):
-        commit(out, job, job.shard(0), tmp_path / "mine", "0" * 64, seconds=1.0, threads=1)
+        commit(out, job, job.shard(0), tmp_path / "mine", "0" * 64, seconds=1.0)
     assert verify_batch(out).ok
 
 
