@@ -17,11 +17,11 @@ from bench import Case, case, finish, parser, say, write_float, write_graph
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.statistics import collect_statistics
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_deploy.pipeline.quality import compare_with, reference_run
 from qdm_deploy.pipeline.speed import measure_speed
 from qdm_deploy.runtime import OnnxRuntimeSession
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 from qdm_export.split_concat import split_checkpoint
 from qdm_export.topology import topology_of

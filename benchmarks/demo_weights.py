@@ -14,10 +14,10 @@ import numpy as np
 from bench import finish, parser, say
 
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.report.distribution import frechet_distance, gaussian_of
 from qdm_deploy.report.paired_distribution import frechet_difference
 from qdm_deploy.runtime import OpenVinoSession, denoise
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
 from qdm_deploy.runtime.images import to_pictures
 from qdm_deploy.samplers import NoiseSchedule, step_table

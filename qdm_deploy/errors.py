@@ -9,6 +9,7 @@
     ├── BundleError                   3   a bundle is damaged, incomplete, too new, or leaves its folder
     ├── EnvironmentProblem            4   something this machine lacks: a module, a GPU, a writable cache
     ├── ResourceProblem               5   disk or memory ran out
+    ├── TryAgain                      75  stopped early because it was asked to; the same command goes on
     └── CheckFailed                   1   everything ran, and a check found a problem
 
 A message says what was given, what is allowed and what to do. Wrong use of the Python API by a programmer stays
@@ -26,6 +27,7 @@ __all__ = [
     "ModelError",
     "QdmError",
     "ResourceProblem",
+    "TryAgain",
 ]
 
 
@@ -81,6 +83,12 @@ class ResourceProblem(QdmError):
     """Disk or memory ran out."""
 
     exit_code = 5
+
+
+class TryAgain(QdmError):
+    """Stopped early because a scheduler asked for it; the same command goes on from there (EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 class CheckFailed(QdmError):

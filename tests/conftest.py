@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,50 @@ def _unet(name: str) -> Any:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """The tiny U-Nets and the stages made of them."""
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+SCHEDULER = """{
+  "_class_name": "DDPMScheduler", "num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2,
+  "beta_schedule": "linear", "prediction_type": "epsilon", "clip_sample": true, "variance_type": "fixed_small"
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def linear(repository: Path) -> Any:
+    """The module of linear step graphs that the tests of the runtime use."""
+    spec = spec_from_file_location("linear_step_graphs", repository / "tests" / "runtime" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def write_bundle(linear: Any) -> Callable[..., Path]:
+    """Writes a bundle with one linear graph for ONNX Runtime; keywords are those of ``write_tiny``."""
+
+    from qdm_deploy.artifacts.bundle import BundleWriter
+    from qdm_deploy.artifacts.manifest import Compatibility
+
+    def write(out: Path, *, float_below: int | None = None, **kind: bool) -> Path:
+        with BundleWriter(out) as bundle:
+            (bundle.root / "unet").mkdir()
+            model = linear.write_tiny(bundle.root / "unet" / "onnxruntime.onnx", **kind).spec
+            if float_below is not None:
+                linear.write_tiny(bundle.root / "unet" / "float.onnx", **kind)
+            (bundle.root / "scheduler").mkdir()
+            (bundle.root / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
+            bundle.publish(
+                name=model.name,
+                model=model,
+                targets=["onnxruntime"],
+                compatibility=Compatibility(opset=21, min_runtime="0.1"),
+                provenance={},
+                recipe={},
+                float_below=float_below,
+            )
+        return out
+
+    return write

@@ -23,10 +23,10 @@ from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.runtime import StepSession
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 from qdm_export.float_graph import export_float_graph
 from qdm_export.step_graph import StepGraph

@@ -23,10 +23,14 @@ from qdm_deploy.errors import EnvironmentProblem, InputError, QdmError, Resource
 __all__ = [
     "StagedDirectory",
     "canonical_json",
+    "disk_problems",
+    "flush",
+    "flush_tree",
     "new_directory",
     "new_file",
     "open_plain_file",
     "plain_json",
+    "raise_if_full",
     "sha256_of",
     "sha256_of_stream",
     "special_file_problem",
@@ -160,15 +164,15 @@ def new_file(path: Path) -> Iterator[Path]:
     if os.path.lexists(final) and not stat.S_ISREG(os.lstat(final).st_mode):
         raise InputError(f"{final} is a folder, a link or a device; give the name of a regular file")
     temporary = _beside(final, "tmp")
-    with _disk_problems(final):
+    with disk_problems(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        with _disk_problems(final):
-            _flush(temporary)
+        with disk_problems(final):
+            flush(temporary)
             os.replace(temporary, final)
-            _flush(final.parent)
+            flush(final.parent)
     except BaseException as error:
         _remove(temporary, error)
         raise_if_full(final, error)
@@ -222,7 +226,7 @@ class StagedDirectory:
         self._may_replace = may_replace or _only_empty
         self._refuse_existing()
         self.root = _beside(self.final, "tmp")
-        with _disk_problems(self.final):
+        with disk_problems(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(self.root)
 
@@ -233,7 +237,7 @@ class StagedDirectory:
             raise InputError(f"{self.final} exists and is not a folder: remove it, or choose another name")
         if not self._force:
             raise InputError(f"{self.final} exists: choose another name, or replace it with --force (force=True)")
-        with _disk_problems(self.final):
+        with disk_problems(self.final):
             reason = self._may_replace(self.final)
         if reason is not None:
             raise InputError(
@@ -243,8 +247,8 @@ class StagedDirectory:
     def commit(self) -> None:
         """Flush every file to the disk and take the final name."""
         old: Path | None = None
-        with _disk_problems(self.final):
-            _flush_tree(self.root)
+        with disk_problems(self.final):
+            flush_tree(self.root)
             self._refuse_existing()  # again: hours may have passed
             if os.path.lexists(self.final):
                 old = _beside(self.final, "old")
@@ -255,7 +259,7 @@ class StagedDirectory:
                 if old is not None and not os.path.lexists(self.final):
                     os.rename(old, self.final)
                 raise
-            _flush(self.final.parent)
+            flush(self.final.parent)
         if old is not None:
             try:
                 shutil.rmtree(old)
@@ -277,7 +281,14 @@ def raise_if_full(path: Path, error: BaseException) -> None:
 
 
 @contextmanager
-def _disk_problems(path: Path) -> Iterator[None]:
+def disk_problems(path: Path) -> Iterator[None]:
+    """Say what an ``OSError`` in the block means to who asked for ``path``.
+
+    Raises:
+        ResourceProblem: The disk, or the user's quota, is full.
+        EnvironmentProblem: The place may not be written.
+        InputError: The name cannot be made.
+    """
     try:
         yield
     except OSError as error:
@@ -317,7 +328,9 @@ def _remove(path: Path, error: BaseException | None) -> None:
         error.add_note(f"{path} could not be removed ({failure.strerror}); it can be deleted")
 
 
-def _flush_tree(root: Path) -> None:
+def flush_tree(root: Path) -> None:
+    """Write a folder, with all that is in it, through to the disk."""
+
     def refuse(error: OSError) -> None:
         raise error
 
@@ -325,11 +338,12 @@ def _flush_tree(root: Path) -> None:
         for name in names:
             path = Path(folder, name)
             if stat.S_ISREG(os.lstat(path).st_mode):
-                _flush(path)
-        _flush(Path(folder))
+                flush(path)
+        flush(Path(folder))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Write a file, or a folder's list of names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

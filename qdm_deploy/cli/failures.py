@@ -26,6 +26,7 @@ EXIT_CODES = {
     4: "this machine lacks something: a module, a GPU, a writable folder",
     5: "disk or memory ran out",
     70: "a fault of qdm-deploy itself",
+    75: "stopped by a scheduler before the end: run the same command again",
     130: "stopped by Ctrl-C (143: by SIGTERM, 141: the reader of the output left)",
 }
 
@@ -61,7 +62,7 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, Terminated):
         return Failure(_TERMINATED, "Terminated", "stopped by SIGTERM; nothing was written")
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Failure(_INTERRUPTED, "Interrupted", "stopped; nothing was written")
+        return Failure(_INTERRUPTED, "Interrupted", str(error) or "stopped; nothing was written")
     if isinstance(error, MemoryError):
         return Failure(_RESOURCES, "ResourceProblem", f"memory ran out ({error}): use a smaller batch, or free memory")
     if isinstance(error, OSError) and error.errno in _OUT_OF:

@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 
 import click
 
+from qdm_deploy.cli.batch import batch
 from qdm_deploy.cli.build import build
 from qdm_deploy.cli.compare import compare
 from qdm_deploy.cli.doctor import doctor
 from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.evaluate import evaluate
+from qdm_deploy.cli.export_triton import export_triton
 from qdm_deploy.cli.failures import EXIT_CODES, Terminated, show_failure
 from qdm_deploy.cli.generate import generate
 from qdm_deploy.cli.healthcheck import healthcheck
@@ -82,7 +84,21 @@ def cli() -> None:
 
 
 cli.params += common_switches()
-for _command in (build, generate, inspect, verify, engine, compare, evaluate, serve, healthcheck, doctor):
+_COMMANDS = (
+    build,
+    generate,
+    batch,
+    serve,
+    inspect,
+    verify,
+    compare,
+    evaluate,
+    engine,
+    export_triton,
+    healthcheck,
+    doctor,
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

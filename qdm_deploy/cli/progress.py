@@ -32,17 +32,33 @@ def duration(seconds: float) -> str:
 
 
 class BarProgress:
-    """A bar per open task with the time left; a task that is done leaves one line."""
+    """A bar per open task with its rate and the time left; a task that is done leaves one line."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            """Steps a second."""
+
+            def render(self, task: Task) -> Text:
+                return Text(_rate(task.completed / task.elapsed) if task.elapsed and task.completed else "")
 
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
+            Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True),
@@ -122,4 +138,10 @@ def _state(done: int, total: int | None, elapsed_s: float) -> str:
     if total is None or done == 0:
         return f"{duration(elapsed_s)} so far"
     left = elapsed_s * max(total - done, 0) / done
-    return f"{done}/{total}, {duration(elapsed_s)} so far, about {duration(left)} left"
+    rate = _rate(done / elapsed_s)
+    return f"{done}/{total}, {rate}, {duration(elapsed_s)} so far, about {duration(left)} left"
+
+
+def _rate(per_second: float) -> str:
+    """Steps a second: "0.07/s", "12.5/s", "830/s"."""
+    return f"{per_second:.0f}/s" if per_second >= 100 else f"{per_second:.3g}/s"

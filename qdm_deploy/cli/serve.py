@@ -75,7 +75,7 @@ __all__ = ["serve"]
     default="auto",
     metavar="NAME",
     section="Runtime",
-    help="auto, onnxruntime or openvino; auto takes openvino where it is installed.",
+    help="auto, onnxruntime or openvino; auto times them once on this machine and takes the fastest.",
 )
 @option(
     "--precision",

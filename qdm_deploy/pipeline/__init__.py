@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
     from qdm_deploy.pipeline.publish import BuildResult
     from qdm_deploy.pipeline.service import ServeOptions, serve
+    from qdm_deploy.pipeline.triton_repository import TritonExport, export_triton
     from qdm_deploy.pipeline.verification import Verification, verify
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "GenerateResult",
     "Inspection",
     "ServeOptions",
+    "TritonExport",
     "Verification",
     "build",
     "build_engine",
     "compare",
     "evaluate",
+    "export_triton",
     "generate",
     "inspect",
     "serve",
@@ -48,11 +51,13 @@ _HOME = {
     "GenerateResult": "images_from_bundle",
     "Inspection": "inspection",
     "ServeOptions": "service",
+    "TritonExport": "triton_repository",
     "Verification": "verification",
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "export_triton": "triton_repository",
     "generate": "images_from_bundle",
     "inspect": "inspection",
     "serve": "service",

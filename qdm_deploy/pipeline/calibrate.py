@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.importance import StepImportance, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.planning import check_modelopt, check_step_bins, planned
 from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.ranges import InputRanges, input_ranges
+from qdm_deploy.runtime.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.samplers import StepTable
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.options import one_of, within
+from qdm_deploy.runtime.choices import one_of, within
 from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["EvaluateOptions"]

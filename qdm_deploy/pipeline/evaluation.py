@@ -10,7 +10,6 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.distribution_rows import distribution_rows
 from qdm_deploy.pipeline.evaluate_options import EvaluateOptions
 from qdm_deploy.pipeline.evaluated_side import EvaluatedSide, Run, features_of, make_samples, open_side
@@ -21,6 +20,7 @@ from qdm_deploy.pipeline.real_floor import real_floor
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, PairedRow, frechet_sentence, paired_sentence
 from qdm_deploy.report.evaluation_page import render_evaluation
+from qdm_deploy.runtime.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.samplers import NoiseSchedule, step_table
 

@@ -11,11 +11,11 @@ from qdm_deploy.artifacts.files import new_directory
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.pipeline.options import GenerateOptions
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime import choose_backend, denoise, open_session
-from qdm_deploy.runtime.images import ImageMetadata, contact_sheet, read_metadata, save_png, to_pictures
+from qdm_deploy.runtime.conditioning import conditioning_of, label_number, read_hidden_states
+from qdm_deploy.runtime.images import ImageMetadata, contact_sheet, made_by, read_metadata, save_png, to_pictures
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
 __all__ = ["GenerateResult", "generate"]
@@ -83,9 +83,7 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             seconds = time.perf_counter() - start
         pictures = to_pictures(samples, model)
         names = _label_names(options, model)
-        ran = f"{backend['backend']} {precision}"
-        if "float_below" in backend:
-            ran += f", float below timestep {backend['float_below']}"
+        ran = made_by(backend, precision)
         width = max(5, len(str(seeds[-1])))
         images = []
         for seed, picture, name in zip(seeds, pictures, names, strict=True):

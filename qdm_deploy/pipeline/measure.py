@@ -19,7 +19,6 @@ from qdm_deploy.pipeline.checks import (
     check_layers,
     run_graph,
 )
-from qdm_deploy.pipeline.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.pipeline.float_steps import best_count, float_below_of, summary, trial_of, try_counts
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
@@ -28,6 +27,7 @@ from qdm_deploy.pipeline.speed import measure_speed, speedup_of
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, FloatSteps, QualityRow, SpeedRow
 from qdm_deploy.runtime import MixedSession, OnnxRuntimeSession, OpenVinoSession, StepSession, automatic_backend
+from qdm_deploy.runtime.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 from qdm_deploy.samplers.columns import NO_CLIP

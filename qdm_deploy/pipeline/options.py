@@ -6,9 +6,10 @@ from typing import Literal
 
 from qdm_deploy.artifacts.plan import TARGETS, Target
 from qdm_deploy.errors import InputError
+from qdm_deploy.runtime.choices import one_of, within
 from qdm_deploy.samplers import SAMPLERS
 
-__all__ = ["BuildOptions", "CompareOptions", "GenerateOptions", "one_of", "within"]
+__all__ = ["BuildOptions", "CompareOptions", "GenerateOptions"]
 
 _MAX_SEED = 2**63 - 1
 _MAX_IMAGES = 100_000
@@ -16,32 +17,6 @@ _MAX_BATCH = 1024
 _MAX_STEPS = 10_000
 # Leaves room behind it for the seeds of the calibration and of the verdict.
 _MAX_BUILD_SEED = 2**62
-
-
-def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not in a list, and say which one was probably meant.
-
-    Raises:
-        InputError: it is not.
-    """
-    if value in allowed:
-        return
-    from difflib import get_close_matches
-
-    close = get_close_matches(value.lower(), [name.lower() for name in allowed], n=1)
-    meant = next((name for name in allowed if close and name.lower() == close[0]), None)
-    hint = f" (did you mean {meant}?)" if meant else ""
-    raise InputError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(allowed)}")
-
-
-def within(what: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside [low, high].
-
-    Raises:
-        InputError: it is outside, or no number.
-    """
-    if not low <= value <= high:
-        raise InputError(f"{what} is {value}; it must be from {low} to {high}")
 
 
 @dataclass(frozen=True)

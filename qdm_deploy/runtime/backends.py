@@ -9,7 +9,7 @@ from typing import Literal
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import EnvironmentProblem, InputError
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime.choice import Candidate, choose
+from qdm_deploy.runtime.backend_choice import Candidate, choose
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import KEPT_BATCH_SIZES, OpenVinoSession
@@ -44,7 +44,7 @@ def choose_backend(
     """What ``open_session`` opens for these arguments: a backend and a precision, neither of them "auto".
 
     Where there is something to choose, the candidates are timed once per bundle and machine
-    (``qdm_deploy.runtime.choice``), and ``progress`` is told what was taken and why.
+    (``qdm_deploy.runtime.backend_choice``), and ``progress`` is told what was taken and why.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.

@@ -5,7 +5,7 @@ Pictures are uint8 arrays: [N, H, W] grey or [N, H, W, 3] RGB for a set, [H, W] 
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "comparison_strip",
     "contact_sheet",
     "encode_picture",
+    "made_by",
     "read_metadata",
     "save_png",
     "to_pictures",
@@ -82,18 +83,13 @@ def to_pictures(samples: NDArray[np.float32], model: ModelSpec) -> Picture:
 
 
 def save_png(path: Path, picture: Picture, metadata: ImageMetadata | None = None) -> None:
-    """Write one picture as PNG, with its metadata as one text chunk per field; equal input gives equal bytes.
-
-    Args:
-        path: the file; it is either complete or not there.
-        picture: [H, W] or [H, W, 3] uint8.
-        metadata: how it was made; None for sheets and strips.
+    """Write one picture as a PNG file that is either complete or not there; see ``encode_picture``.
 
     Raises:
         InputError, EnvironmentProblem, ResourceProblem: the file cannot be written.
     """
     with new_file(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG", pnginfo=_chunks(metadata))
+        temporary.write_bytes(encode_picture(picture, "png", metadata=metadata))
 
 
 def encode_picture(
@@ -105,7 +101,7 @@ def encode_picture(
         picture: [H, W] or [H, W, 3] uint8.
         output_format: png, webp or jpeg.
         quality: of webp and jpeg, 0 .. 100; both lose something even at 100.
-        metadata: how it was made; png carries it, the others have no place for it.
+        metadata: how it was made; png carries it, one text chunk a field, the others have no place for it.
 
     Raises:
         InputError: another format, or a quality out of range.
@@ -128,6 +124,12 @@ def _chunks(metadata: ImageMetadata | None) -> PngImagePlugin.PngInfo:
         for name, value in metadata.model_dump(exclude_none=True).items():
             chunks.add_text(_PREFIX + name, str(value))
     return chunks
+
+
+def made_by(engine: Mapping[str, object], precision: str) -> str:
+    """``ImageMetadata.backend``: the backend of ``StepSession.describe()``, its precision and its float steps."""
+    text = f"{engine['backend']} {precision}"
+    return text + (f", float below timestep {engine['float_below']}" if "float_below" in engine else "")
 
 
 def read_metadata(path: Path) -> ImageMetadata:

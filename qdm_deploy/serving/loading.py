@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.backends import open_session
+from qdm_deploy.runtime.backends import choose_backend, open_session
 from qdm_deploy.runtime.cpu import available_cores
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.serving.batch import BatchRunner, batch_sizes
@@ -48,6 +48,9 @@ def load(bundle: Bundle, settings: Settings, open_: Open, sessions: ExitStack) -
         InputError: the settings contradict each other.
         QdmError: as ``open_session``.
     """
+    # One choice for all sessions, as one of them with all threads would make it.
+    backend, precision = choose_backend(bundle, settings.backend, settings.precision, threads=settings.threads)
+    settings = replace(settings, backend=backend, precision=precision)
     threads = settings.threads or available_cores()
     lanes = min(_LANES, threads, settings.max_rows) if settings.lanes is None else settings.lanes
     if not 1 <= lanes <= min(threads, settings.max_rows):

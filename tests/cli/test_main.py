@@ -17,7 +17,7 @@ from qdm_deploy import errors
 from qdm_deploy.cli.failures import EXIT_CODES, Failure, Terminated, failure_of
 from qdm_deploy.cli.main import cli
 
-VERBS = ["build", "generate", "inspect", "verify", "engine", "compare", "evaluate", "doctor"]
+VERBS = ["build", "generate", "batch", "inspect", "verify", "engine", "compare", "evaluate", "export-triton", "doctor"]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Invoke = Callable[..., Any]
@@ -27,7 +27,7 @@ OneDocument = Callable[[str], dict[str, Any]]
 def test_help_lists_the_commands_in_working_order_and_the_exit_codes(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert re.findall(r"^  ([a-z]+)  +[A-Z]", result.output, re.MULTILINE) == VERBS
+    assert re.findall(r"^  ([a-z][a-z-]*)  +[A-Z]", result.output, re.MULTILINE) == VERBS
     for code, meaning in EXIT_CODES.items():
         assert f"{code:>3}  {meaning}" in result.output
 

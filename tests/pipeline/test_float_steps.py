@@ -10,10 +10,10 @@ import pytest
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import BundleError, InputError
 from qdm_deploy.pipeline import BuildOptions, BuildResult, CompareOptions, GenerateOptions, compare, generate, verify
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from qdm_deploy.pipeline.float_steps import best_count, counts_to_try, float_below_of, steps_below
 from qdm_deploy.report import Report
 from qdm_deploy.runtime import MixedSession, denoise, open_session
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.images import read_metadata
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.conditioning import conditioning_of, label_number, read_hidden_states
+from qdm_deploy.runtime.conditioning import conditioning_of, label_number, read_hidden_states
 
 SHAPE = (1, 8, 8)
 LABELS = ConditioningInput(name="class_labels", dtype="int64", shape=())
@@ -105,3 +105,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken").write_bytes(b"\xff" * 20)
     with pytest.raises(InputError, match=r"broken cannot be read as safetensors"):
         read_hidden_states(tmp_path / "broken")
+
+
+def test_turns_are_taken_by_the_index_in_the_run() -> None:
+    later: Any = conditioning_of(CLASSES, 3, first=7)
+    assert later.class_labels.tolist() == [1, 2, 0]
+    states = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    text: Any = conditioning_of(TEXT, 2, first=3, hidden_states={"encoder_hidden_states": states})
+    np.testing.assert_array_equal(text.encoder_hidden_states, states[[1, 0]])

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.options import one_of
-from qdm_deploy.runtime import Conditioning
+from qdm_deploy.runtime.choices import one_of
+from qdm_deploy.runtime.denoise import Conditioning
 
 __all__ = ["conditioning_of", "label_number", "read_hidden_states"]
 
@@ -39,9 +39,16 @@ def label_number(model: ModelSpec, label: str) -> int:
 
 
 def conditioning_of(
-    model: ModelSpec, count: int, *, label: str | None = None, hidden_states: Mapping[str, NDArray[Any]] | None = None
+    model: ModelSpec,
+    count: int,
+    *,
+    first: int = 0,
+    label: str | None = None,
+    hidden_states: Mapping[str, NDArray[Any]] | None = None,
 ) -> Conditioning | None:
-    """Conditioning of ``count`` samples; None for an unconditional model.
+    """Conditioning of the samples ``first`` .. ``first + count - 1`` of a run; None for an unconditional model.
+
+    Classes and text states take turns by the sample's index, so it does not matter which samples are made together.
 
     Raises:
         InputError: the model needs text states and none were given, or they do not fit it.
@@ -52,11 +59,12 @@ def conditioning_of(
         return None
     labels: NDArray[np.int64] | None = None
     states: NDArray[np.float32] | None = None
+    index = np.arange(first, first + count, dtype=np.int64)
     null_states: NDArray[np.float32] | None = None
     for item in model.conditioning:
         if item.name == "class_labels":
             number = None if label is None else label_number(model, label)
-            in_turn = np.arange(count, dtype=np.int64) % (model.num_classes or 1)
+            in_turn = index % (model.num_classes or 1)
             labels = in_turn if number is None else np.full(count, number, dtype=np.int64)
         else:
             given = (hidden_states or {}).get(_STATES)
@@ -69,7 +77,7 @@ def conditioning_of(
                 raise InputError(
                     f"{_STATES} has shape {list(given.shape)}; {model.name} takes [N, {item.shape[0]}, {item.shape[1]}]"
                 )
-            states = np.asarray(given, dtype=np.float32)[np.arange(count) % len(given)]
+            states = np.asarray(given, dtype=np.float32)[index % len(given)]
             null = (hidden_states or {}).get(_NULL_STATES)
             if null is not None:
                 if null.shape != item.shape:

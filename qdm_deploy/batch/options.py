@@ -1,0 +1,92 @@
+"""What a user can ask of batch generation; refused here, before any work starts, when it cannot be done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qdm_deploy.errors import InputError
+from qdm_deploy.runtime.choices import one_of, within
+from qdm_deploy.samplers import SAMPLERS
+
+__all__ = ["FORMATS", "BatchOptions", "Format"]
+
+Format = Literal["webdataset", "npz", "png"]
+FORMATS: tuple[Format, ...] = ("webdataset", "npz", "png")
+
+_MAX_SEED = 2**63 - 1
+_MAX_IMAGES = 1_000_000_000
+_MAX_SHARD = 1_000_000
+_MAX_BATCH = 1024
+_MAX_STEPS = 10_000
+_MAX_WORKERS = 256
+_MAX_GRACE = 24 * 3600
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """From a bundle to very many pictures, in shards.
+
+    Attributes:
+        bundle: the bundle's folder.
+        out: folder of the shards; it is made, or holds an unfinished run of the same job.
+        count: how many pictures the whole job makes, over all workers; picture i has seed ``seed`` + i.
+        format: "webdataset" (tar files), "npz" (``arr_0`` uint8 [N, H, W, 3]) or "png" (folders of files).
+        shard_size: pictures of one shard; the last may hold fewer.
+        workers: processes on this machine, which share its cores.
+        rank, world: this machine's part of the shards: those whose number modulo ``world`` is ``rank``; None: the
+            variables of a launcher say it (``qdm_deploy.batch.place``), or there is one part.
+        sampler, steps, eta, seed, guidance: how pictures are made.
+        label: name or number of a class; None: all classes in turn.
+        conditioning_file: as in ``GenerateOptions``; text states take turns too.
+        backend, precision: what runs it.
+        threads: of one worker. They are part of the job too; None: those of the job that is under way in ``out``, or an
+            equal share of the cores.
+        batch_size: pictures that are denoised together. It is part of the job: INT8 kernels may round a row
+            differently in a batch of another size.
+        grace: seconds that a shard may still take to finish after SIGTERM or SIGUSR1; one that needs longer is dropped.
+    """
+
+    bundle: Path
+    out: Path
+    count: int
+    format: Format = "webdataset"
+    shard_size: int = 1000
+    workers: int = 1
+    rank: int | None = None
+    world: int | None = None
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    seed: int = 0
+    label: str | None = None
+    guidance: float = 1.0
+    conditioning_file: Path | None = None
+    backend: str = "auto"
+    precision: Literal["int8", "float"] = "int8"
+    batch_size: int = 16
+    threads: int | None = None
+    grace: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        one_of("format", self.format, FORMATS)
+        one_of("sampler", self.sampler, SAMPLERS)
+        one_of("precision", self.precision, ("int8", "float"))
+        within("the number of images", self.count, 1, _MAX_IMAGES)
+        within("shard size", self.shard_size, 1, _MAX_SHARD)
+        within("workers", self.workers, 1, _MAX_WORKERS)
+        within("steps", self.steps, 1, _MAX_STEPS)
+        within("batch size", self.batch_size, 1, _MAX_BATCH)
+        within("seed", self.seed, 0, _MAX_SEED - self.count - self.batch_size)
+        within("guidance", self.guidance, 0, 100)
+        within("eta", self.eta, 0, 1)
+        within("grace", self.grace, 0, _MAX_GRACE)
+        if (self.rank is None) != (self.world is None):
+            raise InputError(
+                f"rank is {self.rank} and world is {self.world}; give both, or neither to take a launcher's variables"
+            )
+        if self.world is not None and self.rank is not None:
+            within("world", self.world, 1, _MAX_IMAGES)
+            within("rank", self.rank, 0, self.world - 1)
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"{self.threads} threads cannot run anything; give at least 1, or leave it out")

@@ -1,0 +1,83 @@
+"""The page that lies in an exported Triton repository: what a client has to send, and what holds for it."""
+
+from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.pipeline.triton_config import step_tensors
+
+__all__ = ["readme"]
+
+_MEANING = {
+    "sample": "the noisy image; unit Gaussian noise at the first step, then `next_sample` of the step before",
+    "timestep": "training timestep of the step",
+    "coefficients": "row of the sampler's table: `qdm_deploy.samplers.step_table(...).coefficients[step]`",
+    "noise": "unit Gaussian noise; zeros for samplers that add none",
+    "previous_x0": "`x0` of the step before; zeros at the first",
+    "class_labels": "class; the null label in the unconditional row",
+    "encoder_hidden_states": "text states; those of the empty prompt in the unconditional row",
+    "guidance": "scale of classifier-free guidance; 1 is none",
+    "unconditional_offset": "distance to the row's unconditional twin: 0 without guidance; else 1, and 0 in the twin",
+    "owner_offset": "distance to the row whose state it takes: 0; -1 in the twin",
+}
+
+
+def readme(bundle: Bundle, names: tuple[str, ...], backend: str, max_batch: int) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        bundle: the exported bundle.
+        names: models of the repository: the INT8 step, and the float step where there is one.
+        backend: "onnxruntime" or "tensorrt".
+        max_batch: rows that Triton may put together.
+    """
+    inputs, outputs = step_tensors(bundle.model)
+    rows = "\n".join(
+        f"| `{item.name}` | {item.dtype} | [B, {', '.join(map(str, item.shape or (1,)))}] | {_MEANING[item.name]} |"
+        for item in inputs
+    )
+    parts = [
+        f"# {bundle.model.name}: denoising step for Triton Inference Server",
+        f"Written by `qdm-deploy export-triton` from the bundle {bundle.id[:16]}.",
+        _start(names, backend),
+        "One request is one denoising step of one or more images. Triton sees no sampler: the client sends the rows "
+        "of the step table and feeds the result back.\n\n"
+        f"| input | type | shape | what |\n|---|---|---|---|\n{rows}\n\n"
+        "Outputs: "
+        + ", ".join(f"`{item.name}` [B, {', '.join(map(str, item.shape))}] {item.dtype}" for item in outputs)
+        + ".",
+        _batching(bundle.model.conditional, max_batch),
+    ]
+    if bundle.manifest.float_below is not None:
+        parts.append(
+            f"## Last steps\n\nSteps whose timestep is smaller than {bundle.manifest.float_below} go to `{names[1]}`, "
+            f"the others to `{names[0]}`: INT8 hits the end of the denoising hardest."
+        )
+    parts.append(
+        "## Checked\n\nThe configuration was held against Triton's `model_config.proto`, and the graph was run with "
+        "ONNX Runtime. It was not loaded into a Triton server: try it in yours before you rely on it."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _start(names: tuple[str, ...], backend: str) -> str:
+    if backend == "onnxruntime":
+        return "    tritonserver --model-repository=/path/to/this/folder\n\nRuns on the CPU, by Triton's ONNX Runtime."
+    scripts = "\n".join(f"    ./{name}/build_plan.sh" for name in names)
+    return (
+        "TensorRT plans are native code for one version of TensorRT and one kind of GPU, so there is none here. Build "
+        f"them on the target machine, in the container that serves them:\n\n{scripts}\n"
+        "    tritonserver --model-repository=/path/to/this/folder"
+    )
+
+
+def _batching(conditional: bool, max_batch: int) -> str:
+    text = (
+        f"## Batching\n\nTriton puts waiting requests together, up to {max_batch} rows. Requests at different steps, "
+        "with other samplers and step counts may share a batch, because all of that is per row."
+    )
+    if not conditional:
+        return text
+    return text + (
+        " The graph of the bundle links rows by their index in the batch, which concatenation would break; the graph "
+        "here takes distances between rows instead, so a guided image may share a batch too. Its two rows must be "
+        "neighbours in one request, own row first. An offset that leads out of a request reads another client's row, "
+        "or fails the whole batch: do not let strangers set offsets."
+    )
