@@ -103,4 +103,4 @@ def target_of(flavour: Flavour, sm: str | None) -> tuple[str | None, str]:
             f"{flavour.backend} builds only for the GPU of this machine, {gpu.name} (compute capability "
             f"{gpu.capability}), not for '{sm}'; leave the capability out, or build on a machine that has such a GPU"
         )
-    return None, f"{gpu.name}, SM {gpu.capability}, CUDA driver {gpu.driver}"
+    return None, f"{gpu.name}, SM {gpu.capability}, driver {gpu.driver}"
