@@ -51,7 +51,7 @@ __all__ = ["generate"]
     default="auto",
     metavar="NAME",
     section="Runtime",
-    help="auto, onnxruntime or openvino; auto takes openvino where it is installed.",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; auto takes openvino where it is installed.",
 )
 @option(
     "--precision",

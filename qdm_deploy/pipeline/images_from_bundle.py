@@ -61,7 +61,9 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
     to_pictures(np.zeros((1, *model.sample_shape), dtype=np.float32), model)  # refuses latents before any work
     seeds = tuple(range(options.seed, options.seed + options.count))
     with new_directory(options.out, force=options.force, may_replace=_not_ours) as folder:
-        with open_session(bundle, options.backend, precision=options.precision, threads=options.threads) as session:
+        with open_session(
+            bundle, options.backend, precision=options.precision, threads=options.threads, progress=progress
+        ) as session:
             backend = session.describe()
             progress.say(f"Denoising {options.count} samples in {options.steps} steps on {backend['backend']}")
             start = time.perf_counter()
