@@ -1,27 +1,24 @@
 """What TensorRT-RTX compiles for the embedded model, per GPU generation and without a GPU.
 
-python benchmarks/engine_audit.py --save                                plans with and without z, k and r
-python benchmarks/engine_audit.py --bundle fashion.qdm --sm 8.9 --save  a bundle's own plan: forms of its graph, and float16
+python benchmarks/engine_audit.py --save                                 plans with and without z, k and r
+python benchmarks/engine_audit.py --bundle fashion.qdm --sm 8.9 --save   forms of one plan's graph, and of no plan
 
-Each row is one engine. "as a float16 engine" has no layer quantized: what the U-Net costs in kernels without INT8.
+Each row is one engine. "float16" has no layer quantized: what the U-Net costs in kernels without INT8.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-from bench import case, finish, parser, say, write_graph
+from bench import case, finish, parser, save_form, say, write_graph
+from gpu_graphs import forms_of_plan
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_export.float_graph import export_float_graph
-from qdm_export.shared_weights import save_with_shared_weights
-from qdm_export.targets import emit
 from qdm_export.unet import load_checkpoint
 
 # What each plan asks of `build`; what it does not name has build's default.
@@ -64,20 +61,8 @@ def _new_plans(scratch: Path) -> Iterator[tuple[str, Path, QuantizationPlan]]:
 def _forms(bundle: Path, scratch: Path) -> Iterator[tuple[str, Path, QuantizationPlan]]:
     plan = QuantizationPlan.load(Bundle.open(bundle).file("unet/plan.json").parent)
     graph = export_float_graph(load_checkpoint(EMBEDDED_MODEL))
-    floating = tuple(LayerPlan(layer.layer, "float", "a float engine") for layer in plan.layers)
-    nothing = dataclasses.replace(plan, layers=floating)
-    yield "as emitted", _written(emit(graph, plan, "tensorrt"), scratch / "emitted"), plan
-    yield "heads apart", _written(emit(graph, plan, "tensorrt", joint_heads=False), scratch / "apart"), plan
-    yield "as a float16 engine", _written(emit(graph, nothing, "tensorrt"), scratch / "half"), nothing
-    apart = _written(emit(graph, nothing, "tensorrt", joint_heads=False), scratch / "half_apart")
-    yield "as a float16 engine, heads apart", apart, nothing
-
-
-def _written(model: ir.Model, folder: Path) -> Path:
-    folder.mkdir()
-    path = folder / "tensorrt.onnx"
-    save_with_shared_weights({path: model}, folder / "tensorrt.bin")
-    return path
+    for name, (form, planned) in forms_of_plan(graph, plan).items():
+        yield name, save_form(form, scratch / name.replace(" ", "_")), planned
 
 
 if __name__ == "__main__":

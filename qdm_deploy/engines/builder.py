@@ -150,6 +150,8 @@ def _config(library: Any, builder: Any, flavour: Flavour, request: BuildRequest,
     config.builder_optimization_level = request.options.optimization_level
     if request.options.workspace_bytes is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, request.options.workspace_bytes)
+    if request.options.auxiliary_streams is not None:
+        config.max_aux_streams = request.options.auxiliary_streams
     if request.sm is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(library.ComputeCapability, "SM" + request.sm.replace(".", "")), 0)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.engines.cache import EngineCache
-from qdm_deploy.engines.engine import engine_from_onnx
+from qdm_deploy.engines.engine import Engine, engine_from_onnx
 from qdm_deploy.engines.flavour import Flavour, flavour_of
 from qdm_deploy.engines.gpu import Gpu, installed_gpu
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
@@ -46,7 +46,7 @@ def open_tensorrt(
 ) -> "TensorRtSession":
     """Open a step graph on the GPU of this machine: its engine comes from the cache, or is built now.
 
-    An engine that the library refuses to load is removed from the cache and built once more.
+    An engine from the cache that the library refuses to load is removed and built once more.
 
     Args:
         graph: The ``.onnx`` file; its external data lies beside it.
@@ -73,8 +73,8 @@ def open_tensorrt(
     cache = cache or EngineCache()
     sm = gpu.capability if flavour.capabilities else None
 
-    def load() -> TensorRtSession:
-        engine = engine_from_onnx(
+    def build() -> Engine:
+        return engine_from_onnx(
             graph,
             backend=backend,
             sm=sm,
@@ -84,21 +84,23 @@ def open_tensorrt(
             planned=(),  # `build` and `engine build` judge the plan; here it only has to run
             progress=progress,
         )
-        try:
-            return TensorRtSession(
-                flavour, engine.path, cuda, gpu=gpu, graph_sha256=sha256_of(graph), cuda_graphs=cuda_graphs
-            )
-        except (EngineError, FileNotFoundError):  # not found: another process made room in the cache just now
-            cache.remove(engine.key)
-            raise
 
+    def load(engine: Engine) -> TensorRtSession:
+        return TensorRtSession(
+            flavour, engine.path, cuda, gpu=gpu, graph_sha256=sha256_of(graph), cuda_graphs=cuda_graphs
+        )
+
+    engine = build()
     try:
-        return load()
-    except FileNotFoundError:
-        return load()
-    except EngineError as error:
+        return load(engine)
+    except (EngineError, FileNotFoundError) as error:
+        # Not found: another process made room in the cache just now. What was built a moment ago and is refused, would
+        # be refused again.
+        if not engine.from_cache and isinstance(error, EngineError):
+            raise
         progress.say(f"{error}; building it again")
-        return load()
+        cache.remove(engine.key)
+    return load(build())
 
 
 class TensorRtSession:

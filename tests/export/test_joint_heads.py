@@ -42,6 +42,10 @@ def test_a_self_attention_needs_two_transposes_and_no_shapes(apart: Callable[...
     assert before["Transpose"] - joint["Transpose"] == 2 * attentions
     assert joint["Split"] - before["Split"] == attentions
     assert (before["Shape"] - joint["Shape"], joint["Shape"]) == (attentions, 0)
+    # All of it is float16: a Cast inside would keep the engine from running attention as one kernel.
+    assert before["Cast"] - joint["Cast"] == attentions  # those before the keys' Shape
+    softmaxes = [node for node in emitted.graph("labels", "tensorrt").graph if node.op_type == "Softmax"]
+    assert {value.dtype for node in softmaxes for value in node.inputs} == {ir.DataType.FLOAT16}
 
 
 def test_attention_to_another_sequence_stays_as_it_is(emitted: Any) -> None:

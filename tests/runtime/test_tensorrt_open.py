@@ -93,25 +93,35 @@ class Sessions:
         return options
 
 
-def test_an_engine_that_cannot_be_loaded_is_built_once_more(
+def test_an_engine_from_the_cache_that_cannot_be_loaded_is_built_once_more(
     plain: Any, cache: EngineCache, on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(ADA)
-    profile = BatchProfile(1, 2, 4)
-    sessions = Sessions(EngineError("cannot load the engine"))
+    sessions = Sessions()
     monkeypatch.setattr(tensorrt_session, "TensorRtSession", sessions)
-    opened: Any = open_tensorrt(plain.graph, "tensorrt-rtx", profile=profile, cache=cache)
-    assert opened["gpu"] == ADA
-    (first, built), (second, rebuilt) = sessions.plans
-    assert first == second
-    assert rebuilt > built
-    open_tensorrt(plain.graph, "tensorrt-rtx", profile=profile, cache=cache)
-    assert sessions.plans[2] == (second, rebuilt)  # found in the cache
+
+    def open_() -> Any:
+        return open_tensorrt(plain.graph, "tensorrt-rtx", profile=BatchProfile(1, 2, 4), cache=cache)
+
+    assert open_()["gpu"] == ADA
+    built = sessions.plans[0]
+    sessions.failures = [EngineError("cannot load the engine")]
+    open_()
+    (refused, again) = sessions.plans[1:]
+    assert refused == built
+    assert again[0] == built[0]
+    assert again[1] > built[1]
 
     sessions.failures = [EngineError("cannot load it"), EngineError("cannot load it either")]
     with pytest.raises(EngineError, match="cannot load it either"):
-        open_tensorrt(plain.graph, "tensorrt-rtx", profile=profile, cache=cache)
-    assert cache.list_engines() == ()
+        open_()
+
+    cache.prune(0)
+    sessions.plans.clear()
+    sessions.failures = [EngineError("cannot load what was just built")]
+    with pytest.raises(EngineError, match="cannot load what was just built"):
+        open_()
+    assert len(sessions.plans) == 1
 
 
 def test_an_engine_that_another_process_removed_is_built_again(

@@ -32,6 +32,8 @@ class JointHeads(ir.passes.InPlacePass):
             if node.op_type == "Softmax" and (attention := _matched(node)) is not None:
                 _rewrite(model, attention)
                 modified = True
+        if modified:
+            model.graph.sort()  # what is new stands behind some of its readers, and later passes read in order
         return ir.passes.PassResult(model, modified=modified)
 
 
