@@ -34,7 +34,19 @@ from qdm_export.targets import emit, emit_float
 from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint, load_checkpoint
 
-__all__ = ["RESULTS", "Case", "case", "finish", "parser", "print_table", "publish", "say", "write_float", "write_graph"]
+__all__ = [
+    "RESULTS",
+    "Case",
+    "case",
+    "finish",
+    "parser",
+    "print_table",
+    "publish",
+    "save_form",
+    "say",
+    "write_float",
+    "write_graph",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -116,9 +128,14 @@ def _random_cifar10(folder: Path) -> Path:
 
 def write_graph(case: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:
     """Emit one target's graph into a folder of its own."""
+    return save_form(emit(case.graph, plan, target), folder, target)
+
+
+def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Path:
+    """Save an emitted graph as TARGET.onnx in a folder of its own, its weights beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{target}.onnx"
-    save_with_shared_weights({path: emit(case.graph, plan, target)}, folder / f"{target}.bin")
+    save_with_shared_weights({path: model}, folder / f"{target}.bin")
     return path
 
 

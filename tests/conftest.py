@@ -24,9 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked ``gpu`` where the NVIDIA driver offers no device."""
-    if item.get_closest_marker("gpu") and not Path("/dev/nvidiactl").exists():
-        pytest.skip("needs an NVIDIA GPU")
+    """Skip tests marked ``gpu`` where the NVIDIA driver offers no device; the mark's argument says what is missed."""
+    mark = item.get_closest_marker("gpu")
+    if mark is not None and not Path("/dev/nvidiactl").exists():
+        pytest.skip(
+            f"needs an NVIDIA GPU; would have shown that {mark.args[0]}" if mark.args else "needs an NVIDIA GPU"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

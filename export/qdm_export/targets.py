@@ -25,6 +25,7 @@ from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
+from qdm_export.passes.joint_heads import JointHeads
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
@@ -43,17 +44,33 @@ class TargetForm:
     float16: bool
     instance_norm: bool
     packed_weights: bool
+    joint_heads: bool
 
 
 FORMS: dict[Target, TargetForm] = {
     "onnxruntime": TargetForm(
-        unsigned=True, quantized_outputs=True, float16=False, instance_norm=True, packed_weights=True
+        unsigned=True,
+        quantized_outputs=True,
+        float16=False,
+        instance_norm=True,
+        packed_weights=True,
+        joint_heads=False,
     ),
     "openvino": TargetForm(
-        unsigned=True, quantized_outputs=False, float16=False, instance_norm=False, packed_weights=True
+        unsigned=True,
+        quantized_outputs=False,
+        float16=False,
+        instance_norm=False,
+        packed_weights=True,
+        joint_heads=False,
     ),
     "tensorrt": TargetForm(
-        unsigned=False, quantized_outputs=False, float16=True, instance_norm=False, packed_weights=False
+        unsigned=False,
+        quantized_outputs=False,
+        float16=True,
+        instance_norm=False,
+        packed_weights=False,
+        joint_heads=True,
     ),
 }
 
@@ -72,6 +89,7 @@ def emit(
     half: bool = True,
     absorb_k: bool = True,
     packed_weights: bool = True,
+    joint_heads: bool = True,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -83,6 +101,7 @@ def emit(
         absorb_k: off leaves every factor k where the plan has it, for comparisons.
         packed_weights: off stores codes of 4 bits as INT8 where the target takes INT4 too: graphs that share a file
             with one that does not would otherwise store both.
+        joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -109,6 +128,8 @@ def emit(
         passes.append(QuantizeOutputs(plan))
     if form.instance_norm:
         passes.append(InstanceNormForm())
+    if form.joint_heads and joint_heads:
+        passes.append(JointHeads())
     if form.float16 and half:
         passes.append(HalfPrecision())
     passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]

@@ -33,7 +33,12 @@ _PRECISION = click.Choice(["int8", "float"])
 @click.argument(
     "b", metavar="B", type=click.Path(path_type=Path), help="Bundle that is measured against it; may be the same."
 )
-@option("--backend-a", default="auto", metavar="NAME", help="auto, onnxruntime or openvino: where A runs.")
+@option(
+    "--backend-a",
+    default="auto",
+    metavar="NAME",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx: where A runs.",
+)
 @option("--backend-b", default="auto", metavar="NAME", help="The same for B.")
 @option("--precision-a", type=_PRECISION, default="int8", help="Graph of A that runs.")
 @option("--precision-b", type=_PRECISION, default="int8", help="Graph of B that runs.")

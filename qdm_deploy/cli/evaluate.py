@@ -73,7 +73,13 @@ __all__ = ["evaluate"]
     section="Sampling",
     help="Safetensors file with encoder_hidden_states for a text-conditional model.",
 )
-@option("--backend", default="auto", metavar="NAME", section="Runtime", help="auto, onnxruntime or openvino.")
+@option(
+    "--backend",
+    default="auto",
+    metavar="NAME",
+    section="Runtime",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx.",
+)
 @option("--batch-size", type=int, default=16, section="Runtime", help="Images denoised together.")
 @option("--threads", type=int, section="Runtime", help="CPU threads.  [default: all cores]")
 @click.pass_obj

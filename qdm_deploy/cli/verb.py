@@ -9,7 +9,7 @@ import click
 
 from qdm_deploy.cli.output import Output, results_apart
 
-__all__ = ["CommaList", "CountOrAuto", "Settings", "Verb", "option"]
+__all__ = ["CommaList", "CountOrAuto", "Settings", "Verb", "VerbGroup", "common_switches", "option", "write_lines"]
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Verb(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Note which command it is before anything can go wrong with its arguments."""
-        ctx.ensure_object(Settings).command = ctx.info_name
+        ctx.ensure_object(Settings).command = _words(ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -137,6 +137,43 @@ class Verb(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, as they are typed."""
         write_lines(formatter, "Examples", self.examples)
+
+
+class VerbGroup(click.Group):
+    """A command that is a group of commands.
+
+    Args:
+        examples: command lines for the help page.
+        **attributes: of ``click.Group``.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.examples = tuple(examples)
+        self.params += common_switches()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note which group it is before anything can go wrong with its arguments."""
+        ctx.ensure_object(Settings).command = _words(ctx)
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which they are used."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, as they are typed."""
+        write_lines(formatter, "Examples", self.examples)
+
+
+def _words(ctx: click.Context) -> str:
+    """The command as it is typed, without the program: "build", "engine list"."""
+    words: list[str] = []
+    step: click.Context | None = ctx
+    while step is not None and step.parent is not None:
+        words.insert(0, str(step.info_name))
+        step = step.parent
+    return " ".join(words)
 
 
 def write_lines(formatter: click.HelpFormatter, heading: str, lines: Iterable[str]) -> None:

@@ -26,7 +26,12 @@ __all__ = ["verify"]
     ),
 )
 @click.argument("bundle", type=click.Path(path_type=Path), help="Bundle made by `qdm-deploy build`.")
-@option("--backend", default="auto", metavar="NAME", help="auto, onnxruntime or openvino: where the self-test runs.")
+@option(
+    "--backend",
+    default="auto",
+    metavar="NAME",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx: where the self-test runs.",
+)
 @click.pass_obj
 def verify(output: Output, bundle: Path, backend: str) -> int:
     """Compare every file with the manifest, then run the bundle's self-test on this machine.

@@ -25,6 +25,7 @@ __all__ = ["EngineAudit", "LayerFailure", "PlannedLayer", "WeightedNode", "audit
 _OPERATORS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _IMPORTED = re.compile(r"^VERBOSE (?P<node>.+) \[(?P<operator>\w+)\] (?P<side>inputs|outputs): (?P<tensors>.*)$")
 _TENSOR = re.compile(r"\[(\S.*?) -> \((.*?)\)\[\w+\]\]")
+_BLOCK = re.compile(r"(?:\w+\.)+(?:resnets|attentions)\.\d+")
 _WEIGHT_STEPS = ("DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity")
 
 
@@ -105,13 +106,15 @@ class EngineAudit(BaseModel):
     def summary(self) -> dict[str, int]:
         """Counts of kernels: all, per kind, INT8 ones, and Q/DQ round trips without INT8 work.
 
+        ``kernels`` leaves out what the list holds besides: waits between streams ("synchronizations") and shape
+        arithmetic on the host ("others" has it, with what could not be told).
         ``planned`` counts the graph's nodes with both operands dequantized, ``planned_int8`` those that are INT8 in the
         engine.
         """
         kinds = Counter(kernel.kind for kernel in self.kernels)
         planned = self.quantized_layers()
         return {
-            "kernels": len(self.kernels),
+            "kernels": len(self.kernels) - kinds["sync"] - kinds["shape"],
             "convolutions": kinds["convolution"],
             "convolutions_int8": self._int8("convolution"),
             "gemms": kinds["gemm"],
@@ -122,13 +125,30 @@ class EngineAudit(BaseModel):
             "reformats": kinds["reformat"],
             "casts": kinds["cast"],
             "quantizes": kinds["quantize"],
+            "requantizes": kinds["requantize"],
+            "quantized_transposes": kinds["quantized_transpose"],
             "dequantizes": kinds["dequantize"],
             "fake_quantizes": kinds["fake_quantize"],
             "round_trips": sum(kernel.round_trips for kernel in self.kernels),
+            "synchronizations": kinds["sync"],
             "others": kinds["shape"] + kinds["other"],
             "planned": len(planned),
             "planned_int8": len(planned) - len(self.failures(planned)),
         }
+
+    def kernels_per_block(self) -> dict[str, int]:
+        """Kernels of each residual and attention block, in execution order.
+
+        A kernel belongs to the first block that one of its ONNX nodes is named after; the nodes of quantized layers
+        carry their layer's name. An engine of a float graph, whose nodes are numbered, has no such names.
+        """
+        counts: Counter[str] = Counter()
+        for kernel in self.kernels:
+            blocks = (match[0] for node in kernel.onnx_nodes if (match := _BLOCK.search(node)))
+            first = next(blocks, None)
+            if first is not None and kernel.kind not in ("sync", "shape"):
+                counts[first] += 1
+        return dict(counts)
 
     def quantized_layers(self) -> tuple[PlannedLayer, ...]:
         """The layers that the graph itself asks to run in INT8: both operands come from a DequantizeLinear."""

@@ -19,7 +19,8 @@ from qdm_deploy.errors import EngineError, EnvironmentProblem, ResourceProblem
 
 __all__ = ["Announce", "build_plan"]
 
-Announce = Callable[[str], None]
+# What is said of a build's progress: the name of a phase, how many steps it has (0: unknown) and how many are done.
+Announce = Callable[[str, int, int], None]
 
 _ADVICE = (
     ("Plugin not found", "TensorRT has no importer for this operator; export it as operators TensorRT knows"),
@@ -39,7 +40,7 @@ def build_plan(request: BuildRequest, announce: Announce) -> float:
 
     Args:
         request: Graph, target, profile, options and the files to write.
-        announce: Called with the name of each build phase as it starts.
+        announce: Called with each outer phase as it starts and after each of its steps.
 
     Returns:
         Seconds from the first byte parsed to the plan in memory.
@@ -54,11 +55,11 @@ def build_plan(request: BuildRequest, announce: Announce) -> float:
         logger = _logger(library, stream)
         builder = _builder(library, logger, flavour)
         started = time.perf_counter()
-        announce("parsing the graph")
+        announce("parsing the graph", 0, 0)
         network = _parsed(library, builder, logger, request.graph)
         config = _config(library, builder, flavour, request, announce)
         config.add_optimization_profile(_profile(builder, network, request))
-        announce("building")
+        announce("building", 0, 0)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise _failure(request.graph, logger.errors)
@@ -68,7 +69,7 @@ def build_plan(request: BuildRequest, announce: Announce) -> float:
             with new_file(request.timing_cache) as path:
                 path.write_bytes(memoryview(config.get_timing_cache().serialize()))
         if flavour.inspects:
-            announce("inspecting the engine")
+            announce("inspecting the engine", 0, 0)
             request.layers.write_text(_inspected(library, logger, plan), encoding="utf-8")
     return seconds
 
@@ -119,23 +120,27 @@ def _parser_error(error: Any) -> str:
 
 def _config(library: Any, builder: Any, flavour: Flavour, request: BuildRequest, announce: Announce) -> Any:
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # as above
-        """Passes the outer phases on; the inner ones come by the thousand."""
+        """Passes the outer two levels of phases on; the inner ones come by the thousand."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.outer: set[str | None] = {None}
+            self.steps: dict[str, int] = {}
+            self.outermost: str | None = None
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            if parent in self.outer:
-                announce(name.lower())
-                if parent is None:
-                    self.outer.add(name)
+            if parent is None:
+                self.outermost = name
+            if parent in (None, self.outermost):
+                self.steps[name] = steps
+                announce(name.lower(), steps, 0)
 
         def step_complete(self, name: str, step: int) -> bool:
+            if name in self.steps:
+                announce(name.lower(), self.steps[name], min(step + 1, self.steps[name]))
             return True
 
         def phase_finish(self, name: str) -> None:
-            return None
+            self.steps.pop(name, None)
 
     config = builder.create_builder_config()
     config.progress_monitor = Monitor()
@@ -145,6 +150,8 @@ def _config(library: Any, builder: Any, flavour: Flavour, request: BuildRequest,
     config.builder_optimization_level = request.options.optimization_level
     if request.options.workspace_bytes is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, request.options.workspace_bytes)
+    if request.options.auxiliary_streams is not None:
+        config.max_aux_streams = request.options.auxiliary_streams
     if request.sm is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(library.ComputeCapability, "SM" + request.sm.replace(".", "")), 0)

@@ -3,9 +3,11 @@
 A plan is native code for one library version and one GPU, so it is never shipped: it is built here and kept in a folder
 only its owner can write. One folder per key holds ``engine.plan``, ``log.txt``, ``audit.json`` and ``meta.json``; it
 appears under its final name only when complete, one process builds while others wait on a lock file, and a folder whose
-files do not match the hashes in ``meta.json`` is built again, never loaded.
+files do not match the hashes in ``meta.json`` is built again, never loaded. The time of ``meta.json`` is that of the
+engine's last use; when the cache grows beyond its limit, the engines that were not used for longest go.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.files import canonical_json, new_directory, sha256_of
+from qdm_deploy.engines.cache_limit import cache_limit, over_limit
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.progress import SILENT, Progress
@@ -29,6 +32,7 @@ from qdm_deploy.progress import SILENT, Progress
 __all__ = ["CachedEngine", "EngineCache", "EngineIdentity", "EngineMeta"]
 
 _FILES = ("engine.plan", "log.txt", "audit.json")
+_META = "meta.json"
 
 
 class EngineIdentity(BaseModel):
@@ -82,6 +86,8 @@ class CachedEngine:
         key: Its name.
         path: The folder.
         size_bytes: Size of the plan.
+        disk_bytes: Size of all its files.
+        last_used: When it was built or found last, in seconds since the epoch.
         meta: What it says of itself; None when that cannot be read.
         problem: Why it will be built again, or None.
     """
@@ -89,6 +95,8 @@ class CachedEngine:
     key: str
     path: Path
     size_bytes: int
+    disk_bytes: int
+    last_used: float
     meta: EngineMeta | None
     problem: str | None
 
@@ -99,10 +107,16 @@ class EngineCache:
     Args:
         root: The folder; None takes ``$QDM_CACHE_DIR/engines``, else ``qdm-deploy/engines`` in ``$XDG_CACHE_HOME`` (by
             default ``~/.cache``).
+        max_bytes: What its engines may take on disk; after a build the least recently used ones beyond it are removed.
+            None takes ``$QDM_ENGINE_CACHE_LIMIT``, else 20 GB. The engine just built stays, however large.
+
+    Raises:
+        InputError: The environment's limit is not a size.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, max_bytes: int | None = None) -> None:
         self.root = (root or cache_folder("engines")).expanduser().absolute()
+        self.max_bytes = cache_limit() if max_bytes is None else max_bytes
 
     def entry(
         self,
@@ -135,11 +149,53 @@ class EngineCache:
             if folder.exists():
                 found = self._read(folder, check_hashes=True)
                 if found.meta is not None and found.problem is None and found.meta.identity == identity:
+                    os.utime(folder / _META)
                     return folder, found.meta, True
                 progress.say(f"the cached engine {key[:12]} is not usable ({found.problem}) and is built again")
                 shutil.rmtree(folder)
             self._clean_up(key)
-            return folder, self._built(identity, graph, build), False
+            meta = self._built(identity, graph, build)
+        for gone in self.prune(keep=key):
+            progress.say(f"the engine cache is over its limit; removed {gone.key[:12]}, used longest ago")
+        return folder, meta, False
+
+    def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> tuple[CachedEngine, ...]:
+        """Remove damaged engines, then the least recently used ones, until the rest takes ``max_bytes`` or less.
+
+        An engine that a process is building or reading at this moment is left alone.
+
+        Args:
+            max_bytes: None takes the cache's own limit; 0 removes every engine.
+            keep: Key of an engine that stays in any case; its size counts.
+
+        Returns:
+            What was removed.
+        """
+        entries = self.list_engines()
+        damaged = [entry for entry in entries if entry.problem is not None]
+        sound = [entry for entry in entries if entry.problem is None and entry.key != keep]
+        kept = sum(entry.disk_bytes for entry in entries if entry.problem is None and entry.key == keep)
+        limit = self.max_bytes if max_bytes is None else max_bytes
+        doomed = [*damaged, *over_limit(sound, max(limit - kept, 0))]
+        return tuple(entry for entry in doomed if self.remove(entry.key))
+
+    def remove(self, key: str) -> bool:
+        """Remove one engine; False when there is none, or a process is building or reading it at this moment."""
+        self.prepare()
+        with (self.root / "locks" / key).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            # Renamed first: nobody may find a folder of this key with some of its files gone.
+            doomed = self.root / f".{key[:50]}.tmp-pruned"
+            shutil.rmtree(doomed, ignore_errors=True)
+            try:
+                (self.root / key).rename(doomed)
+            except FileNotFoundError:
+                return False
+            shutil.rmtree(doomed)
+        return True
 
     def failure_log(self, key: str) -> Path:
         """Where the log of the last failed build of this key is kept."""
@@ -156,7 +212,10 @@ class EngineCache:
         if not self.root.is_dir():
             return ()
         folders = (path for path in self.root.iterdir() if path.is_dir() and len(path.name) == 64)
-        engines = [self._read(folder, check_hashes=False) for folder in folders]
+        engines = []
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
+                engines.append(self._read(folder, check_hashes=False))
         return tuple(sorted(engines, key=lambda engine: (str(engine.meta and engine.meta.created), engine.key)))
 
     def _built(self, identity: EngineIdentity, graph: Path, build: Callable[[Path], float]) -> EngineMeta:
@@ -173,7 +232,7 @@ class EngineCache:
                 build_seconds=round(seconds, 3),
                 sha256={name: sha256_of(folder / name) for name in _FILES},
             )
-            (folder / "meta.json").write_text(meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            (folder / _META).write_text(meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
         self.failure_log(identity.key).unlink(missing_ok=True)
         return meta
 
@@ -182,14 +241,15 @@ class EngineCache:
             os.replace(log, self.failure_log(key))
 
     def _read(self, folder: Path, *, check_hashes: bool) -> CachedEngine:
-        plan = folder / "engine.plan"
-        size = plan.stat().st_size if plan.is_file() else 0
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        used = (folder / _META if _META in sizes else folder).stat().st_mtime
+        facts = (folder.name, folder, sizes.get("engine.plan", 0), sum(sizes.values()), used)
         try:
-            meta = EngineMeta.model_validate_json((folder / "meta.json").read_bytes())
+            meta = EngineMeta.model_validate_json((folder / _META).read_bytes())
         except OSError as error:
-            return CachedEngine(folder.name, folder, size, None, f"meta.json cannot be read: {error.strerror}")
+            return CachedEngine(*facts, None, f"meta.json cannot be read: {error.strerror}")
         except ValidationError as error:
-            return CachedEngine(folder.name, folder, size, None, f"meta.json is damaged: {error.errors()[0]['msg']}")
+            return CachedEngine(*facts, None, f"meta.json is damaged: {error.errors()[0]['msg']}")
         problem = None if meta.identity.key == folder.name else "meta.json describes another engine"
         for name in _FILES:
             path = folder / name
@@ -197,7 +257,7 @@ class EngineCache:
                 problem = problem or f"{name} is missing"
             elif check_hashes and sha256_of(path) != meta.sha256.get(name):
                 problem = problem or f"{name} was changed after it was built"
-        return CachedEngine(folder.name, folder, size, meta, problem)
+        return CachedEngine(*facts, meta, problem)
 
     def _clean_up(self, key: str) -> None:
         # Left by a process that was killed; ours is the only one that may write under this key.

@@ -28,6 +28,8 @@ class Flavour:
         default_sm: The capability taken when none is asked for.
         timing_cache: Whether kernel timings can be kept between builds.
         inspects: Whether the plan is loaded on the GPU for its layer list; otherwise the log holds the list.
+        records_graphs: Whether a session leaves CUDA graphs to the library.
+        oldest: The oldest version whose API is used, (major, minor).
     """
 
     backend: str
@@ -37,24 +39,43 @@ class Flavour:
     default_sm: str | None
     timing_cache: bool
     inspects: bool
+    records_graphs: bool
+    oldest: tuple[int, int]
 
     def load(self) -> Any:
         """The library's Python module.
 
         Raises:
-            EnvironmentProblem: It is not installed, or its native libraries cannot be loaded.
+            EnvironmentProblem: It is not installed, its native libraries cannot be loaded, or it is too old.
         """
         try:
-            return importlib.import_module(self.module)
+            module = importlib.import_module(self.module)
         except ImportError as error:
             raise EnvironmentProblem(
                 f"the backend '{self.backend}' needs the Python module '{self.module}', which cannot be imported here "
                 f"({error}); install it with: pip install 'qdm-deploy[{self.extra}]'"
             ) from error
+        found = tuple(int(part) for part in str(module.__version__).split(".")[:2])
+        if found < self.oldest:
+            raise EnvironmentProblem(
+                f"the backend '{self.backend}' needs {self.module} {'.'.join(map(str, self.oldest))} or newer, and "
+                f"this is {module.__version__}; pip install --upgrade 'qdm-deploy[{self.extra}]'"
+            )
+        return module
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", (), None, timing_cache=True, inspects=True),
+    "tensorrt": Flavour(
+        "tensorrt",
+        "tensorrt",
+        "tensorrt",
+        (),
+        None,
+        timing_cache=True,
+        inspects=True,
+        records_graphs=False,
+        oldest=(10, 13),
+    ),
     "tensorrt-rtx": Flavour(
         "tensorrt-rtx",
         "tensorrt_rtx",
@@ -63,6 +84,8 @@ FLAVOURS = {
         "8.9",
         timing_cache=False,
         inspects=False,
+        records_graphs=True,
+        oldest=(1, 2),
     ),
 }
 
@@ -103,4 +126,4 @@ def target_of(flavour: Flavour, sm: str | None) -> tuple[str | None, str]:
             f"{flavour.backend} builds only for the GPU of this machine, {gpu.name} (compute capability "
             f"{gpu.capability}), not for '{sm}'; leave the capability out, or build on a machine that has such a GPU"
         )
-    return None, f"{gpu.name}, SM {gpu.capability}, CUDA driver {gpu.driver}"
+    return None, f"{gpu.name}, SM {gpu.capability}, driver {gpu.driver}"

@@ -1,11 +1,15 @@
 """Which GPU this machine has, asked of the driver itself: no CUDA toolkit, no context, no GPU memory."""
 
 import ctypes
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from qdm_deploy.errors import EnvironmentProblem
 
-__all__ = ["Gpu", "installed_gpu"]
+__all__ = ["Gpu", "driver_release", "installed_gpu"]
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 # CUdevice_attribute values of cuda.h; they have never changed.
 _CAPABILITY_MAJOR = 75
@@ -14,7 +18,14 @@ _CAPABILITY_MINOR = 76
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first visible GPU: product name, compute capability ("9.0"), CUDA version of its driver ("13.0")."""
+    """The first visible GPU.
+
+    Attributes:
+        name: Product name.
+        capability: Compute capability, such as "9.0".
+        driver: Its driver: the release where the kernel module tells it, and the CUDA version it serves, such as
+            "580.65.06 (CUDA 13.0)".
+    """
 
     name: str
     capability: str
@@ -34,9 +45,9 @@ def installed_gpu(backend: str) -> Gpu:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise EnvironmentProblem(
-            f"the backend '{backend}' builds on the GPU it will run on, and this machine has no NVIDIA driver "
-            f"({error}); run it on a GPU machine (in a container: with --gpus all), or cross-build with the backend "
-            "'tensorrt-rtx'"
+            f"the backend '{backend}' works on a GPU, and this machine has no NVIDIA driver ({error}); use a GPU "
+            "machine (in a container: --gpus all). Without one, `qdm-deploy engine build --backend tensorrt-rtx` still "
+            "builds, and the backends onnxruntime and openvino run"
         ) from error
 
     def call(function: str, *arguments: object) -> None:
@@ -55,5 +66,15 @@ def installed_gpu(backend: str) -> Gpu:
     call("cuDeviceGetAttribute", ctypes.byref(major), _CAPABILITY_MAJOR, device)
     call("cuDeviceGetAttribute", ctypes.byref(minor), _CAPABILITY_MINOR, device)
     call("cuDriverGetVersion", ctypes.byref(version))
-    cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Gpu(name.value.decode("utf-8", "replace"), f"{major.value}.{minor.value}", cuda)
+    cuda = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    release = driver_release(_DRIVER)
+    names = f"{release} ({cuda})" if release else cuda
+    return Gpu(name.value.decode("utf-8", "replace"), f"{major.value}.{minor.value}", names)
+
+
+def driver_release(report: Path) -> str | None:
+    """The driver's release, such as "580.65.06", from the kernel module's own report; None where there is none."""
+    if not report.is_file():
+        return None
+    match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", report.read_text(errors="replace"))
+    return match[1] if match else None

@@ -22,9 +22,12 @@ KernelKind = Literal[
     "reformat",
     "cast",
     "quantize",
+    "requantize",
+    "quantized_transpose",
     "dequantize",
     "fake_quantize",
     "shape",
+    "sync",
     "other",
 ]
 
@@ -58,7 +61,9 @@ class Kernel(BaseModel):
 
     Attributes:
         name: The engine's name for it; fused GEMMs join their nodes' names with "+".
-        kind: What it does.
+        kind: What it does. "quantize" does nothing else; "quantized_transpose" also permutes the axes, a pass that a
+            float engine makes as well; "requantize" reads codes and writes codes on another scale; "sync" orders two
+            streams and is no kernel.
         layer_type: The library's own word: "correlation", "gemm", "kgen", "CaskConvolution", ...
         tactic: The kernel chosen; a stub where it is chosen only when the engine is loaded.
         inputs: Activations it reads.
@@ -123,6 +128,8 @@ def kind_of(
         return "attention"
     if low in ("shape_call", "shape", "constant", "noop"):
         return "shape"
+    if low in ("signal", "wait"):
+        return "sync"
     if low in ("quantize", "dequantize"):
         return "quantize" if low == "quantize" else "dequantize"
     if low.startswith("reformat"):
@@ -151,7 +158,9 @@ def _kind_of_generated(
         return "reformat" if {t.dtype for t in inputs} == {t.dtype for t in outputs} else "cast"
     text = "".join(operation for operation in work if operation not in _PADDING)
     if _QUANTIZE.fullmatch(text):
-        return "quantize"
+        if {tensor.dtype for tensor in inputs} == {"Int8"}:
+            return "requantize"
+        return "quantized_transpose" if "Tran" in operations else "quantize"
     if _DEQUANTIZE.fullmatch(text):
         return "dequantize"
     return "fake_quantize" if _FAKE_QUANTIZE.fullmatch(text) else "generated"

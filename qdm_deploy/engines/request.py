@@ -39,6 +39,8 @@ class BuildOptions:
     Attributes:
         optimization_level: The builder optimization level, 0 (fast build) to 5 (fastest engine).
         workspace_bytes: Upper limit of the scratch memory a kernel may ask for; None leaves the library's default.
+        auxiliary_streams: How many streams besides its own the engine may use; 0 runs every kernel after the one
+            before it; None leaves the library's default.
 
     Raises:
         InputError: A value outside its range.
@@ -46,12 +48,15 @@ class BuildOptions:
 
     optimization_level: int = 3
     workspace_bytes: int | None = None
+    auxiliary_streams: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.optimization_level <= 5:
             raise InputError(f"the builder optimization level is 0 to 5, not {self.optimization_level}")
         if self.workspace_bytes is not None and self.workspace_bytes < 1:
             raise InputError(f"the workspace limit is a positive number of bytes, not {self.workspace_bytes}")
+        if self.auxiliary_streams is not None and self.auxiliary_streams < 0:
+            raise InputError(f"the number of auxiliary streams is 0 or more, not {self.auxiliary_streams}")
 
 
 class BuildRequest(BaseModel):

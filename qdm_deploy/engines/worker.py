@@ -20,7 +20,7 @@ from qdm_deploy import errors
 from qdm_deploy.engines.builder import build_plan
 from qdm_deploy.engines.request import BuildRequest
 from qdm_deploy.errors import EngineError, EnvironmentProblem, QdmError, ResourceProblem
-from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.progress import SILENT, Advance, Progress
 
 __all__ = ["run_build"]
 
@@ -33,7 +33,8 @@ def run_build(request: BuildRequest, *, progress: Progress = SILENT) -> float:
 
     Args:
         request: What to build; the child writes its files, and its log also gets what native code prints.
-        progress: One step per build phase; a phase is said when the last line is a second old or older.
+        progress: A task that counts the steps of the builder's outermost phase, and a line for a phase that began a
+            second or more after the line before it.
 
     Returns:
         Seconds the build took, without the start of the process.
@@ -43,22 +44,18 @@ def run_build(request: BuildRequest, *, progress: Progress = SILENT) -> float:
         EngineError: The graph cannot be built, or the builder crashed.
         ResourceProblem: The build was killed from outside, as the system does when memory runs out.
     """
-    phase = "starting"
     outcome: dict[str, Any] = {}
-    started = said = time.monotonic()
-    with request.log.open("ab") as log, progress.task(f"{request.backend} engine", None) as advance:
+    phases = _Phases(f"{request.backend} engine", progress)
+    with request.log.open("ab") as log:
         child = _started(log)
         with child:
             try:
                 _send(child, request)
-                for line in cast(IO[str], child.stdout):
-                    outcome = json.loads(line)
-                    phase = outcome.get("phase", phase)
-                    now = time.monotonic()
-                    advance()
-                    if now - said >= _QUIET_SECONDS:
-                        progress.say(f"{now - started:.0f} s: {phase}")
-                        said = now
+                with phases.bar:
+                    for line in cast(IO[str], child.stdout):
+                        outcome = json.loads(line)
+                        if "phase" in outcome:
+                            phases.reached(**outcome)
                 status = child.wait()
             finally:
                 child.kill()
@@ -67,7 +64,35 @@ def run_build(request: BuildRequest, *, progress: Progress = SILENT) -> float:
     if status == 0 and "failed" in outcome:
         kind = getattr(errors, outcome["failed"])
         raise kind(outcome["message"])
-    raise _crash(request, status, phase)
+    raise _crash(request, status, phases.phase)
+
+
+class _Phases:
+    """Shows the phases of a build: a bar over the steps of the outermost, a line now and then for the rest."""
+
+    def __init__(self, description: str, progress: Progress) -> None:
+        self.phase = "starting"
+        self.bar = contextlib.ExitStack()
+        self._description = description
+        self._progress = progress
+        self._started = self._said = time.monotonic()
+        self._advance: Advance | None = None
+        self._outermost = ""
+        self._done = 0
+
+    def reached(self, phase: str, steps: int, done: int) -> None:
+        """``done`` of the ``steps`` (0: unknown) of a phase are behind us."""
+        if self._advance is None and steps:
+            self._advance = self.bar.enter_context(self._progress.task(self._description, steps))
+            self._outermost = phase
+        if self._advance is not None and phase == self._outermost and done > self._done:
+            self._advance(done - self._done)
+            self._done = done
+        now = time.monotonic()
+        if phase != self.phase and now - self._said >= _QUIET_SECONDS:
+            self._progress.say(f"{now - self._started:.0f} s: {phase}")
+            self._said = now
+        self.phase = phase
 
 
 def _started(log: IO[bytes]) -> "subprocess.Popen[str]":
@@ -127,7 +152,8 @@ def main() -> None:
         request = BuildRequest.model_validate_json(sys.stdin.readline())
         threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            report(seconds=build_plan(request, lambda phase: report(phase=phase)))
+            seconds = build_plan(request, lambda phase, steps, done: report(phase=phase, steps=steps, done=done))
+            report(seconds=seconds)
         except QdmError as error:
             report(failed=type(error).__name__, message=str(error))
         except OSError as error:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qdm_deploy.pipeline.bundle_from_checkpoint import build
     from qdm_deploy.pipeline.comparison import Comparison, compare
-    from qdm_deploy.pipeline.engine import EngineResult, build_engine
+    from qdm_deploy.pipeline.engine import CachedEngines, EngineResult, build_engine, cached_engines, prune_engines
     from qdm_deploy.pipeline.evaluate_options import EvaluateOptions
     from qdm_deploy.pipeline.evaluation import evaluate
     from qdm_deploy.pipeline.images_from_bundle import GenerateResult, generate
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "CachedEngines",
     "CompareOptions",
     "Comparison",
     "EngineResult",
@@ -31,11 +32,13 @@ __all__ = [
     "Verification",
     "build",
     "build_engine",
+    "cached_engines",
     "compare",
     "evaluate",
     "export_triton",
     "generate",
     "inspect",
+    "prune_engines",
     "serve",
     "verify",
 ]
@@ -43,6 +46,7 @@ __all__ = [
 _HOME = {
     "BuildOptions": "options",
     "BuildResult": "publish",
+    "CachedEngines": "engine",
     "CompareOptions": "options",
     "Comparison": "comparison",
     "EngineResult": "engine",
@@ -55,11 +59,13 @@ _HOME = {
     "Verification": "verification",
     "build": "bundle_from_checkpoint",
     "build_engine": "engine",
+    "cached_engines": "engine",
     "compare": "comparison",
     "evaluate": "evaluation",
     "export_triton": "triton_repository",
     "generate": "images_from_bundle",
     "inspect": "inspection",
+    "prune_engines": "engine",
     "serve": "service",
     "verify": "verification",
 }

@@ -61,17 +61,20 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
     seeds = range(options.seed, options.seed + options.samples)
     conditioning = conditioning_of(model, options.samples, hidden_states=read_hidden_states(options.conditioning_file))
     with (
-        open_session(first, options.backend_a, precision=options.precision_a, threads=options.threads) as a,
-        open_session(second, options.backend_b, precision=options.precision_b, threads=options.threads) as b,
+        open_session(
+            first, options.backend_a, precision=options.precision_a, threads=options.threads, progress=progress
+        ) as a,
+        open_session(
+            second, options.backend_b, precision=options.precision_b, threads=options.threads, progress=progress
+        ) as b,
     ):
         reference = reference_run(
             a, table, seeds, model, conditioning=conditioning, guidance=options.guidance, progress=progress
         )
-        # A row is filed under the backend's own target; both CPU backends have one of their name.
+        # A row is filed under the target whose graph runs; every other backend has one of its own name.
         backend = str(b.describe()["backend"])
-        row, samples = compare_with(
-            reference, b, model, target=cast(Target, backend), backend=backend, progress=progress
-        )
+        target = cast(Target, "tensorrt" if backend == "tensorrt-rtx" else backend)
+        row, samples = compare_with(reference, b, model, target=target, backend=backend, progress=progress)
         described = dict(a.describe()), dict(b.describe())
     if options.out is not None:
         names = (

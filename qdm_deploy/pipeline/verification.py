@@ -37,7 +37,7 @@ def verify(bundle: Path, backend: str = "auto", progress: Progress = SILENT) -> 
     if findings:
         return Verification(findings, ())
     opened = Bundle.open(bundle)
-    with open_session(opened, backend) as session:
+    with open_session(opened, backend, progress=progress) as session:
         name = str(session.describe()["backend"])
         progress.say(f"Running the self-test on {name}")
         if not isinstance(session, MixedSession):

@@ -1,11 +1,12 @@
-"""Running step graphs: sessions on the CPU backends, the timestep loop, pictures, and what this machine can run."""
+"""Running step graphs: sessions on CPU and GPU, the timestep loop, pictures, and what this machine can run."""
 
 from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, choose_backend, open_session
 from qdm_deploy.runtime.denoise import Conditioning, denoise
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
-from qdm_deploy.runtime.session import StepOutput, StepSession
+from qdm_deploy.runtime.session import StepInputs, StepLoop, StepOutput, StepSession
+from qdm_deploy.runtime.tensorrt_session import TensorRtSession
 
 __all__ = [
     "BACKENDS",
@@ -13,8 +14,11 @@ __all__ = [
     "MixedSession",
     "OnnxRuntimeSession",
     "OpenVinoSession",
+    "StepInputs",
+    "StepLoop",
     "StepOutput",
     "StepSession",
+    "TensorRtSession",
     "automatic_backend",
     "choose_backend",
     "denoise",

@@ -7,13 +7,15 @@ from importlib.util import find_spec
 from typing import Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.errors import EnvironmentProblem, InputError
+from qdm_deploy.engines.flavour import FLAVOURS
+from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.backend_choice import Candidate, choose
 from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import KEPT_BATCH_SIZES, OpenVinoSession
 from qdm_deploy.runtime.session import StepSession
+from qdm_deploy.runtime.tensorrt_session import open_tensorrt
 
 __all__ = ["BACKENDS", "automatic_backend", "choose_backend", "open_session"]
 
@@ -57,7 +59,8 @@ def choose_backend(
         raise InputError(f"{threads} threads cannot run anything; give at least 1, or leave it out for all cores")
     backends = _cpu_backends(bundle.manifest.targets) if backend == "auto" else (backend,)
     kinds: list[Literal["int8", "float"]] = ["int8", "float"] if precision == "auto" else [precision]
-    if precision == "auto" and not bundle.has_graph("float"):
+    if precision == "auto" and (backend in FLAVOURS or not bundle.has_graph("float")):
+        # On a GPU each candidate is an engine to build, which may take minutes: INT8 is what it was made for.
         kinds = ["int8"]
     candidates: list[Candidate] = [(name, kind) for kind in kinds for name in backends]
     if len(candidates) == 1:
@@ -90,27 +93,24 @@ def open_session(
         precision: ``"int8"``: the graph of the backend's own target, with the float graph for those steps that the
             bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32; ``"auto"``:
             whichever is faster here.
-        threads: CPU threads; None takes the cores this process may use.
-        progress: told what an automatic choice took and why.
+        threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
+        progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
+            seconds to minutes.
         kept_batch_sizes: batch sizes that a backend which compiles each one (openvino) keeps compiled.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
         BundleError: the bundle has no graph for it, or the graph cannot be loaded.
-        EnvironmentProblem: the backend is not installed, or has no session in this version.
+        EnvironmentProblem: the backend is not installed, or its driver or GPU is missing.
+        EngineError: the engine of a GPU backend cannot be built or loaded.
     """
     backend, precision = choose_backend(bundle, backend, precision, threads=threads, progress=progress)
-    if backend in ("tensorrt", "tensorrt-rtx"):
-        raise EnvironmentProblem(
-            f"the backend {backend!r} builds engines but has no session in qdm-deploy {version('qdm-deploy')}; "
-            "run the bundle with onnxruntime or openvino"
-        )
     float_below = bundle.manifest.float_below
     if precision == "float" or float_below is None:
-        return _open_graph(bundle, backend, precision, threads, kept_batch_sizes)
+        return _open_graph(bundle, backend, precision, threads, kept_batch_sizes, progress)
     with ExitStack() as opened:
         parts = [
-            opened.enter_context(_open_graph(bundle, backend, kind, threads, kept_batch_sizes))
+            opened.enter_context(_open_graph(bundle, backend, kind, threads, kept_batch_sizes, progress))
             for kind in ("int8", "float")
         ]
         session = MixedSession(parts[0], parts[1], float_below)
@@ -119,8 +119,15 @@ def open_session(
 
 
 def _open_graph(
-    bundle: Bundle, backend: str, precision: Literal["int8", "float"], threads: int | None, kept_batch_sizes: int
+    bundle: Bundle,
+    backend: str,
+    precision: Literal["int8", "float"],
+    threads: int | None,
+    kept_batch_sizes: int,
+    progress: Progress,
 ) -> StepSession:
+    if backend in FLAVOURS:
+        return open_tensorrt(bundle.graph("tensorrt" if precision == "int8" else "float"), backend, progress=progress)
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
         return OpenVinoSession(

@@ -1,11 +1,12 @@
 """The timestep loop: from seeds to samples, on any session.
 
 The whole set of samples takes a step before any of it takes the next one, so an observer sees every sample after each
-step. All inputs are allocated once; a batch is a slice of them. A guided sample holds two rows side by side, its own
-and its unconditional twin's, and the step graph keeps both in the same state.
+step; where nobody observes and the session can keep the state (a ``StepLoop``), each batch runs to its end instead. All
+inputs are allocated once; a batch is a slice of them. A guided sample holds two rows side by side, its own and its
+unconditional twin's, and the step graph keeps both in the same state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import CheckFailed, InputError
-from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.progress import SILENT, Advance, Progress
 from qdm_deploy.runtime.rows import Conditioning, conditioning_rows, row_links
-from qdm_deploy.runtime.session import StepSession
+from qdm_deploy.runtime.session import StepInputs, StepLoop, StepSession
 from qdm_deploy.samplers.columns import COEFFICIENTS
 from qdm_deploy.samplers.noise import initial_noise, step_noise
 from qdm_deploy.samplers.table import StepTable
@@ -98,6 +99,12 @@ def denoise(
     sample[:] = np.repeat(start, rows_each, axis=0)
     steps = len(table.timesteps)
     with progress.task(description, steps * len(batches)) as advance:
+        if on_step is None and isinstance(session, StepLoop):
+            # Nobody looks at the samples in between, so each batch runs to its end where the session computes.
+            for batch_seeds, batch in batches:
+                prepared = _prepared(table, batch, batch_seeds, rows_each, model.sample_shape, advance)
+                np.copyto(batch["sample"], session.run_steps(batch, prepared).next_sample)
+            steps = 0
         for step in range(steps):
             timestep[:] = table.timesteps[step]
             coefficients[:] = table.coefficients[step]
@@ -115,6 +122,25 @@ def denoise(
     samples = np.ascontiguousarray(sample[own])
     _check_finite(samples, seeds, session)
     return samples
+
+
+def _prepared(
+    table: StepTable,
+    batch: dict[str, NDArray[Any]],
+    seeds: Sequence[int],
+    rows_each: int,
+    shape: tuple[int, int, int],
+    advance: Advance,
+) -> Iterator[StepInputs]:
+    """What the host makes for each step of one batch, in the batch's own arrays; a session asks for it step by step."""
+    for step, (timestep, coefficients) in enumerate(zip(table.timesteps, table.coefficients, strict=True)):
+        batch["timestep"][:] = timestep
+        batch["coefficients"][:] = coefficients
+        noisy = coefficients[_NOISE_COLUMN] != 0
+        if noisy:
+            batch["noise"][::rows_each] = step_noise(seeds, step, shape)
+        yield StepInputs(batch["timestep"], batch["coefficients"], batch["noise"] if noisy else None)
+        advance()
 
 
 def _check(

@@ -69,14 +69,20 @@ MODULES = (
     Module(
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
         "tensorrt",
-        "backend tensorrt: engines on a GPU server",
+        "backend tensorrt: GPU servers",
         "pip install 'qdm-deploy[tensorrt]'",
     ),
     Module(
         ("tensorrt-rtx", "tensorrt_rtx_cu13"),
         "tensorrt_rtx",
-        "backend tensorrt-rtx: engines without a GPU",
+        "engines built without a GPU, and backend tensorrt-rtx on RTX GPUs",
         "pip install 'qdm-deploy[tensorrt-rtx]'",
+    ),
+    Module(
+        ("cuda-bindings",),
+        "cuda.bindings",
+        "running engines: backends tensorrt and tensorrt-rtx",
+        "pip install 'cuda-bindings>=13,<14'",
     ),
     Module(("nvidia-modelopt",), "modelopt", "import of ModelOpt calibrations", "pip install nvidia-modelopt", "extra"),
     Module(("polygraphy",), "polygraphy", "debugging of engines layer by layer", "pip install polygraphy", "extra"),
@@ -180,13 +186,20 @@ def _cache(cache_dir: Path) -> list[Finding]:
 
 def _module(module: Module) -> Finding:
     versions = [f"{name} {found}" for name in module.distributions if (found := _version(name)) is not None]
-    present = find_spec(module.module) is not None
+    present = _importable(module.module)
     if present:
         return Finding(module.module, "OK", f"{', '.join(versions) or 'version unknown'}: {module.gives}")
     if module.need == "extra":
         return Finding(module.module, "OK", f"not installed; optional, for {module.gives}")
     missing: Literal["FAIL", "WARN"] = "FAIL" if module.need == "required" else "WARN"
     return Finding(module.module, missing, f"not installed, so no {module.gives}", module.install)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _version(distribution: str) -> str | None:

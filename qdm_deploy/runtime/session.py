@@ -5,18 +5,18 @@ conditional model, its conditioning with ``guidance``, ``unconditional_row`` and
 ``x0``. The first axis of every tensor is the row of the batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.errors import BundleError, InputError
 
-__all__ = ["StepOutput", "StepSession", "TensorSpec", "check_inputs", "step_graph_inputs"]
+__all__ = ["StepInputs", "StepLoop", "StepOutput", "StepSession", "TensorSpec", "check_inputs", "step_graph_inputs"]
 
 OUTPUTS = ("next_sample", "x0")
 _ALWAYS = ("sample", "timestep", "coefficients", "noise", "previous_x0")
@@ -76,6 +76,44 @@ class StepSession(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the host makes anew for a step of a loop.
+
+    Attributes:
+        timestep: [B] int64.
+        coefficients: [B, K] float32.
+        noise: [B, C, H, W] float32, or None in a step that uses none (its coefficient d is 0).
+    """
+
+    timestep: NDArray[np.int64]
+    coefficients: NDArray[np.float32]
+    noise: NDArray[np.float32] | None = None
+
+
+@runtime_checkable
+class StepLoop(Protocol):
+    """A session that can keep the sampler's state where it computes, from one step to the next."""
+
+    def run_steps(self, inputs: Mapping[str, NDArray[Any]], steps: Iterable[StepInputs]) -> StepOutput:
+        """Run a loop: each step's ``next_sample`` and ``x0`` are the ``sample`` and ``previous_x0`` of the next.
+
+        Args:
+            inputs: as for ``run``: the state the loop starts from. Timestep, coefficients and noise are those of the
+                steps instead.
+            steps: one entry per step. The next one is asked for while earlier ones may still run; an entry's arrays
+                may be filled anew then.
+
+        Returns:
+            The last step's result.
+
+        Raises:
+            InputError: what the graph does not take, or no step at all.
+            ValueError: the session is closed.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,18 @@ def test_every_exit_code_of_an_error_is_documented() -> None:
     assert codes < set(EXIT_CODES)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, "engine build", "engine list", "engine prune"])
 def test_help_of_a_command_explains_every_option_and_shows_examples(verb: str, invoke: Invoke) -> None:
-    result = invoke(verb, "--help")
+    result = invoke(*verb.split(), "--help")
     assert result.exit_code == 0
     assert f"Examples:\n  qdm-deploy {verb}" in result.output
     for option in ("--json", "--quiet", "--debug"):
         assert option in result.output
-    for parameter in cli.commands[verb].params:
+    command: click.Command = cli
+    for word in verb.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    for parameter in command.params:
         assert getattr(parameter, "help", None), f"{verb} {parameter.name} has no help"
         assert (parameter.opts[0] if isinstance(parameter, click.Option) else parameter.name.upper()) in result.output
 
@@ -84,7 +88,7 @@ def test_nothing_heavy_is_loaded_to_say_something_light(arguments: list[str]) ->
             "'wide' is not one of 'minmax', 'percentile', 'mse', 'lp', 'l1', 'cosine', 'kl'",
         ),
         (["build", "--int8", "--targets", "openvino,,tensorrt"], "'openvino,,tensorrt' has an empty entry"),
-        (["engine", "x.qdm", "--profile", "1,4"], "'1,4' is not three batch sizes; write MIN,OPT,MAX"),
+        (["engine", "build", "x.qdm", "--profile", "1,4"], "'1,4' is not three batch sizes; write MIN,OPT,MAX"),
         (["build"], "no precision was given; today there is one, INT8: add --int8"),
         (["build", "--int8", "--engines", "8.9", "--no-engines"], "--no-engines and --engines contradict each other"),
     ],
@@ -101,7 +105,8 @@ def test_usage_errors_go_to_stderr_and_exit_2(
     assert (result.exit_code, document["error"]["code"], result.stderr) == (2, 2, "")
     assert document["error"]["type"] in ("UsageError", "InputError")
     assert said in document["error"]["message"]
-    assert document["command"] == (arguments[0] if arguments[0] in VERBS else None)
+    words = 2 if arguments[0] == "engine" else 1
+    assert document["command"] == (" ".join(arguments[:words]) if arguments[0] in VERBS else None)
 
 
 def test_no_command_shows_the_help(invoke: Invoke, one_document: OneDocument) -> None:

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from qdm_deploy.artifacts.plan import TARGETS
+from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
 from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions
@@ -229,7 +230,8 @@ def test_the_files_for_fid_arrive(replace: Replace, invoke: Invoke, tmp_path: Pa
 
 def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
     def words(verb: str, option: str) -> str:
-        parameters = {name: parameter for parameter in cli.commands[verb].params for name in parameter.opts}
+        command = engine.commands["build"] if verb == "engine build" else cli.commands[verb]
+        parameters = {name: parameter for parameter in command.params for name in parameter.opts}
         parameter = parameters[option]
         assert isinstance(parameter, click.Option)
         return f"{parameter.help} {parameter.default}"
@@ -243,7 +245,9 @@ def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
         ("evaluate", "--backend"),
     ):
         assert [name for name in BACKENDS if not name.startswith("tensorrt") and name not in words(verb, option)] == []
-    assert [name for name in BACKENDS if name.startswith("tensorrt") and name not in words("engine", "--backend")] == []
+    assert [
+        name for name in BACKENDS if name.startswith("tensorrt") and name not in words("engine build", "--backend")
+    ] == []
     assert [name for name in TARGETS if name not in words("build", "--targets")] == []
 
 

@@ -11,6 +11,9 @@ import pytest
 from qdm_deploy.artifacts import Compatibility, FileEntry, Manifest, ModelSpec
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Layer
+from qdm_deploy.engines.cache import EngineCache, EngineIdentity
+from qdm_deploy.engines.request import BatchProfile
+from qdm_deploy.engines.request import BuildOptions as EngineOptions
 from qdm_deploy.pipeline import BuildResult, Comparison, EngineResult, GenerateResult, Inspection, Verification
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, PairedRow, Side
 from qdm_deploy.report.model import (
@@ -208,25 +211,27 @@ def test_verify_lists_all_findings_and_tells_damage_from_a_failed_self_test(
 def test_engine_prints_the_audit(replace: Replace, invoke: Invoke, one_document: OneDocument) -> None:
     asked = []
 
-    def build_engine(bundle: Path, backend: str, sm: str | None, profile: tuple[int, int, int], progress: Any) -> Any:
-        asked.append((bundle, backend, sm, profile))
+    def build_engine(bundle: Path, *, sm: str | None, progress: Any, **options: Any) -> Any:
+        asked.append((bundle, sm, *(value for _, value in sorted(options.items()))))
         row = ENGINE if sm is None else ENGINE.model_copy(update={"sm": sm, "int8": 16, "failures": ("up.0: Half",)})
         return EngineResult(row, Path("c/engine.plan"), Path("c/log.txt"), from_cache=sm is None)
 
     replace("build_engine", build_engine)
-    result = invoke("engine", "b.qdm")
+    result = invoke("engine", "build", "b.qdm")
     assert result.exit_code == 0
     assert result.stdout.endswith("\nengine: c/engine.plan (from the cache)\nlog:    c/log.txt\n")
     squeezed = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert squeezed[-8:-2] == ["kernels", "kind count in INT8", "convolutions 17 17", "fake quantizes 2", "all 57", ""]
-    result = invoke("engine", "b.qdm", "--sm", "12.0", "--backend", "tensorrt", "--profile", "1:8:32")
+    result = invoke(
+        "engine", "build", "b.qdm", "--sm", "12.0", "--backend", "tensorrt", "--profile", "1:8:32", "--workspace", "2G"
+    )
     assert result.exit_code == 1
     assert "not INT8 on SM 12.0: up.0: Half" in result.stdout
     assert asked == [
-        (Path("b.qdm"), "tensorrt-rtx", None, (1, 4, 16)),
-        (Path("b.qdm"), "tensorrt", "12.0", (1, 8, 32)),
+        (Path("b.qdm"), None, "tensorrt-rtx", 3, (1, 4, 16), None),
+        (Path("b.qdm"), "12.0", "tensorrt", 3, (1, 8, 32), "2G"),
     ]
-    document = one_document(invoke("engine", "b.qdm", "--json").stdout)
+    document = one_document(invoke("engine", "build", "b.qdm", "--json").stdout)
     assert (document["clean"], document["engine"]["int8"], document["path"]) == (True, 17, "c/engine.plan")
 
 
@@ -282,3 +287,41 @@ def test_evaluate_prints_the_verdict_last(replace: Replace, invoke: Invoke, one_
     document = one_document(invoke("evaluate", "b.qdm", "--json").stdout)
     assert Evaluation.model_validate(document["evaluation"]) == found
     assert invoke("evaluate", "b.qdm", "-q").stdout == "A note.\nThe difference is distinguishable.\n"
+
+
+def test_engine_list_and_prune_show_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, invoke: Invoke, one_document: OneDocument
+) -> None:
+    monkeypatch.setenv("QDM_CACHE_DIR", str(tmp_path))
+    assert invoke("engine", "list").stdout == f"\n0 B of 20.0 GB in {tmp_path / 'engines'}\n"
+    assert invoke("engine", "prune", "--all").exit_code == 0
+
+    identity = EngineIdentity(
+        graph_sha256="0" * 64,
+        data_sha256={},
+        backend="tensorrt-rtx",
+        library_version="1.7",
+        target="SM 8.9",
+        profile=BatchProfile(),
+        options=EngineOptions(),
+    )
+
+    def write(folder: Path) -> float:
+        for name in ("engine.plan", "log.txt", "audit.json"):
+            (folder / name).write_bytes(b"1" * 5000)
+        return 1.0
+
+    EngineCache().entry(identity, Path("fashion.qdm/unet/tensorrt.onnx"), write)
+    text = invoke("engine", "list").stdout
+    for word in (identity.key[:12], "tensorrt-rtx 1.7", "SM 8.9", "1:4:16", "fashion.qdm/unet/tensorrt.onnx"):
+        assert word in text
+    document = one_document(invoke("engine", "list", "--json").stdout)
+    (entry,) = document["engines"]
+    assert (entry["key"], entry["problem"], document["max_bytes"]) == (identity.key, None, 20 * 10**9)
+    assert document["disk_bytes"] == entry["disk_bytes"] > 15_000
+
+    both = invoke("engine", "prune", "--all", "--max-size", "1G")
+    assert (both.exit_code, "give one of the two" in both.stderr) == (2, True)
+    assert invoke("engine", "prune", "--max-size", "1G", "-q").stdout == ""
+    assert invoke("engine", "prune", "--max-size", "10k", "-q").stdout == f"{identity.key}\n"
+    assert one_document(invoke("engine", "list", "--json").stdout)["engines"] == []

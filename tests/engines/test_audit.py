@@ -73,6 +73,29 @@ def test_nodes_are_found_with_their_weights() -> None:
     assert EngineAudit.from_json(audit.to_json()) == audit
 
 
+def test_what_is_no_kernel_is_not_counted_as_one() -> None:
+    extra = [line(name, kind, [], [], [], "") for name, kind in (("__mye1", "signal"), ("__mye2", "wait"))]
+    summary = EngineAudit.from_build(log(CONV, *extra, line("__mye3", "shape_call", [], [], [], ""))).summary()
+    assert (summary["kernels"], summary["synchronizations"], summary["others"]) == (1, 2, 1)
+
+
+def test_kernels_are_counted_by_block() -> None:
+    def kernel(*nodes: str) -> str:
+        return line("k", "kgen", [], [], [], "".join(f"[ONNX Layer: {node}]" for node in nodes))
+
+    block, attention = "down_blocks.0.resnets.1", "mid_block.attentions.0"
+    audit = EngineAudit.from_build(
+        log(
+            kernel("node_silu", f"{block}.conv1/quantize"),
+            kernel(f"{block}.conv1"),
+            kernel(f"{block}.conv2/add_offset_map", f"{attention}.to_q/quantize"),
+            kernel(f"{attention}.to_out.0"),
+            kernel("conv_out"),
+        )
+    )
+    assert audit.kernels_per_block() == {block: 3, attention: 1}
+
+
 def test_float_operands_are_not_int8() -> None:
     floating = CONV.replace("Datatype: Int8", "Datatype: Half", 1)
     assert EngineAudit.from_build(log(floating)).failures([PlannedLayer("down.weight")]) == (
@@ -123,6 +146,10 @@ def test_audit_that_is_none_is_refused() -> None:
         ("__myl_SiluAddMulMinMaxRounCastGnor_myl0_3", "kgen", ["Half"], "generated"),
         ("__myl_MulMinMaxRounCast_myl0_1", "kgen", ["Half"], "quantize"),
         ("__myl_MinMaxRounCast_myl0_2", "kgen", ["Half"], "quantize"),
+        ("__myl_TranReshMoveAddMulMinMaxRounCast_myl0_2", "kgen", ["Half"], "quantized_transpose"),
+        ("__myl_CastMulMinMaxRounCast_myl0_2", "kgen", ["Int8"], "requantize"),
+        ("__mye216855_myl0_23", "signal", [], "sync"),
+        ("__mye216857_myl0_31", "wait", [], "sync"),
         ("__myl_MulMinMaxRounCastReplConc_myl0_1", "kgen", ["Half"], "quantize"),
         ("__myl_MulCastAddReluMulMinMaxRounCast_myl0_3", "kgen", ["Float"], "generated"),
         ("__myl_CastMulCast_myl0_1", "kgen", [], "dequantize"),

@@ -15,7 +15,7 @@ import pytest
 from qdm_deploy.engines import flavour
 from qdm_deploy.engines.builder import build_plan
 from qdm_deploy.engines.flavour import FLAVOURS, flavour_of, target_of
-from qdm_deploy.engines.gpu import Gpu, installed_gpu
+from qdm_deploy.engines.gpu import Gpu, driver_release, installed_gpu
 from qdm_deploy.engines.onnx_files import data_files
 from qdm_deploy.engines.request import BatchProfile, BuildOptions, BuildRequest
 from qdm_deploy.engines.worker import run_build
@@ -57,19 +57,22 @@ def test_hopper_is_sent_to_the_other_backend() -> None:
 
 @WITHOUT_DRIVER
 def test_machine_without_a_driver_is_told_so() -> None:
-    with pytest.raises(EnvironmentProblem, match=r"'tensorrt' builds on the GPU it will run on.*no NVIDIA driver"):
+    with pytest.raises(
+        EnvironmentProblem,
+        match=r"'tensorrt' works on a GPU, and this machine has no NVIDIA driver.*engine build --backend",
+    ):
         installed_gpu("tensorrt")
 
 
 @WITHOUT_DRIVER
 def test_tensorrt_needs_the_gpu_it_builds_for() -> None:
-    with pytest.raises(EnvironmentProblem, match="cross-build with the backend 'tensorrt-rtx'"):
+    with pytest.raises(EnvironmentProblem, match="engine build --backend tensorrt-rtx"):
         target_of(FLAVOURS["tensorrt"], None)
 
 
 def test_tensorrt_builds_for_the_gpu_at_hand_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavour, "installed_gpu", lambda backend: Gpu("NVIDIA H100", "9.0", "13.0"))
-    assert target_of(FLAVOURS["tensorrt"], None) == (None, "NVIDIA H100, SM 9.0, CUDA driver 13.0")
+    monkeypatch.setattr(flavour, "installed_gpu", lambda backend: Gpu("NVIDIA H100", "9.0", "580.65 (CUDA 13.0)"))
+    assert target_of(FLAVOURS["tensorrt"], None) == (None, "NVIDIA H100, SM 9.0, driver 580.65 (CUDA 13.0)")
     with pytest.raises(InputError, match=r"NVIDIA H100 \(compute capability 9\.0\), not for '8\.9'"):
         target_of(FLAVOURS["tensorrt"], "8.9")
 
@@ -97,11 +100,14 @@ def test_tensorrt_path_goes_as_far_as_loading_the_plan(
     graph.node("Relu", ["x"], "y")
     request = request_for(tmp_path, "tensorrt", graph.save(tmp_path / "g.onnx"))
     request = request.model_copy(update={"sm": "8.9", "timing_cache": tmp_path / "timing.cache"})
-    phases: list[str] = []
+    phases: list[tuple[str, int, int]] = []
     with pytest.raises(EngineError, match=r"built and cannot be loaded again: .*cudaError 35"):
-        build_plan(request, phases.append)
-    assert phases[0] == "parsing the graph"
-    assert phases[-1] == "inspecting the engine"
+        build_plan(request, lambda *reached: phases.append(reached))
+    assert phases[0] == ("parsing the graph", 0, 0)
+    assert [reached for reached in phases if reached[0] == "building engine"] == [
+        ("building engine", 6, done) for done in range(6)
+    ]
+    assert phases[-1] == ("inspecting the engine", 0, 0)
     assert request.plan.stat().st_size > 0
     assert (tmp_path / "timing.cache").exists()
 
@@ -115,7 +121,7 @@ def test_builder_that_cannot_start_is_explained(
 
     monkeypatch.setattr(importlib.import_module("tensorrt_rtx"), "Builder", refuse)
     with pytest.raises(EnvironmentProblem, match=r"cannot start on this machine \(factory function returned nullptr\)"):
-        build_plan(request_for(tmp_path, "tensorrt-rtx", tmp_path / "g.onnx"), print)
+        build_plan(request_for(tmp_path, "tensorrt-rtx", tmp_path / "g.onnx"), lambda *reached: None)
 
 
 def test_data_files_are_found_in_attributes_and_subgraphs(tmp_path: Path) -> None:
@@ -202,3 +208,12 @@ def test_full_disk_is_a_resource_problem(tmp_path: Path, new_graph: type) -> Non
     (tmp_path / "full.plan").symlink_to("/dev/full")
     with pytest.raises(ResourceProblem, match=r"full.plan \(No space left on device\)"):
         run_build(request_for(tmp_path, "tensorrt-rtx", graph.save(tmp_path / "g.onnx"), "full.plan"))
+
+
+def test_driver_release_is_read_from_the_kernel_module(tmp_path: Path) -> None:
+    report = tmp_path / "version"
+    assert driver_release(report) is None
+    report.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:15:55 UTC 2026\n")
+    assert driver_release(report) == "580.65.06"
+    report.write_text("something else\n")
+    assert driver_release(report) is None

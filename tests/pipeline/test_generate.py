@@ -124,8 +124,10 @@ def test_what_the_bundle_cannot_do_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_backend_has_no_session(labels: Path, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"the backend 'tensorrt' builds engines but has no session"):
+def test_a_gpu_backend_needs_its_library_and_a_graph(labels: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        (BundleError, EnvironmentProblem), match=r"no graph for 'tensorrt'|needs the Python module 'tensorrt'"
+    ):
         make(labels, tmp_path / "out", backend="tensorrt")
     assert list(tmp_path.iterdir()) == []
 

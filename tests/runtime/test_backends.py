@@ -8,7 +8,8 @@ import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
 from qdm_deploy.artifacts.manifest import Compatibility
-from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError
+from qdm_deploy.errors import BundleError, InputError
+from qdm_deploy.runtime import backends
 from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, open_session
 
 
@@ -91,11 +92,22 @@ def test_wrong_arguments(small: Bundle, arguments: dict[str, Any], message: str)
         open_session(small, **arguments)
 
 
-def test_tensorrt_has_no_session_yet(small: Bundle) -> None:
+@pytest.mark.parametrize("precision", ["int8", "float"])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_gpu_backend_gets_the_graph_of_its_target(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, precision: Any
+) -> None:
+    asked: list[tuple[Path, str]] = []
+    monkeypatch.setattr(backends, "open_tensorrt", lambda graph, name, progress: asked.append((graph, name)))
+    monkeypatch.setattr(Bundle, "graph", lambda self, name: Path(f"{name}.onnx"))
+    open_session(bundle, backend, precision=precision)
+    assert asked == [(Path("tensorrt.onnx" if precision == "int8" else "float.onnx"), backend)]
+
+
+def test_every_backend_can_be_opened_or_says_why_not(small: Bundle) -> None:
     assert BACKENDS == ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
-    for backend in ("tensorrt", "tensorrt-rtx"):
-        with pytest.raises(EnvironmentProblem, match=f"the backend '{backend}' builds engines but has no session"):
-            open_session(small, backend)
+    with pytest.raises(BundleError, match=r"no graph for 'tensorrt'; it has: onnxruntime"):
+        open_session(small, "tensorrt-rtx")
 
 
 @pytest.mark.parametrize(

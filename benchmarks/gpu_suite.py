@@ -1,0 +1,178 @@
+"""Everything that needs an NVIDIA GPU, in one go, into one JSON file. Without a GPU it says so and exits with 4.
+
+Engines of a bundle on TensorRT and TensorRT-RTX: build and audit, distance from ONNX Runtime, CUDA graphs on and off,
+a sweep over batch sizes (INT8, float16, and what the step gains and the heads' layout cost), batches of one timestep
+beside mixed ones, forms of scales at skip concatenations, and onnxruntime-gpu on the same graphs. A part that fails
+leaves its error's own words in the file and the others go on.
+
+    python benchmarks/gpu_suite.py fashion.qdm --out gpu.json
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_graphs import concat_graphs, plan_graphs
+from gpu_timing import loop_ms, mixed_rows, run_ms
+
+from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.engines.engine import engine_from_onnx
+from qdm_deploy.engines.flavour import FLAVOURS
+from qdm_deploy.engines.gpu import installed_gpu
+from qdm_deploy.engines.request import BatchProfile, BuildOptions
+from qdm_deploy.errors import EnvironmentProblem, QdmError
+from qdm_deploy.pipeline.speed import random_inputs
+from qdm_deploy.report.machine import library_versions, machine_card
+from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
+from qdm_deploy.runtime.tensorrt_session import open_tensorrt
+
+Document = dict[str, Any]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="Everything that needs an NVIDIA GPU, into one JSON file.")
+    arguments.add_argument("bundle", type=Path, help="a bundle of the embedded model, with the target tensorrt")
+    arguments.add_argument("--out", type=Path, required=True)
+    arguments.add_argument("--backends", default=",".join(FLAVOURS))
+    arguments.add_argument("--batches", default="1,4,16")
+    arguments.add_argument("--runs", type=int, default=50)
+    arguments.add_argument("--no-concat-forms", action="store_true", help="leave out what calibrates anew")
+    given = arguments.parse_args()
+    try:
+        gpu = installed_gpu("tensorrt")
+    except EnvironmentProblem as error:
+        print(f"nothing was measured: {error}", file=sys.stderr)
+        sys.exit(EnvironmentProblem.exit_code)
+    batches = tuple(int(batch) for batch in given.batches.split(","))
+    document: Document = {
+        "benchmark": "gpu-suite",
+        "machine": machine_card(),
+        "versions": library_versions(),
+        "gpu": {"name": gpu.name, "capability": gpu.capability, "driver": gpu.driver},
+    }
+    bundle = Bundle.open(given.bundle)
+    with tempfile.TemporaryDirectory() as scratch:
+        document["graphs"] = guarded(lambda: _graphs(bundle, Path(scratch), concat=not given.no_concat_forms))
+        graphs: dict[str, Path] = {"bundle": bundle.graph("tensorrt"), "float32": bundle.graph("float")}
+        graphs |= {name: Path(path) for name, path in document["graphs"].items() if name != "error"}
+        for backend in given.backends.split(","):
+            say(backend)
+            document[backend] = {
+                name: guarded(lambda: _engine(backend, graph, bundle.model, batches, given.runs))  # noqa: B023  # called at once
+                for name, graph in graphs.items()
+            }
+        say("onnxruntime-gpu")
+        document["onnxruntime-gpu"] = guarded(lambda: _onnxruntime_gpu(graphs, bundle.model, batches, given.runs))
+        document["graphs"] = sorted(graphs)
+    given.out.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+    print(json.dumps(document, default=str))
+
+
+def guarded(part: Callable[[], Document]) -> Document:
+    """What a part returns, or its error in its own words: the next part may still work."""
+    try:
+        return part()
+    except (QdmError, RuntimeError, ImportError, ValueError) as error:
+        say(f"  {type(error).__name__}: {error}")
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _graphs(bundle: Bundle, scratch: Path, *, concat: bool) -> Document:
+    made = plan_graphs(bundle, scratch)
+    return made | (concat_graphs(scratch) if concat else {})
+
+
+def _engine(backend: str, graph: Path, model: ModelSpec, batches: tuple[int, ...], runs: int) -> Document:
+    say(f"  {graph.parent.name}/{graph.name}")
+    profile = BatchProfile(1, 4, max(*batches, 4))
+    result: Document = {}
+    sm = installed_gpu(backend).capability if FLAVOURS[backend].capabilities else None
+    engine = engine_from_onnx(graph, backend=backend, sm=sm, profile=profile, planned=())
+    result["build_seconds"] = engine.build_seconds
+    result["plan_bytes"] = engine.path.stat().st_size
+    result["kernels"] = engine.audit.summary()
+    result["kernels_per_block"] = engine.audit.kernels_per_block()
+    result["not_int8"] = [
+        f"{item.name}: {item.reason}" for item in engine.audit.failures(engine.audit.quantized_layers())
+    ]
+    with ExitStack() as stack:
+        session = stack.enter_context(open_tensorrt(graph, backend, profile=profile))
+        plain = stack.enter_context(open_tensorrt(graph, backend, profile=profile, cuda_graphs=False))
+        reference = stack.enter_context(OnnxRuntimeSession(graph))
+        result["session"] = session.describe()
+        inputs = random_inputs(model, 4)
+        expected, found = reference.run(inputs), session.run(inputs)
+        result["sqnr_db_against_onnxruntime"] = {
+            name: sqnr_db(getattr(expected, name), getattr(found, name)) for name in ("next_sample", "x0")
+        }
+        result["ms"] = {
+            str(batch): {
+                "run, cuda graphs": run_ms(session, model, batch, runs),
+                "run, no cuda graphs": run_ms(plain, model, batch, runs),
+                "loop, cuda graphs": loop_ms(session, model, batch, runs),
+                "loop, no cuda graphs": loop_ms(plain, model, batch, runs),
+            }
+            for batch in batches
+        }
+        result["mixed timesteps"] = mixed_rows(session, model, 4, runs)
+    result["one stream"] = guarded(lambda: _one_stream(backend, graph, model, profile, runs))
+    return result
+
+
+def _one_stream(backend: str, graph: Path, model: ModelSpec, profile: BatchProfile, runs: int) -> Document:
+    options = BuildOptions(auxiliary_streams=0)
+    with open_tensorrt(graph, backend, profile=profile, options=options) as session:
+        return {"loop, cuda graphs, batch 4": loop_ms(session, model, 4, runs)}
+
+
+def _onnxruntime_gpu(graphs: dict[str, Path], model: ModelSpec, batches: tuple[int, ...], runs: int) -> Document:
+    import onnxruntime as ort
+
+    offered = [
+        name for name in ("CUDAExecutionProvider", "TensorrtExecutionProvider") if name in ort.get_available_providers()
+    ]
+    if not offered:
+        raise EnvironmentProblem("this onnxruntime has no GPU provider; install onnxruntime-gpu in its place")
+    return {
+        f"{name}, {provider}": guarded(lambda: _timed_provider(graph, provider, model, batches, runs))  # noqa: B023  # as above
+        for name, graph in graphs.items()
+        for provider in offered
+    }
+
+
+def _timed_provider(graph: Path, provider: str, model: ModelSpec, batches: tuple[int, ...], runs: int) -> Document:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(graph, providers=[provider, "CPUExecutionProvider"])
+    if provider not in session.get_providers():
+        raise EnvironmentProblem(f"onnxruntime fell back to {', '.join(session.get_providers())}")
+    return {str(batch): {"run": list(_times(session, random_inputs(model, batch), runs))} for batch in batches}
+
+
+def _times(session: Any, inputs: dict[str, Any], runs: int) -> Iterator[float]:
+    import time
+
+    times = []
+    for run in range(runs + 5):
+        start = time.perf_counter()
+        session.run(["next_sample", "x0"], inputs)
+        if run >= 5:
+            times.append(1000 * (time.perf_counter() - start))
+    yield from (float(np.median(times)), float(np.percentile(times, 95)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The GPU suite where it can run without a GPU: what it says there, its timing on a CPU session, its graphs."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_graphs import forms_of_plan
+from gpu_timing import mixed_rows, run_ms
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.runtime.session import StepOutput
+
+HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
+
+
+@pytest.mark.skipif(HAS_DRIVER, reason="a driver is here; shows what is said where there is none")
+def test_without_a_gpu_nothing_is_measured_and_the_exit_code_says_so(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, repository / "benchmarks/gpu_suite.py", "x.qdm", "--out", tmp_path / "gpu.json"]
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert (
+        "nothing was measured: the backend 'tensorrt' works on a GPU, and this machine has no NVIDIA driver"
+        in done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+class Rows:
+    """A step whose answer is its sample and timestep; ``mixing`` makes a row depend on its neighbours."""
+
+    def __init__(self, mixing: float = 0.0) -> None:
+        self.mixing = mixing
+        self.runs = 0
+
+    def run(self, inputs: Any) -> StepOutput:
+        self.runs += 1
+        steps = inputs["timestep"].astype(np.float32) + np.float32(self.mixing) * inputs["timestep"].mean()
+        result = inputs["sample"] + steps[:, None, None, None]
+        return StepOutput(result, result)
+
+
+SPEC = ModelSpec(name="rows", sample_shape=(1, 2, 2), num_train_timesteps=100)
+
+
+def test_rows_that_depend_on_their_neighbours_are_seen() -> None:
+    found = mixed_rows(Rows(), SPEC, 4, runs=3)  # type: ignore[arg-type]
+    assert found["largest_difference"] == 0.0
+    assert found["mixed"]["runs"] == found["same"]["runs"] == 3
+    assert mixed_rows(Rows(mixing=0.5), SPEC, 4, runs=1)["largest_difference"] > 0.1  # type: ignore[arg-type]
+
+
+def test_a_step_is_warmed_up_and_then_timed() -> None:
+    session = Rows()
+    summary = run_ms(session, SPEC, 2, runs=4)  # type: ignore[arg-type]
+    assert session.runs == 4 + 5
+    assert 0 < summary["median"] <= summary["p95"]
+
+
+def test_forms_differ_in_what_their_names_say(tiny: Any) -> None:
+    forms = forms_of_plan(tiny.float_graph("labels"), tiny.plan("labels"))
+
+    def count(name: str, *kinds: str) -> int:
+        return sum(node.op_type in kinds for node in forms[name][0].graph)
+
+    assert count("float16", "QuantizeLinear", "DequantizeLinear") == 0 < count("as emitted", "QuantizeLinear")
+    assert count("heads apart", "Transpose") > count("as emitted", "Transpose")
+    assert any(layer.inverse_r is not None for layer in forms["as emitted"][1].layers)
+    assert count("no step gains", "Gather") < count("as emitted", "Gather")
