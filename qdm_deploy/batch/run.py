@@ -37,7 +37,7 @@ class PlaceResult:
     Attributes:
         made: shards that it made.
         images: pictures in them.
-        there: shards of its place that were whole before.
+        there: shards of its place that were whole before, or that another worker made meanwhile.
         seconds: time in which it made them; ``images / seconds`` is its throughput.
         engine: ``StepSession.describe``.
     """
@@ -98,16 +98,18 @@ def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally,
         join_job(options.out, job)
         mine = [job.shard(number) for number in range(place.rank, job.shards, place.world)]
         missing = [shard for shard in mine if intact(options.out, job, shard) is None]
-        there = len(mine) - len(missing)
-        tally.whole, tally.all = there, len(mine)
+        tally.whole, tally.all = len(mine) - len(missing), len(mine)
         start = time.perf_counter()
-        images = sum(shard.count for shard in missing)
-        with progress.task(f"Generating images on {engine['backend']}", images) as advance:
+        total = sum(shard.count for shard in missing)
+        with progress.task(f"Generating images on {engine['backend']}", total) as advance:
+            made = []
             for shard in missing:
                 stopping.check()
-                _make(options, job, shard, _Pace(shard.count, stopping, advance), source)
+                if _make(options, job, shard, _Pace(shard.count, stopping, advance), source):
+                    made.append(shard)
                 tally.whole += 1
-    return PlaceResult(len(missing), images, there, time.perf_counter() - start, engine)
+    images = sum(shard.count for shard in made)
+    return PlaceResult(len(made), images, len(mine) - len(made), time.perf_counter() - start, engine)
 
 
 class _Pace:
@@ -133,17 +135,19 @@ class _Pace:
         self._stopping.expect((self._count - self._done) * self.seconds / self._done)
 
 
-def _make(options: BatchOptions, job: Job, shard: Shard, pace: _Pace, source: PictureSource) -> None:
+def _make(options: BatchOptions, job: Job, shard: Shard, pace: _Pace, source: PictureSource) -> bool:
+    """Make one shard; False where another worker was faster."""
     out = options.out
     with locked(out):
-        if intact(out, job, shard) is not None:  # another worker was faster
+        if intact(out, job, shard) is not None:
             pace.made(shard.count)
-            return
+            return False
         forget(out, shard)  # a marker that is there is of a shard that was damaged since
     with staged(out / shard.name, folder=is_folder(job.format)) as temporary:
         write_shard(job.format, temporary, source.batches(shard, pace.made), shard.count, source.shape)
         digest = digest_of(temporary)
         commit(out, job, shard, temporary, digest, seconds=pace.seconds)
+    return True
 
 
 def commit(out: Path, job: Job, shard: Shard, temporary: Path, digest: str, *, seconds: float) -> None:

@@ -157,9 +157,9 @@ def sweep(out: Path) -> list[Path]:
     now = clock_of(out)
     dead = [path for path in leftovers(out) if not is_alive(path, now)]
     for path in dead:
-        with contextlib.suppress(FileNotFoundError):  # another worker sweeps too
+        with contextlib.suppress(OSError):  # another worker sweeps too, or it belongs to another user
             _remove(path)
-    return dead
+    return [path for path in dead if not path.exists()]
 
 
 def clock_of(out: Path) -> float:

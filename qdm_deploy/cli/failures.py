@@ -60,7 +60,7 @@ def failure_of(error: BaseException) -> Failure | None:
     if isinstance(error, click.ClickException):
         return Failure(_USAGE, "UsageError", _usage_message(error))
     if isinstance(error, Terminated):
-        return Failure(_TERMINATED, "Terminated", "stopped by SIGTERM; nothing was written")
+        return Failure(_TERMINATED, "Terminated", str(error) or "stopped by SIGTERM; nothing was written")
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Failure(_INTERRUPTED, "Interrupted", str(error) or "stopped; nothing was written")
     if isinstance(error, MemoryError):

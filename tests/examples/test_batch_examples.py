@@ -143,3 +143,35 @@ def test_ray_makes_the_same_bytes(script: Script, bundle: Path, tmp_path: Path) 
         assert (tmp_path / "ray" / path.name).read_bytes() == path.read_bytes()
     again = script("ray_batch.py", bundle, tmp_path / "ray", *options)
     assert "3 of 3 parts are done, 0 new images" in again.stdout
+
+
+@pytest.mark.slow
+def test_ray_starts_a_killed_task_again(
+    repository: Path, bundle: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    out = tmp_path / "out"
+    command = [sys.executable, repository / "examples" / "ray_batch.py", bundle, out, "--num", "6000", "--parts", "3",
+               "--steps", "3", "--shard-size", "100", "--backend", "onnxruntime"]  # fmt: skip
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        try:
+            end = time.monotonic() + 200
+            # The name of a shard that is being written tells who writes it.
+            while not (
+                len(list(out.glob("shard-*.json"))) > 2
+                and (found := [re.search(r"-(\d+)-[0-9a-f]{8}$", path.name) for path in out.glob(".shard-*.tar.tmp-*")])
+            ):
+                assert running.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert found[0] is not None
+            os.kill(int(found[0][1]), signal.SIGKILL)
+            printed, _ = running.communicate(timeout=200)
+        finally:
+            running.kill()
+    assert running.returncode == 0, printed
+    assert "worker died or was killed" in printed
+    assert printed.splitlines()[-1] == "6000 images, all intact"
