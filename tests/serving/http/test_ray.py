@@ -1,5 +1,6 @@
 """The Ray Serve application on one machine."""
 
+import json
 import os
 import socket
 import subprocess
@@ -71,8 +72,6 @@ ray.shutdown()
 
 @pytest.mark.slow
 def test_a_replica_is_killed_under_load_and_every_request_gets_an_answer(bundle: Path) -> None:
-    import json
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path = os.pathsep.join(str(ROOT / part) for part in (".", "calibration", "export"))
@@ -82,7 +81,9 @@ def test_a_replica_is_killed_under_load_and_every_request_gets_an_answer(bundle:
         capture_output=True, text=True, check=False, timeout=400, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    # Ray prints to stdout as well.
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"sent"')]
+    result = json.loads(line)
     assert result["alive"] == 0
     assert sum(result["outcomes"].values()) == result["sent"]
     assert result["before"] > 0
