@@ -17,7 +17,20 @@ from qdm_deploy import errors
 from qdm_deploy.cli.failures import EXIT_CODES, Failure, Terminated, failure_of
 from qdm_deploy.cli.main import cli
 
-VERBS = ["build", "generate", "batch", "inspect", "verify", "engine", "compare", "evaluate", "export-triton", "doctor"]
+VERBS = [
+    "build",
+    "generate",
+    "batch",
+    "serve",
+    "inspect",
+    "verify",
+    "compare",
+    "evaluate",
+    "engine",
+    "export-triton",
+    "healthcheck",
+    "doctor",
+]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Invoke = Callable[..., Any]

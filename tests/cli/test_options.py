@@ -12,7 +12,7 @@ from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
-from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions
+from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions, ServeOptions
 from qdm_deploy.runtime import BACKENDS
 from qdm_deploy.samplers import SAMPLERS
 
@@ -42,6 +42,7 @@ def options_of(replace: Replace, invoke: Invoke, verb: str, line: str) -> Any:
         ("generate", GenerateOptions, set(), set()),
         ("compare", CompareOptions, set(), set()),
         ("evaluate", EvaluateOptions, set(), set()),
+        ("serve", ServeOptions, set(), {"quiet"}),
     ],
 )
 def test_every_option_of_the_pipeline_is_on_the_command_line(
@@ -59,6 +60,7 @@ def test_defaults_are_those_of_the_pipeline(replace: Replace, invoke: Invoke) ->
     compared = options_of(replace, invoke, "compare", "x.qdm y.qdm")
     assert compared == CompareOptions(a=Path("x.qdm"), b=Path("y.qdm"))
     assert options_of(replace, invoke, "evaluate", "x.qdm") == EvaluateOptions(bundle=Path("x.qdm"))
+    assert options_of(replace, invoke, "serve", "x.qdm") == ServeOptions(bundle=Path("x.qdm"))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,7 @@ def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
         ("compare", "--backend-a"),
         ("verify", "--backend"),
         ("evaluate", "--backend"),
+        ("serve", "--backend"),
     ):
         assert [name for name in BACKENDS if not name.startswith("tensorrt") and name not in words(verb, option)] == []
     assert [
