@@ -274,12 +274,13 @@ class ProcessEngine:
         try:
             while True:
                 problem = await self._live_once()
-                wait = self._policy.failed(time.monotonic()) if self._loaded and self._loaded.done() else None
+                was_loaded = self._loaded is not None and self._loaded.done()
+                wait = self._policy.failed(time.monotonic()) if was_loaded else None
+                self._phase = "dead" if wait is None else "restarting"
                 self._fail_started(str(problem))
                 if wait is None:
                     self._give_up(problem)
                     return
-                self._phase = "restarting"
                 _LOG.error("%s; it is started again in %g s", problem, wait)
                 await asyncio.sleep(wait)
                 self._restarts += 1
@@ -299,7 +300,9 @@ class ProcessEngine:
         self._hung = False
         try:
             async with asyncio.timeout(self._load_timeout):
-                header, _ = await process.read()
+                while (received := await process.read())[0]["kind"] == "log":
+                    self._take(received)
+            header, _ = received
             if header["kind"] == "refused":
                 kind = getattr(errors, header["error"], QdmError)
                 return kind(header["message"])
@@ -350,6 +353,9 @@ class ProcessEngine:
         self._heard = time.monotonic()
         header, arrays = received
         kind = header["kind"]
+        if kind == "log":
+            logging.getLogger(header["name"]).log(header["level"], "%s", header["message"])
+            return
         if kind == "running":
             self._ledger.take_running(header["requests"], self._heard)
             return
