@@ -47,6 +47,19 @@ def test_a_life_in_order(linear: Path, alone: Any) -> None:
     run(body())
 
 
+def test_requests_at_the_same_time_really_share_steps(linear: Path) -> None:
+    async def body() -> None:
+        async with started(linear, faulty=True, max_rows=8) as (engine, recorder):
+            generations = [engine.submit(request(str(index), steps=10 + index)) for index in range(8)]
+            assert [await outcome(generation) for generation in generations] == ["finished"] * 8
+            await until(lambda: sum(rows for rows, _ in recorder.steps) == sum(range(10, 18)))
+            # One by one they would take 108 steps; together as many as the longest, and a few until all had arrived.
+            assert 17 <= len(recorder.steps) <= 24
+            assert all(padding == 0 for _, padding in recorder.steps)
+
+    run(body())
+
+
 def test_a_cancelled_request_frees_its_row(linear: Path) -> None:
     async def body() -> None:
         async with started(linear, faulty=True, max_rows=1) as (engine, _):

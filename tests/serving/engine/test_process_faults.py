@@ -56,6 +56,20 @@ def test_a_hung_step_is_ended(linear: Path, how: str) -> None:
     run(body())
 
 
+def test_a_hung_step_is_ended_though_its_request_is_gone(linear: Path) -> None:
+    async def body() -> None:
+        async with started(linear, faulty=True, step_timeout=0.6, max_rows=1) as (engine, _):
+            assert await outcome(engine.submit(request("hangs", label=HANGS, deadline=0.2))) == "deadline"
+            # Others come and go by their deadlines; none of them gives the child more time.
+            while engine.state.phase == "ready":
+                assert await outcome(engine.submit(request("waits", deadline=0.1))) == "deadline"
+                assert engine.state.restarts == 0
+            await until(lambda: engine.state.phase == "ready")
+            assert await outcome(engine.submit(request("next"))) == "finished"
+
+    run(body())
+
+
 def test_faults_stay_with_their_request(linear: Path, alone: Any) -> None:
     async def body() -> None:
         async with started(linear, faulty=True, deterministic=True) as (engine, _):
