@@ -26,7 +26,26 @@ from qdm_deploy.serving.wire import Frame, frame, receive_frame, request_from
 
 __all__ = ["main", "serve"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("qdm_deploy.serving.child")  # not __name__: this module runs as __main__
+
+
+class _Told(logging.Handler):
+    """Keeps log records until they are sent: the parent writes all logs of the service in one form."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record, with its traceback in the message."""
+        self._frames.put(frame("log", level=record.levelno, name=record.name, message=self.format(record)))
+
+    def take(self) -> bytes:
+        """The frames since the last call."""
+        return b"".join(self._frames.get() for _ in range(self._frames.qsize()))
+
+
+_TOLD = _Told()
 
 
 def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
@@ -70,7 +89,7 @@ def _step_for_ever(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]", ste
         happened += stepper.begin(time.monotonic())
         # One write for each step: what came of the last one, and who takes part in the next. It is sent before the step
         # runs, so that the parent knows whose step it was when this process dies in it.
-        stream.sendall(_told(happened) + _running(scheduler))
+        stream.sendall(_TOLD.take() + _told(happened) + _running(scheduler))
         happened = stepper.run()
 
 
@@ -119,9 +138,15 @@ def _receive_all(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]") -> No
     os._exit(0)
 
 
+def _last_words(stream: socket.socket, status: int) -> int:
+    with suppress(OSError):
+        stream.sendall(_TOLD.take())
+    return status
+
+
 def main(arguments: list[str], open_: Open = open_bundle_session) -> int:
     """The process; returns its exit status."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(handlers=[_TOLD], level=logging.INFO, format="%(message)s")
     # Where memory runs out, the system should end this process, which is started again, and not its parent.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
@@ -130,10 +155,10 @@ def main(arguments: list[str], open_: Open = open_bundle_session) -> int:
             serve(stream, open_)
         except MemoryError:
             _LOG.exception("out of memory")
-            return EXIT_OUT_OF_MEMORY
+            return _last_words(stream, EXIT_OUT_OF_MEMORY)
         except EngineBroken:
             _LOG.exception("the session is broken")
-            return EXIT_BROKEN
+            return _last_words(stream, EXIT_BROKEN)
         except ConnectionError:
             return 0  # the parent is gone
     return 0

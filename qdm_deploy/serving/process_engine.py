@@ -108,6 +108,7 @@ class ProcessEngine:
         self._empty = asyncio.Event()
         self._empty.set()
         self._heard = 0.0
+        self._idle = True
         self._hung = False
 
     # ------------------------------------------------------------------------------------------------ the contract
@@ -217,8 +218,9 @@ class ProcessEngine:
 
     def _hand_over(self, generation: LiveGeneration) -> None:
         if self._process is not None and self._phase == "ready":
-            if len(self._ledger.alive) == 1:
-                self._heard = time.monotonic()  # the child was idle, and owes us a word from now on
+            if self._idle:
+                self._idle = False
+                self._heard = time.monotonic()  # it owes us a word from now on
             deadline = generation.request.deadline
             until = None if deadline is None else generation.submitted + deadline
             self._process.write(submission(generation.request, until))
@@ -274,12 +276,13 @@ class ProcessEngine:
         try:
             while True:
                 problem = await self._live_once()
-                wait = self._policy.failed(time.monotonic()) if self._loaded and self._loaded.done() else None
+                was_loaded = self._loaded is not None and self._loaded.done()
+                wait = self._policy.failed(time.monotonic()) if was_loaded else None
+                self._phase = "dead" if wait is None else "restarting"
                 self._fail_started(str(problem))
                 if wait is None:
                     self._give_up(problem)
                     return
-                self._phase = "restarting"
                 _LOG.error("%s; it is started again in %g s", problem, wait)
                 await asyncio.sleep(wait)
                 self._restarts += 1
@@ -299,7 +302,9 @@ class ProcessEngine:
         self._hung = False
         try:
             async with asyncio.timeout(self._load_timeout):
-                header, _ = await process.read()
+                while (received := await process.read())[0]["kind"] == "log":
+                    self._take(received)
+            header, _ = received
             if header["kind"] == "refused":
                 kind = getattr(errors, header["error"], QdmError)
                 return kind(header["message"])
@@ -326,6 +331,7 @@ class ProcessEngine:
         self._maker = JobMaker(self._model, self._schedule, header["max_rows"])
         self._phase = "ready"
         self._heard = time.monotonic()
+        self._idle = True
         for generation in self._ledger.alive.values():
             self._hand_over(generation)
         if self._loaded is not None and not self._loaded.done():
@@ -337,7 +343,9 @@ class ProcessEngine:
         suspected = False
         while True:
             await asyncio.sleep(pause)
-            silent = bool(self._ledger.alive) and time.monotonic() - self._heard > self._step_timeout
+            # A step may hang for a request that has ended here by its deadline: the child is busy all the same.
+            busy = bool(self._ledger.alive) or not self._idle
+            silent = busy and time.monotonic() - self._heard > self._step_timeout
             # Not at the first sight: if this loop itself was held up, what the child said lies unread.
             if silent and suspected:
                 self._hung = True
@@ -350,7 +358,11 @@ class ProcessEngine:
         self._heard = time.monotonic()
         header, arrays = received
         kind = header["kind"]
+        if kind == "log":
+            logging.getLogger(header["name"]).log(header["level"], "%s", header["message"])
+            return
         if kind == "running":
+            self._idle = not header["requests"]
             self._ledger.take_running(header["requests"], self._heard)
             return
         if kind == "stepped":

@@ -1,11 +1,8 @@
-"""The engine in its process: real children, really killed."""
+"""The engine in its process: admission, outcomes, drain."""
 
 import asyncio
 import os
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,82 +11,9 @@ import pytest
 
 from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError
 from qdm_deploy.runtime import OnnxRuntimeSession
-from qdm_deploy.serving import ProcessEngine, RestartPolicy
-from qdm_deploy.serving.contract import AdmissionRefused, GenerationFailed, GenerationRequest
-from tests.serving.engine.faulty_child import HANGS, NO_MEMORY, NOT_A_NUMBER, RAISES
-
-FAULTY = (str(Path(__file__).with_name("faulty_child.py")),)
-
-
-class Recorder:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, int]] = []
-        self.refusals: list[str] = []
-        self.outcomes: list[tuple[str, int]] = []
-        self.restarts = 0
-
-    def stepped(self, rows: int, padding_rows: int, seconds: float) -> None:
-        assert seconds > 0
-        self.steps.append((rows, padding_rows))
-
-    def refused(self, reason: str) -> None:
-        self.refusals.append(reason)
-
-    def ended(self, outcome: str, images: int, queue_seconds: float, seconds: float) -> None:
-        assert 0 <= queue_seconds <= seconds
-        self.outcomes.append((outcome, images))
-
-    def restarted(self) -> None:
-        self.restarts += 1
-
-
-@asynccontextmanager
-async def started(
-    bundle: Path, *, faulty: bool = False, **options: Any
-) -> AsyncIterator[tuple[ProcessEngine, Recorder]]:
-    chosen = {
-        "backend": "onnxruntime",
-        "threads": 1,
-        "max_rows": 4,
-        "restarts": RestartPolicy(first_wait=0.05),
-        **options,
-    }
-    engine = ProcessEngine(bundle, **chosen)
-    if faulty:
-        engine._program = FAULTY
-    recorder = Recorder()
-    engine.add_observer(recorder)
-    try:
-        await engine.start()
-        yield engine, recorder
-    finally:
-        await engine.close()
-
-
-def request(name: str, images: int = 1, label: int = 0, **fields: Any) -> GenerationRequest:
-    return GenerationRequest(name, tuple(range(images)), class_labels=(label,) * images, **{"steps": 5, **fields})
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def outcome(generation: Any) -> str:
-    """ "finished", or the reason of its failure."""
-    try:
-        async with asyncio.timeout(60):
-            await generation.result()
-    except GenerationFailed as failure:
-        return failure.reason
-    return "finished"
-
-
-def run(body: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(body)
+from qdm_deploy.serving import ProcessEngine
+from qdm_deploy.serving.contract import AdmissionRefused
+from tests.serving.engine.running import outcome, request, run, started, until
 
 
 def test_a_life_in_order(linear: Path, alone: Any) -> None:
@@ -123,68 +47,15 @@ def test_a_life_in_order(linear: Path, alone: Any) -> None:
     run(body())
 
 
-def test_killed_child_fails_what_ran_and_the_next_one_runs_what_waited(linear: Path) -> None:
+def test_requests_at_the_same_time_really_share_steps(linear: Path) -> None:
     async def body() -> None:
-        async with started(linear, faulty=True, max_rows=1) as (engine, recorder):
-            ran, waited = engine.submit(request("ran", steps=100)), engine.submit(request("waited"))
-            await until(lambda: engine.state.running_rows == 1)
-            assert engine.pid is not None
-            os.kill(engine.pid, signal.SIGKILL)
-            with pytest.raises(GenerationFailed, match=r"killed \(SIGKILL\).*ran out of memory.*can be repeated"):
-                await ran.result()
-            assert engine.state.phase == "restarting"
-            with pytest.raises(AdmissionRefused, match="is being restarted") as refusal:
-                engine.submit(request("early"))
-            assert refusal.value.reason == "loading"
-            assert await outcome(waited) == "finished"
-            assert await outcome(engine.submit(request("new"))) == "finished"
-            assert (engine.state.phase, engine.state.restarts, recorder.restarts) == ("ready", 1, 1)
-            assert recorder.outcomes == [("engine_error", 0), ("finished", 1), ("finished", 1)]
-
-    run(body())
-
-
-@pytest.mark.parametrize("how", ["hangs", "stopped"])
-def test_a_hung_step_is_ended(linear: Path, how: str) -> None:
-    async def body() -> None:
-        async with started(linear, faulty=True, step_timeout=0.5, max_rows=2) as (engine, _):
-            if how == "hangs":
-                generation = engine.submit(request("hangs", label=HANGS))
-            else:
-                generation = engine.submit(request("stopped", steps=100))
-                await until(lambda: engine.state.running_rows == 1)
-                assert engine.pid is not None
-                os.kill(engine.pid, signal.SIGSTOP)
-            with pytest.raises(GenerationFailed, match=r"a denoising step hung for more than 0\.5 s"):
-                await generation.result()
-            await until(lambda: engine.state.phase == "ready")
-            assert await outcome(engine.submit(request("next"))) == "finished"
-
-    run(body())
-
-
-def test_faults_stay_with_their_request(linear: Path, alone: Any) -> None:
-    async def body() -> None:
-        async with started(linear, faulty=True, deterministic=True) as (engine, _):
-            neighbour = request("neighbour", steps=30, sampler="ddpm")
-            before = (await engine.submit(neighbour).result()).samples
-            again = engine.submit(neighbour)
-            assert await outcome(engine.submit(request("nan", label=NOT_A_NUMBER))) == "not_finite"
-            assert await outcome(engine.submit(request("raises", label=RAISES))) == "engine_error"
-            assert await outcome(engine.submit(request("huge", label=0, guidance=-3e38))) in ("finished", "not_finite")
-            np.testing.assert_array_equal((await again.result()).samples, before)
-            assert engine.state.restarts == 0
-
-    run(body())
-
-
-def test_out_of_memory_ends_the_child_and_not_the_engine(linear: Path) -> None:
-    async def body() -> None:
-        async with started(linear, faulty=True) as (engine, _):
-            with pytest.raises(GenerationFailed, match="ran out of memory"):
-                await engine.submit(request("large", label=NO_MEMORY)).result()
-            await until(lambda: engine.state.phase == "ready")
-            assert await outcome(engine.submit(request("next"))) == "finished"
+        async with started(linear, faulty=True, max_rows=8) as (engine, recorder):
+            generations = [engine.submit(request(str(index), steps=10 + index)) for index in range(8)]
+            assert [await outcome(generation) for generation in generations] == ["finished"] * 8
+            await until(lambda: sum(rows for rows, _ in recorder.steps) == sum(range(10, 18)))
+            # One by one they would take 108 steps; together as many as the longest, and a few until all had arrived.
+            assert 17 <= len(recorder.steps) <= 24
+            assert all(padding == 0 for _, padding in recorder.steps)
 
     run(body())
 
@@ -273,21 +144,6 @@ def test_drain_fails_what_does_not_finish_in_time(linear: Path) -> None:
     run(body())
 
 
-def test_it_gives_up_when_failures_are_frequent(linear: Path) -> None:
-    async def body() -> None:
-        policy = RestartPolicy(first_wait=0.01, max_failures=2)
-        async with started(linear, faulty=True, restarts=policy) as (engine, _):
-            assert await outcome(engine.submit(request("a", label=NO_MEMORY))) == "engine_error"
-            await until(lambda: engine.state.phase == "ready")
-            assert await outcome(engine.submit(request("b", label=NO_MEMORY))) == "engine_error"
-            await until(lambda: engine.state.phase == "dead")
-            with pytest.raises(AdmissionRefused) as refusal:
-                engine.submit(request("c"))
-            assert refusal.value.reason == "engine_dead"
-
-    run(body())
-
-
 def test_what_cannot_be_loaded_is_said_at_the_start(linear: Path, tmp_path: Path) -> None:
     async def body() -> None:
         with pytest.raises(BundleError, match="missing"):
@@ -307,6 +163,15 @@ def test_what_cannot_be_loaded_is_said_at_the_start(linear: Path, tmp_path: Path
         broken._program = ("-c", "import os; os.abort()")
         with pytest.raises(EnvironmentProblem, match="crashed with SIGABRT"):
             await broken.start()
+        full = ProcessEngine(linear)
+        program = (
+            "import sys\nfrom qdm_deploy.serving.child import main\n"
+            "def load(*_): raise MemoryError\n"
+            "sys.exit(main(sys.argv[1:], load))"
+        )
+        full._program = ("-c", program)
+        with pytest.raises(EnvironmentProblem, match="the engine process ran out of memory"):
+            await full.start()
         slow = ProcessEngine(linear, load_timeout=0.1)
         slow._program = ("-c", "import time; time.sleep(60)")
         with pytest.raises(EnvironmentProblem, match=r"did not load the bundle within 0\.1 s"):
@@ -333,39 +198,3 @@ def test_a_changed_byte_is_found_before_anything_is_served(linear: Path, tmp_pat
                 pass
 
     run(body())
-
-
-def test_the_child_ends_with_its_parent(linear: Path) -> None:
-    import subprocess
-    import sys
-
-    program = (
-        "import asyncio, os, sys\n"
-        "from pathlib import Path\n"
-        "from qdm_deploy.serving import ProcessEngine\n"
-        "async def main():\n"
-        "    engine = ProcessEngine(Path(sys.argv[1]), backend='onnxruntime', threads=1)\n"
-        "    await engine.start()\n"
-        "    print(engine.pid, flush=True)\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, str(linear)], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        os.kill(child, 0)
-        parent.kill()
-        parent.wait()
-        for _ in range(500):
-            if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-                return
-            time.sleep(0.01)
-    pytest.fail("the engine process outlived its parent by 5 seconds")
-
-
-def test_back_off_doubles_forgets_and_ends() -> None:
-    policy = RestartPolicy(first_wait=1.0, longest_wait=3.0, max_failures=5, window=100.0)
-    assert [policy.failed(now) for now in (0.0, 1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0, 3.0]
-    assert policy.failed(101.5) == 3.0  # two of them are forgotten
-    assert policy.failed(102.0) == 3.0
-    assert RestartPolicy(max_failures=1).failed(0.0) is None
