@@ -82,9 +82,9 @@ def _obey(received: Frame, scheduler: Scheduler, maker: JobMaker) -> list[Happen
     request, deadline = request_from(received)
     try:
         scheduler.submit(maker.job(request, deadline))
-    except (QdmError, ValueError) as error:
-        # The parent checked it with the same code.
-        return [Failed(request.request_id, "engine_error", str(error))]
+    except Exception as error:  # noqa: BLE001 - the parent checked it with the same code, so this is no known error
+        _LOG.exception("the request %s cannot be taken in", request.request_id)
+        return [Failed(request.request_id, "engine_error", f"the engine cannot take it in: {type(error).__name__}")]
     return []
 
 

@@ -60,8 +60,13 @@ class EngineProcess:
             raise
         finally:
             theirs.close()  # or the end of the child would not end the stream
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        try:
+            ours.setblocking(False)
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            process.kill()
+            raise
         opened = cls(process, reader, writer)
         opened.write(frame("open", settings=settings.to_json()))
         return opened

@@ -15,7 +15,7 @@ from qdm_deploy.serving.scheduler import Image, Scheduler
 __all__ = ["Done", "EngineBroken", "Failed", "Happened", "Shown", "Stepped", "Stepper"]
 
 _LOG = logging.getLogger(__name__)
-_STEPS_WITHOUT_SUCCESS = 3
+_BAD_STEPS = 3
 
 
 class EngineBroken(Exception):
@@ -74,6 +74,7 @@ class Stepper:
         self.scheduler = scheduler
         self._runner = runner
         self._without_success = 0
+        self._failed_batches = 0
 
     def begin(self, now: float) -> list[Happened]:
         """Before a step: end what is late, start what fits."""
@@ -91,7 +92,7 @@ class Stepper:
 
         Raises:
             MemoryError: there is no memory for this batch.
-            EngineBroken: nothing could be run several times over.
+            EngineBroken: several steps after each other nothing could be run, or only without a batch.
         """
         images = self.scheduler.running
         if not images:
@@ -108,11 +109,18 @@ class Stepper:
             _LOG.exception("a batch of %d images failed; its requests are run one by one", len(images))
             # A mixed batch may have moved one part before the other failed.
             waiting = [image for image, step in zip(images, before, strict=True) if image.step == step]
-            happened += self._one_by_one(waiting)
+            failed = self._one_by_one(waiting)
+            happened += failed
+            self._failed_batches = 0 if failed else self._failed_batches + 1
+        else:
+            self._failed_batches = 0
         moved = [image for image, step in zip(images, before, strict=True) if image.step > step]
         self._without_success = 0 if moved else self._without_success + 1
-        if self._without_success >= _STEPS_WITHOUT_SUCCESS:
+        if self._without_success >= _BAD_STEPS:
             raise EngineBroken(f"{self._without_success} steps after each other failed for every request")
+        if self._failed_batches >= _BAD_STEPS:
+            # Native code that is out of memory says so in many ways; going on one by one would be slow for ever.
+            raise EngineBroken(f"{self._failed_batches} batches after each other failed, and no request of them alone")
         happened += self._fail_not_finite(moved)
         alive = self.scheduler.alive
         for image in moved:

@@ -112,6 +112,6 @@ def _parsed(header: bytes, payload: bytes) -> Frame:
     for shape in fields["arrays"]:
         count = math.prod(shape)
         array = np.frombuffer(payload, "<f4", count, offset).reshape(shape)
-        arrays.append(array.astype(np.float32, copy=False))
+        arrays.append(array.astype(np.float32))  # the caller's own, where the payload could not be written to
         offset += 4 * count
     return fields, arrays

@@ -17,7 +17,7 @@ from qdm_deploy import errors
 from qdm_deploy.cli.failures import EXIT_CODES, Failure, Terminated, failure_of
 from qdm_deploy.cli.main import cli
 
-VERBS = ["build", "generate", "inspect", "verify", "engine", "compare", "evaluate", "doctor"]
+VERBS = ["build", "generate", "inspect", "verify", "engine", "compare", "evaluate", "serve", "healthcheck", "doctor"]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Invoke = Callable[..., Any]

@@ -11,7 +11,7 @@ import pytest
 from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
-from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions
+from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions, ServeOptions
 from qdm_deploy.runtime import BACKENDS
 from qdm_deploy.samplers import SAMPLERS
 
@@ -41,6 +41,7 @@ def options_of(replace: Replace, invoke: Invoke, verb: str, line: str) -> Any:
         ("generate", GenerateOptions, set(), set()),
         ("compare", CompareOptions, set(), set()),
         ("evaluate", EvaluateOptions, set(), set()),
+        ("serve", ServeOptions, set(), {"quiet"}),
     ],
 )
 def test_every_option_of_the_pipeline_is_on_the_command_line(
@@ -58,6 +59,7 @@ def test_defaults_are_those_of_the_pipeline(replace: Replace, invoke: Invoke) ->
     compared = options_of(replace, invoke, "compare", "x.qdm y.qdm")
     assert compared == CompareOptions(a=Path("x.qdm"), b=Path("y.qdm"))
     assert options_of(replace, invoke, "evaluate", "x.qdm") == EvaluateOptions(bundle=Path("x.qdm"))
+    assert options_of(replace, invoke, "serve", "x.qdm") == ServeOptions(bundle=Path("x.qdm"))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,7 @@ def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
         ("compare", "--backend-a"),
         ("verify", "--backend"),
         ("evaluate", "--backend"),
+        ("serve", "--backend"),
     ):
         assert [name for name in BACKENDS if not name.startswith("tensorrt") and name not in words(verb, option)] == []
     assert [name for name in BACKENDS if name.startswith("tensorrt") and name not in words("engine", "--backend")] == []

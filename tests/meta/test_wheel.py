@@ -15,7 +15,8 @@ IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
 import qdm_deploy
 for module in pkgutil.walk_packages(qdm_deploy.__path__, "qdm_deploy."):
-    if not module.name.endswith("__main__"):
+    # What the folder http holds needs the extra serve.
+    if not module.name.endswith("__main__") and not module.name.startswith("qdm_deploy.serving.http."):
         importlib.import_module(module.name)
 print(qdm_deploy.__file__)
 """

@@ -105,6 +105,25 @@ def test_a_session_that_fails_whatever_it_is_given_is_given_up() -> None:
         happened.extend(run(engine, poison))
 
 
+def test_a_session_that_only_runs_single_requests_is_given_up_but_one_bad_batch_is_not() -> None:
+    class Small(FakeSession):
+        failures = 1
+
+        def run(self, inputs: Any) -> Any:
+            if len(inputs["timestep"]) > 1 and self.failures:
+                self.failures -= 1
+                raise RuntimeError("std::bad_alloc")
+            return super().run(inputs)
+
+    singles = [GenerationRequest(str(index), (index,), steps=6, class_labels=(0,)) for index in range(2)]
+    done = [item for item in run(stepper(Small()), singles) if isinstance(item, Done)]
+    assert len(done) == 2
+    session = Small()
+    session.failures = 99
+    with pytest.raises(EngineBroken, match="3 batches after each other failed, and no request of them alone"):
+        list(run(stepper(session), singles))
+
+
 def test_out_of_memory_is_nobodys_fault_and_ends_the_process() -> None:
     class Full(FakeSession):
         def run(self, inputs: Any) -> Any:

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import httpx
 import pytest
 import uvicorn
 
+from qdm_deploy.artifacts.bundle import BundleWriter
+from qdm_deploy.artifacts.manifest import Compatibility
 from qdm_deploy.serving.http.app import create_app
 from qdm_deploy.serving.http.protocol import protocol_class
 from qdm_deploy.serving.http.settings import HttpSettings
@@ -197,3 +200,34 @@ def serve_bundle(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
             return running.enter_context(process_of([*command, "-q", *arguments], name))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional bundle whose network is linear, so that it starts at once: [3, 4, 4], 5 labels."""
+    from tests.runtime.conftest import write_tiny
+
+    folder = tmp_path_factory.mktemp("served")
+    tiny = write_tiny(folder / "step.onnx", conditional=True)
+    model = tiny.spec.model_copy(update={"name": "served", "labels": ("shirt", "bag", "boot", "coat", "dress")})
+    scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2}
+    with BundleWriter(folder / "served.qdm") as writer:
+        for name in ("unet", "scheduler"):
+            (writer.root / name).mkdir()
+        shutil.copyfile(tiny.graph, writer.root / "unet/onnxruntime.onnx")
+        (writer.root / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+        writer.publish(
+            name="served", model=model, targets=("onnxruntime",), provenance={}, recipe={},
+            compatibility=Compatibility(opset=21, min_runtime="0.1.0"),
+        )  # fmt: skip
+    return folder / "served.qdm"
+
+
+@pytest.fixture
+def invoke_cli() -> Callable[..., Any]:
+    """Runs a command line in this process."""
+    from click.testing import CliRunner
+
+    from qdm_deploy.cli.main import cli
+
+    return lambda *arguments: CliRunner().invoke(cli, list(arguments))

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -107,6 +110,24 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(served: Any) -> None
         looked_up = set(re.findall(r'(?:\$|getElementById)\("([\w-]+)"\)', scripts))
         assert looked_up
         assert looked_up <= set(re.findall(r'id="([\w-]+)"', page.text))
+
+
+@pytest.mark.slow
+def test_the_page_runs_in_a_browser_under_its_own_policy(served: Any, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium, so the page's scripts are not tried")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
+        "--enable-logging=stderr", "--virtual-time-budget=4000", "--dump-dom", f"{served.url}/",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    page = done.stdout
+    assert re.search(r'<h1 id="model">toy</h1>', page), done.stderr[-2000:]
+    assert re.search(r'id="phase"[^>]*>ready<', page)
+    assert re.findall(r"<option[^>]*>([^<]+)</option>", page)[:4] == ["in turn, by the seed", "shirt", "bag", "boot"]
+    assert page.count('class="empty"') == 8  # one cell for each row of the batch
+    assert "CONSOLE" not in done.stderr  # neither an exception nor something that the policy blocked
 
 
 def test_log_lines_are_json_without_prompts_or_keys(toy_process: Any) -> None:

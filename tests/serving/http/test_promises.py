@@ -151,6 +151,19 @@ def test_r7_sigterm_finishes_what_was_admitted_and_refuses_the_rest(toy_process:
     ]  # fmt: skip
 
 
+def test_r7_a_stream_that_has_begun_is_finished_too(toy_process: Any) -> None:
+    server = toy_process(step_seconds=0.02)
+    server.wait_until_ready()
+    wish = {"num_inference_steps": 50, "stream": True, "partial_images": 10}
+    with httpx.stream("POST", server.url + GENERATIONS, json=wish, timeout=20) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: image_generation.partial_image"
+        server.process.send_signal(signal.SIGTERM)
+        names = [line for line in lines if line.startswith("event: ")]
+    assert names == ["event: image_generation.partial_image"] * 9 + ["event: image_generation.completed"]
+    assert server.process.wait(10) == 0
+
+
 def test_r7_a_drain_ends_in_time_and_fails_what_is_left(toy_process: Any) -> None:
     server = toy_process(step_seconds=0.1, drain_timeout=0.5)
     server.wait_until_ready()
