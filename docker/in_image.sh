@@ -24,7 +24,7 @@ done
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount -o remount,bind,ro "$root/sys"
-mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$root/tmp"
+mount -t tmpfs -o mode=1777,nosuid,nodev,noexec tmpfs "$root/tmp"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 for device in null zero random urandom; do
     touch "$root/dev/$device"
