@@ -1,6 +1,11 @@
 """INT8 deployment of diffusion U-Nets: ``from qdm_deploy import build, generate``. Importing it loads no stage."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime sends usage data unless this is set before it is first imported; it also leaves a device number and files
+# in the user's cache. Whoever wants that can set it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from qdm_deploy.pipeline import BuildOptions as BuildOptions
