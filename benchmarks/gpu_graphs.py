@@ -1,4 +1,4 @@
-"""The graphs that the GPU suite compares, emitted from a bundle's plan or, for skip concatenations, from new plans."""
+"""The graphs that the GPU suite compares, emitted from a bundle's plan or from plans made for it."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 
-__all__ = ["concat_graphs", "forms_of_plan", "plan_graphs", "without_layers"]
+__all__ = ["calibrated_graphs", "forms_of_plan", "plan_graphs", "without_layers"]
 
 
 def without_layers(plan: QuantizationPlan) -> QuantizationPlan:
@@ -47,8 +47,11 @@ def plan_graphs(bundle: Bundle, folder: Path) -> dict[str, Path]:
     return {name: save_form(model, folder / name.replace(" ", "_")) for name, (model, _) in forms.items()}
 
 
-def concat_graphs(folder: Path) -> dict[str, Path]:
-    """The embedded model with one scale at skip concatenations, one per branch, and one kernel per branch."""
+def calibrated_graphs(folder: Path) -> dict[str, Path]:
+    """The embedded model planned anew: the forms of scales at skip concatenations, and step gains in eight bins.
+
+    The default plan of the embedded model has no step gains, so what they cost shows here, beside "concat branch".
+    """
     from bench import case, write_graph
     from concat_forms import split_case
 
@@ -57,6 +60,7 @@ def concat_graphs(folder: Path) -> dict[str, Path]:
         "concat none": (model, model.built(concat_scales="none")),
         "concat branch": (model, model.built(concat_scales="branch")),
     }
+    plans["step gains, 8 bins"] = (model, model.built(concat_scales="branch", step_bins=8))
     split = split_case(model)
     plans["concat split"] = (split, split.built(concat_scales="none"))
     return {

@@ -47,6 +47,7 @@ class StepEngine:
         self._logger = _logger(self._library)
         self._scratch = 0
         self._contexts: dict[int, Any] = {}
+        self._rows: dict[int, int] = {}  # what each context is set to
         self._runtime: Any = self._library.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
@@ -88,21 +89,21 @@ class StepEngine:
 
     def _context(self, rows: int, addresses: dict[str, int], stream: int) -> Any:
         key = 0 if self._flavour.records_graphs else rows
-        context = self._contexts.get(key)
-        if context is None:
-            context = self._new_context(stream)
-            self._contexts[key] = context
+        known = self._contexts.get(key)
+        if known is not None and self._rows[key] == rows:
+            return known
+        context = self._new_context(stream) if known is None else known
+        if known is None:
             for name, address in addresses.items():
                 if not context.set_tensor_address(name, address):
                     raise self._refusal(f"take the address of {name}")
-        elif not self._flavour.records_graphs:
-            return context  # its shapes are set
         for spec in self.inputs:
             if not context.set_input_shape(spec.name, (rows, *spec.shape)):
                 raise self._refusal(f"take {rows} rows of {spec.name}")
         missing = context.infer_shapes()
         if missing:
             raise self._refusal(f"infer shapes without {', '.join(missing)}")
+        self._contexts[key], self._rows[key] = context, rows
         return context
 
     def _new_context(self, stream: int) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qdm_deploy.batch import batch_status, verify_batch
 from qdm_deploy.batch.formats import read_indices
-from qdm_deploy.errors import BundleError, CheckFailed, EnvironmentProblem, InputError
+from qdm_deploy.errors import BundleError, CheckFailed, InputError
 from qdm_deploy.pipeline import GenerateOptions, generate
 from qdm_deploy.runtime.images import read_metadata
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
 def test_what_is_missing_here_is_said(make: Make, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         make(tmp_path / "out", bundle=tmp_path / "nowhere")
-    with pytest.raises(EnvironmentProblem, match="the backend 'tensorrt' builds engines but has no session"):
+    with pytest.raises(BundleError, match="no graph for 'tensorrt'; it has: onnxruntime"):
         make(tmp_path / "out", backend="tensorrt")
     assert list(tmp_path.iterdir()) == []
 

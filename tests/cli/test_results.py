@@ -111,6 +111,7 @@ def test_generate_prints_where_the_images_are(replace: Replace, invoke: Invoke, 
         seconds=4.0,
         images_per_second=0.5,
         backend={"backend": "openvino"},
+        precision="int8",
         seeds=(0, 1),
     )  # fmt: skip)
     replace("generate", lambda options, progress: made)

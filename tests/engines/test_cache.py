@@ -51,6 +51,7 @@ def test_entry_is_built_once_and_found_again(cache: EngineCache) -> None:
         {"target": "SM 12.0"},
         {"profile": BatchProfile(1, 4, 8)},
         {"options": BuildOptions(workspace_bytes=1 << 30)},
+        {"options": BuildOptions(auxiliary_streams=0)},
     ],
 )
 def test_everything_an_engine_depends_on_changes_its_key(change: dict[str, object]) -> None:

@@ -156,7 +156,10 @@ def test_external_data_is_found_and_part_of_the_key(blocks: Blocks, cache: Engin
     path = tmp_path / "external.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=256)
     engine = engine_from_onnx(
-        path, cache=cache, profile=BatchProfile(1, 2, 2), options=BuildOptions(2, workspace_bytes=1 << 30)
+        path,
+        cache=cache,
+        profile=BatchProfile(1, 2, 2),
+        options=BuildOptions(2, workspace_bytes=1 << 30, auxiliary_streams=0),
     )
     assert engine.audit.summary()["convolutions_int8"] == 1
     (entry,) = cache.list_engines()

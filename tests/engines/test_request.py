@@ -95,7 +95,9 @@ def test_tensorrt_path_goes_as_far_as_loading_the_plan(
     tmp_path: Path, new_graph: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The two modules share their API, so the one that runs without a GPU stands in for the other up to the inspector.
-    monkeypatch.setitem(sys.modules, "tensorrt", importlib.import_module("tensorrt_rtx"))
+    library = importlib.import_module("tensorrt_rtx")
+    monkeypatch.setattr(library, "__version__", "10.13.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
     graph = new_graph()
     graph.node("Relu", ["x"], "y")
     request = request_for(tmp_path, "tensorrt", graph.save(tmp_path / "g.onnx"))
@@ -217,3 +219,8 @@ def test_driver_release_is_read_from_the_kernel_module(tmp_path: Path) -> None:
     assert driver_release(report) == "580.65.06"
     report.write_text("something else\n")
     assert driver_release(report) is None
+
+
+def test_the_number_of_auxiliary_streams_is_not_negative() -> None:
+    with pytest.raises(InputError, match="the number of auxiliary streams is 0 or more, not -1"):
+        BuildOptions(auxiliary_streams=-1)

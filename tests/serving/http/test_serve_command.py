@@ -219,7 +219,7 @@ def test_options_that_serve_refuses(
     assert says in result.output
 
 
-@pytest.mark.parametrize(("backend", "code"), [("abacus", 2), ("tensorrt", 4)])
+@pytest.mark.parametrize(("backend", "code"), [("abacus", 2), ("tensorrt", 3)])
 def test_an_engine_that_cannot_start_ends_the_command(bundle: Path, backend: str, code: int) -> None:
     done = qdm("serve", str(bundle), "--port", "0", "--backend", backend)
     assert done.returncode == code, done.stderr
