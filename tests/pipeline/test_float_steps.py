@@ -125,7 +125,9 @@ def test_generating_comparing_and_verifying_run_the_float_steps(mixed_build: Bui
     bundle = mixed_build.bundle
     below = Bundle.open(bundle).manifest.float_below
     made = generate(
-        GenerateOptions(bundle=bundle, out=tmp_path / "out", count=1, steps=4, backend="onnxruntime", threads=1)
+        GenerateOptions(
+            bundle=bundle, out=tmp_path / "out", count=1, steps=4, backend="onnxruntime", precision="int8", threads=1
+        )
     )
     assert made.backend["float_below"] == below
     assert read_metadata(made.images[0]).backend == f"onnxruntime int8, float below timestep {below}"

@@ -109,7 +109,7 @@ def test_an_unconditional_model_makes_pictures_without_labels(rgb: Path, tmp_pat
         ),
         ("labels", {"label": "3"}, r"unknown label '3'"),
         ("labels", {"backend": "onxruntime"}, r"backend 'onxruntime' is unknown; choose one of auto, onnxruntime"),
-        ("labels", {"precision": "int4"}, r"precision 'int4' is unknown; choose int8 or float"),
+        ("labels", {"precision": "int4"}, r"precision 'int4' is unknown; choose auto, int8 or float"),
         ("labels", {"threads": 0}, r"0 threads cannot run anything"),
         ("labels", {"steps": 1001}, r"1001"),
         ("rgb", {"label": "7"}, r"rgb is not class-conditional; leave --label out"),

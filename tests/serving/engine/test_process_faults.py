@@ -61,9 +61,11 @@ def test_a_hung_step_is_ended_though_its_request_is_gone(linear: Path) -> None:
         async with started(linear, faulty=True, step_timeout=0.6, max_rows=1) as (engine, _):
             assert await outcome(engine.submit(request("hangs", label=HANGS, deadline=0.2))) == "deadline"
             # Others come and go by their deadlines; none of them gives the child more time.
+            waited = 0
             while engine.state.phase == "ready":
                 assert await outcome(engine.submit(request("waits", deadline=0.1))) == "deadline"
-                assert engine.state.restarts == 0
+                waited += 1
+                assert waited < 50
             await until(lambda: engine.state.phase == "ready")
             assert await outcome(engine.submit(request("next"))) == "finished"
 
