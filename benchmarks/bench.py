@@ -23,7 +23,7 @@ from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.importance import StepImportance, measure_importance
+from qdm_deploy.pipeline.importance import StepImportance, importance_table, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.planning import planned
 from qdm_deploy.report.machine import library_versions, machine_card
@@ -87,10 +87,12 @@ class Case:
     def built(self, **options: Any) -> QuantizationPlan:
         """The plan that `build` makes with these options (``BuildOptions``), from this calibration set."""
         given = BuildOptions(out=Path("unused"), sensitivity=False, **options)
-        table = step_table(self.schedule, given.sampler, given.steps)
+        spec = self.checkpoint.spec
 
         def importance() -> StepImportance:
-            return measure_importance(self.checkpoint.unet, self.checkpoint.spec, table)
+            steps = given.steps
+            table = importance_table(self.schedule, given.sampler, steps, learned_variance=spec.learned_variance)
+            return measure_importance(self.checkpoint.unet, spec, table)
 
         return planned(
             given, self.checkpoint, self.topology, self.calibration, self.statistics,

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.importance import StepImportance, measure_importance
+from qdm_deploy.pipeline.importance import StepImportance, importance_table, measure_importance
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.planning import check_modelopt, check_step_bins, planned
 from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.ranges import InputRanges, input_ranges
 from qdm_deploy.runtime.conditioning import conditioning_of, read_hidden_states
-from qdm_deploy.samplers import StepTable
+from qdm_deploy.samplers import NoiseSchedule, StepTable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -121,7 +121,7 @@ def calibrated_plan(
     # At most once, and only where a choice depends on it.
     @functools.cache
     def importance() -> StepImportance:
-        return _importance(options, checkpoint, table, states, progress)
+        return _importance(options, checkpoint, states, progress)
 
     budgeted = planned(
         options, checkpoint, topology, calibration, statistics, importance=importance, stage=stage, progress=progress
@@ -132,15 +132,15 @@ def calibrated_plan(
 def _importance(
     options: BuildOptions,
     checkpoint: "Checkpoint",
-    table: StepTable,
     states: Mapping[str, NDArray[Any]] | None,
     progress: Progress,
 ) -> StepImportance:
-    """Of the steps that the bundle is built for, on seeds of the calibration."""
+    """Over the sampler that the bundle is built for, on seeds of the calibration."""
+    spec, schedule = checkpoint.spec, NoiseSchedule.from_config(checkpoint.scheduler_config)
     return measure_importance(
         checkpoint.unet,
-        checkpoint.spec,
-        table,
+        spec,
+        importance_table(schedule, options.sampler, options.steps, learned_variance=spec.learned_variance),
         first_seed=options.seed,
         guidance=options.guidance,
         conditioning=_renamed(states, _STATES),

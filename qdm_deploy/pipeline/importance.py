@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import CheckFailed
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
+from qdm_deploy.samplers import NoiseSchedule, StepTable, apply_step, initial_noise, step_noise, step_table
 
 if TYPE_CHECKING:
     from qdm_calibration.collect import Network
 
-__all__ = ["StepImportance", "disturbance", "measure_importance"]
+__all__ = ["StepImportance", "disturbance", "importance_table", "measure_importance"]
+
+_MOST_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,11 @@ def measure_importance(
     mean = mean / mean.mean() if mean.any() else np.ones(len(mean))
     rising = np.argsort(table.timesteps[steps])
     return StepImportance(table.timesteps[steps][rising], mean[rising], power.mean(axis=1)[rising])
+
+
+def importance_table(schedule: NoiseSchedule, sampler: str, steps: int, *, learned_variance: bool) -> StepTable:
+    """The steps that importance is measured over: it is smooth in the timestep, so 25 at most say it."""
+    return step_table(schedule, sampler, min(steps, _MOST_STEPS), learned_variance=learned_variance)
 
 
 def disturbance(seed: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:

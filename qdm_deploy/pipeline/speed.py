@@ -10,7 +10,7 @@ from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import SpeedRow
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_deploy.runtime.timing import WARM_UP, timed_in_turn
+from qdm_deploy.runtime.timing import runs_in_all, timed_in_turn
 
 __all__ = ["measure_speed", "speedup_of"]
 
@@ -23,9 +23,9 @@ def measure_speed(
     runs: int = 10,
     progress: Progress = SILENT,
 ) -> tuple[SpeedRow, ...]:
-    """Median and 95th percentile of one step for every session and batch size, timed in interleaved rounds."""
+    """Median and 95th percentile of one step for every session and batch size, timed in turn, round after round."""
     rows = []
-    with progress.task("Measuring speed", len(batches) * (runs + WARM_UP) * len(sessions)) as advance:
+    with progress.task("Measuring speed", len(batches) * runs_in_all(runs) * len(sessions)) as advance:
         for batch in batches:
             inputs = random_inputs(model, batch)
             times = timed_in_turn(sessions, inputs, runs=runs, advance=advance)

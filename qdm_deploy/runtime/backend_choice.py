@@ -30,7 +30,7 @@ Precision = Literal["int8", "float"]
 Candidate = tuple[str, Precision]
 
 _ROWS = 4
-_RUNS = 5
+_RUNS = 10
 # A candidate must win by more than the spread of such short runs to displace the one that stands before it.
 _MARGIN = 1.03
 

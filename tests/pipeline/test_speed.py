@@ -11,6 +11,7 @@ from qdm_deploy.pipeline.speed import measure_speed, speedup_of
 from qdm_deploy.report.model import SpeedRow
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.session import StepOutput
+from qdm_deploy.runtime.timing import runs_in_all, timed_in_turn
 
 MODEL = ModelSpec(
     name="m", sample_shape=(1, 2, 2), num_train_timesteps=50, num_classes=3, learned_variance=True,
@@ -40,14 +41,23 @@ def test_sessions_are_timed_in_turn_after_a_warm_up() -> None:
     log: list[str] = []
     sessions: Any = {("a", "float"): Sleeper("f", 0.02, log), ("a", "int8"): Sleeper("i", 0.005, log)}
     rows = measure_speed(sessions, MODEL, (2, 4), runs=3)
-    # Two rounds to warm up and three that count, for each batch size.
-    assert "".join(log) == "fi" * 5 * 2
+    # Turns of two that do not count and three that do, for each batch size.
+    assert "".join(log) == ("f" * 5 + "i" * 5) * 2
     assert [(row.backend, row.precision, row.batch, row.runs) for row in rows] == [
         ("a", "float", 2, 3), ("a", "int8", 2, 3), ("a", "float", 4, 3), ("a", "int8", 4, 3),
     ]  # fmt: skip
     assert rows[0].median_ms >= 20
     assert rows[1].median_ms >= 5
     assert rows[1].p95_ms >= rows[1].median_ms
+
+
+def test_long_measurements_take_several_turns() -> None:
+    log: list[str] = []
+    sessions: Any = {"a": Sleeper("a", 0.0, log), "b": Sleeper("b", 0.0, log)}
+    times = timed_in_turn(sessions, {"sample": None}, runs=7)  # type: ignore[dict-item]
+    assert "".join(log) == "a" * 7 + "b" * 7 + "a" * 4 + "b" * 4
+    assert len(log) == 2 * runs_in_all(7)
+    assert [len(values) for values in times.values()] == [7, 7]
 
 
 def test_the_speed_up_is_float_over_int8_on_one_backend_and_batch() -> None:
