@@ -236,7 +236,7 @@ def main() -> None:
             build(BuildOptions(out=bundle, engines=()))
         rows, extra = asyncio.run(measure(given, bundle))
     shown = {"steps": given.steps, "images": given.images, "rounds": given.rounds}
-    finish("serving-throughput", COLUMNS, rows, {**extra, **shown}, save=given.save)
+    finish(f"serving-throughput-{extra['backend']['backend']}", COLUMNS, rows, {**extra, **shown}, save=given.save)
 
 
 if __name__ == "__main__":
