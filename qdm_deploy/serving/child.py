@@ -4,9 +4,11 @@
 outlives its parent, and it ends rather than go on with a session that fails whatever it is given.
 """
 
+import ctypes
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +29,7 @@ from qdm_deploy.serving.wire import Frame, frame, receive_frame, request_from
 __all__ = ["main", "serve"]
 
 _LOG = logging.getLogger("qdm_deploy.serving.child")  # not __name__: this module runs as __main__
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class _Told(logging.Handler):
@@ -67,11 +70,11 @@ def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
         schedule = NoiseSchedule.from_config(bundle.scheduler_config())
         with ExitStack() as sessions:
             loaded = load(bundle, settings, open_, sessions)
-            stream.sendall(frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
+            stream.sendall(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
             stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
             _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
     except QdmError as error:
-        stream.sendall(frame("refused", error=type(error).__name__, message=str(error)))
+        stream.sendall(_TOLD.take() + frame("refused", error=type(error).__name__, message=str(error)))
 
 
 def _step_for_ever(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]", stepper: Stepper, maker: JobMaker) -> None:
@@ -138,6 +141,20 @@ def _receive_all(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]") -> No
     os._exit(0)
 
 
+def _leave_signals_to_the_parent() -> None:
+    """Run on through signals that ask the whole service to stop, and end with the parent even while stopped.
+
+    A service manager may send SIGTERM to every process of the service (systemd does by default). The parent drains
+    then, and this process has to finish the requests. A process that is stopped (SIGSTOP) cannot see its stream end, so
+    on Linux the kernel is asked to kill it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs started from here would inherit
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _last_words(stream: socket.socket, status: int) -> int:
     with suppress(OSError):
         stream.sendall(_TOLD.take())
@@ -147,6 +164,7 @@ def _last_words(stream: socket.socket, status: int) -> int:
 def main(arguments: list[str], open_: Open = open_bundle_session) -> int:
     """The process; returns its exit status."""
     logging.basicConfig(handlers=[_TOLD], level=logging.INFO, format="%(message)s")
+    _leave_signals_to_the_parent()
     # Where memory runs out, the system should end this process, which is started again, and not its parent.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")

@@ -1,6 +1,7 @@
 """The engine's process, seen from its parent: start, talk, kill, and say how it ended."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,9 @@ from qdm_deploy.serving.wire import Frame, frame, read_frame
 
 __all__ = ["CHILD", "EngineProcess"]
 
+_LOG = logging.getLogger(__name__)
+# One that hangs in a driver dies only when the driver lets it.
+_LONGEST_DEATH = 10.0
 CHILD = ("-m", "qdm_deploy.serving.child")
 
 
@@ -91,13 +95,17 @@ class EngineProcess:
         with suppress(ProcessLookupError):
             self._process.kill()
 
-    async def end(self) -> int:
-        """Kill it if it lives, close the stream, and return the exit status (negative: a signal)."""
+    async def end(self) -> None:
+        """Kill it if it lives, and close the stream; what has not been sent is dropped."""
         self.kill()
-        self._writer.close()
+        self._writer.transport.abort()
         with suppress(OSError):
             await self._writer.wait_closed()
-        return await self._process.wait()
+        try:
+            async with asyncio.timeout(_LONGEST_DEATH):
+                await self._process.wait()
+        except TimeoutError:
+            _LOG.error("the engine process %d was killed and is still there after %g s", self.pid, _LONGEST_DEATH)
 
     async def how_it_ended(self) -> str:
         """What to tell of a process whose stream has ended."""

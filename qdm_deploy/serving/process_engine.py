@@ -320,6 +320,8 @@ class ProcessEngine:
             return EnvironmentProblem(f"the engine process did not load the bundle within {self._load_timeout:g} s")
         finally:
             self._process = None
+            if self._phase == "ready":
+                self._phase = "restarting"  # at once: the end of a process may take long
             if watch is not None:
                 watch.cancel()
             await process.end()

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_deploy.serving import RestartPolicy
+from qdm_deploy.errors import EnvironmentProblem
+from qdm_deploy.serving import ProcessEngine, RestartPolicy
 from qdm_deploy.serving.contract import AdmissionRefused, GenerationFailed
 from tests.serving.engine.faulty_child import HANGS, NO_MEMORY, NOT_A_NUMBER, RAISES
 from tests.serving.engine.running import outcome, request, run, started, until
@@ -118,7 +119,45 @@ def test_it_gives_up_when_failures_are_frequent(linear: Path) -> None:
     run(body())
 
 
-def test_the_child_ends_with_its_parent(linear: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_child_leaves_stopping_to_its_parent(linear: Path, number: int) -> None:
+    """As when a service manager sends the signal to every process of a service, and the parent drains."""
+
+    async def body() -> None:
+        async with started(linear, faulty=True) as (engine, _):
+            generation = engine.submit(request("a", steps=30))
+            await until(lambda: engine.state.running_rows == 1)
+            assert engine.pid is not None
+            os.kill(engine.pid, number)
+            assert await outcome(generation) == "finished"
+            assert engine.state.restarts == 0
+
+    run(body())
+
+
+def test_what_the_child_logs_while_it_loads_comes_out(linear: Path, caplog: pytest.LogCaptureFixture) -> None:
+    program = (
+        "import logging, sys\n"
+        "from qdm_deploy.errors import EnvironmentProblem\n"
+        "from qdm_deploy.serving.child import main\n"
+        "def load(*_):\n"
+        "    logging.getLogger('driver').warning('the clock is low')\n"
+        "    raise EnvironmentProblem('no device')\n"
+        "sys.exit(main(sys.argv[1:], load))"
+    )
+
+    async def body() -> None:
+        engine = ProcessEngine(linear, backend="onnxruntime", threads=1)
+        engine._program = ("-c", program)
+        with pytest.raises(EnvironmentProblem, match="no device"):
+            await engine.start()
+        assert ("driver", "the clock is low") in [(record.name, record.getMessage()) for record in caplog.records]
+
+    run(body())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_child_ends_with_its_parent(linear: Path, stopped: bool) -> None:
     import subprocess
     import sys
 
@@ -136,7 +175,7 @@ def test_the_child_ends_with_its_parent(linear: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", program, str(linear)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        os.kill(child, 0)
+        os.kill(child, signal.SIGSTOP if stopped else 0)
         parent.kill()
         parent.wait()
         for _ in range(500):
