@@ -135,8 +135,8 @@ class EngineState:
             after ``drain``, "dead" when it gave up or was closed.
         running_rows: rows that take part in the next step.
         max_rows: rows of the largest batch.
-        waiting: requests in the queue.
-        max_waiting: requests that the queue holds.
+        waiting: admitted requests without a row; each that is alive runs or waits.
+        max_waiting: requests that may wait, beside those that the next step will hold.
         running: requests with at least one row in the batch: id, step and steps of its furthest image, rows.
         restarts: times the engine process was started again.
         backend: ``StepSession.describe()``, or empty before the first load.

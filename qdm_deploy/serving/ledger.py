@@ -33,16 +33,16 @@ class Ledger:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for rows."""
-        return self._waiting(None)
+        """Requests without a row in the current step: with those that run, all that are alive."""
+        return len(self.alive) - len(self.running)
 
     def full_for(self, rows_each: int) -> bool:
         """Whether a request whose images take this many rows would have to wait, and there is no place left to."""
-        return self._waiting(rows_each) > self.max_waiting
+        return self._without_room(rows_each) > self.max_waiting
 
     def retry_after(self) -> float:
         """Seconds until a place should be free: the requests before it, at the pace of the last ones."""
-        ahead = self.waiting / max(len(self.running), 1)
+        ahead = self._without_room(None) / max(len(self.running), 1)
         return float(min(max(math.ceil(self._service_seconds * ahead), 1.0), _LONGEST_RETRY))
 
     def served(self, seconds: float) -> None:
@@ -64,15 +64,16 @@ class Ledger:
         del self.alive[generation.request.request_id]
         self.running.pop(generation.request.request_id, None)
 
-    def _waiting(self, rows_of_next: int | None) -> int:
-        """Those that have not started and for which, in their order, too few rows are free.
+    def _without_room(self, rows_of_next: int | None) -> int:
+        """Those that have no row and for which, in their order, too few rows are free.
 
-        A request that was handed over a moment ago has not started, but it does not wait if the next step will hold it.
+        A request that was handed over a moment ago has no row yet, but it does not wait if the next step will hold it.
+        One that had a row and wants more images waits like the others, or large requests would fill the queue unseen.
         """
         pending = [
             (generation.rows_each, len(generation.request.seeds))
             for generation in self.alive.values()
-            if generation.started is None
+            if generation.request.request_id not in self.running
         ]
         if rows_of_next is not None:
             pending.append((rows_of_next, 1))

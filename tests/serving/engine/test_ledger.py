@@ -25,13 +25,14 @@ def with_ledger(max_rows: int, max_waiting: int, body: Callable[[Ledger, Callabl
 def test_a_request_that_the_next_step_will_hold_does_not_wait() -> None:
     def body(ledger: Ledger, admit: Any) -> None:
         admit("a", images=2)
-        assert (ledger.waiting, ledger.full_for(2), ledger.full_for(1)) == (0, False, False)
+        assert (ledger.waiting, ledger.full_for(2), ledger.full_for(1)) == (1, False, False)
         admit("guided", rows_each=2)
-        assert ledger.waiting == 0
+        assert ledger.waiting == 2
         assert ledger.full_for(1)  # four rows are spoken for, and nobody may wait
         ledger.take_running([("a", 0, 50, 2), ("guided", 0, 50, 2)], now=1.0)
         assert ledger.running_rows == 4
         assert ledger.alive["guided"].started == 1.0
+        assert ledger.waiting == 0
         ledger.remove(ledger.alive["guided"])
         assert ledger.running_rows == 2
         assert not ledger.full_for(2)
@@ -54,6 +55,20 @@ def test_nobody_overtakes_in_the_count() -> None:
         assert ledger.running == {}
 
     with_ledger(4, 2, body)
+
+
+def test_a_request_between_two_of_its_images_waits() -> None:
+    def body(ledger: Ledger, admit: Any) -> None:
+        admit("large", images=10)
+        ledger.take_running([("large", 0, 9, 1)], now=0.0)
+        admit("small")
+        assert (ledger.waiting, ledger.full_for(1)) == (1, False)
+        ledger.take_running([("small", 0, 9, 1)], now=1.0)
+        assert (ledger.waiting, ledger.full_for(1)) == (1, False)
+        admit("next")
+        assert (ledger.waiting, ledger.full_for(1)) == (2, True)
+
+    with_ledger(1, 2, body)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, 4.0), (1e6, 60.0)])

