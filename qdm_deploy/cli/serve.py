@@ -30,6 +30,12 @@ __all__ = ["serve"]
 @option("--max-batch-rows", type=int, default=8, section="Batching", help="Rows of a step; a guided image takes two.")
 @option("--max-waiting", type=int, default=64, section="Batching", help="Requests that may wait for a row.")
 @option(
+    "--lanes",
+    type=int,
+    section="Batching",
+    help="Sessions that share a batch, each with a copy of the weights.  [default: 2 on a CPU, 1 on a GPU]",
+)
+@option(
     "--deterministic",
     is_flag=True,
     section="Batching",
@@ -40,6 +46,20 @@ __all__ = ["serve"]
 )
 @option(
     "--drain-timeout", type=float, default=30.0, section="Limits", help="Seconds for running requests after SIGTERM."
+)
+@option(
+    "--step-timeout",
+    type=float,
+    default=60.0,
+    section="Limits",
+    help="Seconds after which a step counts as hung, and the engine process is started again.",
+)
+@option(
+    "--load-timeout",
+    type=float,
+    default=600.0,
+    section="Limits",
+    help="Seconds to load the bundle, the build of a GPU engine included.",
 )
 @option("--max-images", type=int, default=10, section="Limits", help="Images in one request.")
 @option("--max-steps", type=int, default=1000, section="Limits", help="Denoising steps of one request.")
@@ -75,7 +95,7 @@ __all__ = ["serve"]
     default="auto",
     metavar="NAME",
     section="Runtime",
-    help="auto, onnxruntime or openvino; auto times them once on this machine and takes the fastest.",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; auto is the faster CPU one, timed once.",
 )
 @option(
     "--precision",

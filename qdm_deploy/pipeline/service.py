@@ -19,6 +19,7 @@ KEY_VARIABLE = "QDM_API_KEY"
 _MAX_ROWS = 1024
 _MAX_WAITING = 100_000
 _MAX_KEY_BYTES = 4096
+_MIN_SECONDS, _MAX_SECONDS = 0.1, 86_400.0
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,12 @@ class ServeOptions:
         backend, precision, threads: what runs the steps.
         max_batch_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row; one more gets ``queue_full_status``.
+        lanes: sessions that share a batch, each with a copy of the weights; None takes two on a CPU, one on a GPU.
         deterministic: the same bits whatever shares the batch, at the price of always running a full one.
         request_timeout: seconds from submission to images, the wait included.
         drain_timeout: seconds that admitted requests get after SIGTERM.
+        step_timeout: seconds after which a denoising step counts as hung, and the engine process is started again.
+        load_timeout: seconds for the engine process to open the bundle, the build of an engine included.
         api_key_file: a file that holds the key; None takes the variable ``QDM_API_KEY``, if it is set.
         allow_unauthenticated: listen beyond this machine without a key.
         allowed_hosts: see ``HttpSettings``.
@@ -51,9 +55,12 @@ class ServeOptions:
     threads: int | None = None
     max_batch_rows: int = 8
     max_waiting: int = 64
+    lanes: int | None = None
     deterministic: bool = False
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
+    step_timeout: float = 60.0
+    load_timeout: float = 600.0
     api_key_file: Path | None = None
     allow_unauthenticated: bool = False
     allowed_hosts: tuple[str, ...] = ()
@@ -66,6 +73,10 @@ class ServeOptions:
         """Refuse what cannot work."""
         within("rows of a batch", self.max_batch_rows, 1, _MAX_ROWS)
         within("waiting requests", self.max_waiting, 0, _MAX_WAITING)
+        if self.lanes is not None:
+            within("lanes", self.lanes, 1, self.max_batch_rows)
+        within("the step timeout in seconds", self.step_timeout, _MIN_SECONDS, _MAX_SECONDS)
+        within("the load timeout in seconds", self.load_timeout, _MIN_SECONDS, _MAX_SECONDS)
 
 
 def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] | None = None) -> int:
@@ -100,7 +111,10 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
         threads=options.threads,
         max_rows=options.max_batch_rows,
         max_waiting=options.max_waiting,
+        lanes=options.lanes,
         deterministic=options.deterministic,
+        step_timeout=options.step_timeout,
+        load_timeout=options.load_timeout,
     )
 
     def listening(url: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.runtime import open_session
+from qdm_deploy.runtime import OnnxRuntimeSession, open_session
 from qdm_deploy.samplers import NoiseSchedule
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
@@ -98,3 +98,18 @@ def test_otherwise_they_differ_by_less_than_the_stated_tolerance(unet: Path, bac
             found = signal_to_noise_db(reference, shared[request.request_id])
             assert found > TOLERANCE_DB[backend], request.request_id
         assert signal_to_noise_db(alone(unet, session, TARGET), shared["target among extremes"]) > TOLERANCE_DB[backend]
+
+
+@pytest.mark.parametrize(("backend", "threads", "lanes"), [("tensorrt", 8, 1), ("onnxruntime", 8, 2), ("openvino", 1, 1)])
+def test_lanes_by_default(linear: Path, backend: str, threads: int, lanes: int) -> None:
+    opened = Bundle.open(linear, check="sizes")
+    given: list[int] = []
+
+    def open_(bundle: Bundle, settings: Settings, threads: int, sizes: int) -> OnnxRuntimeSession:
+        given.append(threads)
+        return OnnxRuntimeSession(bundle.graph("onnxruntime"), threads=1)
+
+    with ExitStack() as sessions:
+        loaded = load(opened, Settings(str(linear), backend, threads=threads, max_rows=4), open_, sessions)
+    assert (loaded.backend["lanes"], loaded.max_rows) == (lanes, 4)
+    assert given == ([threads] if lanes == 1 else [threads // 2, threads // 2, threads])
