@@ -1,4 +1,7 @@
-"""uvicorn's HTTP/1.1 protocol with the limits that it leaves to a proxy: slow headers and the number of connections."""
+"""uvicorn's HTTP/1.1 protocol with the limits that it leaves to a proxy.
+
+They are slow headers, readers that take nothing of their answer, and the number of connections.
+"""
 
 import asyncio
 import json
@@ -29,6 +32,10 @@ def protocol_class(header_timeout: float, max_connections: int) -> type[H11Proto
 class _LimitedProtocol(H11Protocol):
     header_timeout: float
     max_connections: int
+    reader_timeout = 30.0
+    """Seconds without a byte taken after which a connection with an unsent answer is dropped."""
+    _reader_timer: asyncio.TimerHandle | None = None
+    _unsent = 0
     _timer: asyncio.TimerHandle | None = None
     _refused = False
 
@@ -44,6 +51,7 @@ class _LimitedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_reader_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -54,6 +62,22 @@ class _LimitedProtocol(H11Protocol):
         super().data_received(data)
         if not self._idle():
             self._stop_timer()
+            if not self.flow.write_paused:
+                self._stop_reader_timer()  # the next answer is on its way, so what is unsent may grow
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_reader_timer()
+
+    def on_response_complete(self) -> None:
+        # Even a connection that is being closed stays, with all that is unsent, until its reader has taken it.
+        if self._reader_timer is None and self.transport.get_write_buffer_size():
+            self._watch_reader()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, "this is not HTTP/1.1, or its header is too long", code="invalid_http"))
@@ -69,6 +93,26 @@ class _LimitedProtocol(H11Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _watch_reader(self) -> None:
+        """Look again after a while; nothing is added to what is unsent until then."""
+        self._stop_reader_timer()
+        self._unsent = self.transport.get_write_buffer_size()
+        self._reader_timer = self.loop.call_later(self.reader_timeout, self._check_reader)
+
+    def _check_reader(self) -> None:
+        left, before = self.transport.get_write_buffer_size(), self._unsent
+        if left and left >= before:
+            self.transport.abort()
+        elif left:
+            self._watch_reader()
+        else:
+            self._reader_timer = None
+
+    def _stop_reader_timer(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
 
     def _too_slow(self) -> None:
         if self._idle() and not self.transport.is_closing():

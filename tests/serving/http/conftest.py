@@ -84,6 +84,11 @@ class Served:
         assert not self._thread.is_alive()
         self._loop.close()
 
+    @property
+    def connections(self) -> int:
+        """Connections that the server holds."""
+        return len(self._server.server_state.connections)
+
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=20, **options)
 

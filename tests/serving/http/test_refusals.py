@@ -144,6 +144,31 @@ def test_r12_slow_headers_and_slow_bodies_are_cut_off(serve: Any) -> None:
         assert b"HTTP/1.1 408" in received
 
 
+def test_r12_a_reader_that_takes_nothing_is_dropped(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdm_deploy.serving.http.protocol._LimitedProtocol.reader_timeout", 0.3)
+    server = serve()
+    wanted = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n" * 800
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(wanted)
+        end = time.perf_counter() + 15
+        while not server.connections:
+            assert time.perf_counter() < end
+        while server.connections:
+            assert time.perf_counter() < end, "a reader that takes nothing keeps its connection"
+            time.sleep(0.05)
+    # One that takes its time, but something all the time, gets everything.
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(wanted + b"GET /v2 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        answers = 0
+        while chunk := connection.recv(1 << 17):
+            answers += chunk.count(b"HTTP/1.1 200")
+            time.sleep(0.002)
+    assert answers >= 795  # a status line may be torn by the border between two chunks
+
+
 @pytest.mark.parametrize(
     "data",
     [
