@@ -50,7 +50,6 @@ class Served:
     def __init__(self, engine: Any, settings: HttpSettings) -> None:
         self.engine = engine
         self.app = create_app(engine, settings)
-        self._loop = asyncio.new_event_loop()
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -59,7 +58,7 @@ class Served:
             access_log=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(listener),))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(listener)))
         self._up = threading.Event()
 
     async def _run(self, listener: socket.socket) -> None:
@@ -82,7 +81,6 @@ class Served:
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
-        self._loop.close()
 
     @property
     def connections(self) -> int:
