@@ -127,7 +127,7 @@ def _labels(body: GenerationBody, model: ModelSpec, seeds: tuple[int, ...]) -> t
     if model.num_classes is None:
         return None
     prompt = body.prompt.strip()
-    wished = None if body.class_label is None else _number(str(body.class_label), model, "class_label")
+    wished = None if body.class_label is None else _number(body.class_label, model, "class_label")
     if prompt:
         named = _number(prompt, model, "prompt")
         if wished is not None and wished != named:
@@ -142,11 +142,12 @@ def _labels(body: GenerationBody, model: ModelSpec, seeds: tuple[int, ...]) -> t
     return tuple(seed % model.num_classes for seed in seeds)
 
 
-def _number(text: str, model: ModelSpec, param: str) -> int:
+def _number(given: str | int, model: ModelSpec, param: str) -> int:
     count = model.num_classes or 0
-    # Names first: a label may be called "7".
+    text = str(given)
+    # Of a text names come first: a label may be called "7". A JSON number is a number.
     for number, name in enumerate(model.labels or ()):
-        if name.casefold() == text.strip().casefold():
+        if isinstance(given, str) and name.casefold() == text.strip().casefold():
             return number
     digits = text.strip()
     if digits.isascii() and digits.isdecimal() and len(digits) < 10 and int(digits) < count:

@@ -68,6 +68,14 @@ def test_a_label_by_name_or_number(served: Any, wish: dict[str, Any], label: str
     assert [image["class_label"] for image in images] == [label, label]
 
 
+def test_a_label_that_is_called_like_the_number_of_another(serve: Any, toy: Any) -> None:
+    server = serve(toy.ToyEngine(toy.LABELLED.model_copy(update={"labels": ("2", "1", "0")})))
+    for given, name in ((0, "2"), ("0", "0"), (1, "1"), (2, "0")):
+        answer = server.generate({"class_label": given, "num_inference_steps": 1}).json()
+        assert answer["data"][0]["class_label"] == name
+    assert server.generate({"class_label": 3}).json()["error"]["param"] == "class_label"
+
+
 def test_labels_change_the_picture(served: Any) -> None:
     made = [
         np.asarray(picture(served.generate({"prompt": label, "seed": 3}).json()["data"][0]), dtype=float)
