@@ -55,7 +55,7 @@ class ProcessEngine:
         max_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row.
         lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two on a CPU
-            with two threads, and one on a GPU. With more than one there is a further session for an image that runs alone.
+            with two threads, one on a GPU. With more than one there is a further session for an image that runs alone.
         deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
             bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
@@ -329,6 +329,7 @@ class ProcessEngine:
     def _ready(self, process: EngineProcess, header: dict[str, Any]) -> None:
         self._process = process
         self._backend = header["backend"]
+        self._settings = self._settings.chosen(str(header["backend"]["backend"]))
         self._ledger.max_rows = header["max_rows"]
         self._maker = JobMaker(self._model, self._schedule, header["max_rows"])
         self._phase = "ready"

@@ -1,6 +1,6 @@
 """What the engine process is started with, and what its exit statuses mean."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 __all__ = ["EXIT_BROKEN", "EXIT_OUT_OF_MEMORY", "Settings"]
@@ -20,6 +20,10 @@ class Settings:
     max_rows: int = 8
     lanes: int | None = None
     deterministic: bool = False
+
+    def chosen(self, backend: str) -> "Settings":
+        """The same with what ``"auto"`` became: timed anew for the next child, a seed might make another image."""
+        return replace(self, backend=backend) if self.backend == "auto" else self
 
     def to_json(self) -> dict[str, object]:
         """JSON values."""

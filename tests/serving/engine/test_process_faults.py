@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -34,6 +35,25 @@ def test_killed_child_fails_what_ran_and_the_next_one_runs_what_waited(linear: P
             assert await outcome(engine.submit(request("new"))) == "finished"
             assert (engine.state.phase, engine.state.restarts, recorder.restarts) == ("ready", 1, 1)
             assert recorder.outcomes == [("engine_error", 0), ("finished", 1), ("finished", 1)]
+
+    run(body())
+
+
+def test_the_next_child_runs_on_the_backend_that_the_first_one_chose(
+    linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDM_CACHE_DIR", str(tmp_path / "cache"))
+
+    async def body() -> None:
+        async with started(linear, backend="auto") as (engine, _):
+            chosen = engine.state.backend["backend"]
+            # Another child that chooses would find nothing, and take the time for a choice again.
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: engine.state.restarts == 1 and engine.state.phase == "ready")
+            assert engine.state.backend["backend"] == chosen
+            assert not (tmp_path / "cache").exists()
 
     run(body())
 

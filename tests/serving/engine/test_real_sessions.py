@@ -100,7 +100,9 @@ def test_otherwise_they_differ_by_less_than_the_stated_tolerance(unet: Path, bac
         assert signal_to_noise_db(alone(unet, session, TARGET), shared["target among extremes"]) > TOLERANCE_DB[backend]
 
 
-@pytest.mark.parametrize(("backend", "threads", "lanes"), [("tensorrt", 8, 1), ("onnxruntime", 8, 2), ("openvino", 1, 1)])
+@pytest.mark.parametrize(
+    ("backend", "threads", "lanes"), [("tensorrt", 8, 1), ("onnxruntime", 8, 2), ("openvino", 1, 1)]
+)
 def test_lanes_by_default(linear: Path, backend: str, threads: int, lanes: int) -> None:
     opened = Bundle.open(linear, check="sizes")
     given: list[int] = []
