@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from http.client import HTTPException
 from typing import TYPE_CHECKING
 
@@ -62,8 +63,9 @@ def _ask(url: str, timeout: float) -> tuple[bool, str]:
             answer.read(_MOST_BYTES)
             return answer.status == 200, f"HTTP {answer.status}"
     except urllib.error.HTTPError as error:
-        with error:
+        with error, suppress(OSError, HTTPException):  # a body that does not come changes nothing
             return False, _message(error.read(_MOST_BYTES)) or f"HTTP {error.code}"
+        return False, f"HTTP {error.code}"
     except (OSError, HTTPException) as error:  # URLError and timeouts are among the first
         return False, str(getattr(error, "reason", error))
     except ValueError as error:

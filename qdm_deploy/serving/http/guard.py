@@ -122,7 +122,8 @@ class _Exchange:
             return None
         given = self._headers.get("host", "")
         host = given.partition("]")[0].removeprefix("[") if given.startswith("[") else given.partition(":")[0]
-        if host.lower() in _LOCAL | {settings.host, *settings.allowed_hosts} or is_loopback(host):
+        allowed = {name.lower() for name in (settings.host, *settings.allowed_hosts)}
+        if host.lower() in _LOCAL | allowed or is_loopback(host):
             return None
         return ApiError(
             403, f"the Host header {given[:100]!a} is not this machine; allow it with --allowed-host", code="wrong_host"

@@ -72,7 +72,13 @@ def health_router(service: Service) -> APIRouter:
     @router.get("/v2/health/live")
     async def live() -> LiveDocument:
         if service.engine.state.phase == "dead":
-            raise ApiError(503, "the engine is dead: replace this process", code="engine_dead", retry=True)
+            raise ApiError(
+                503,
+                "the engine is dead: replace this process",
+                code="engine_dead",
+                retry=True,
+                retry_after=_RETRY_SECONDS,
+            )
         return LiveDocument(live=True)
 
     @router.get("/health")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.record import installed_version
-from qdm_deploy.runtime.images import ImageMetadata, encode_picture, to_pictures
+from qdm_deploy.runtime.images import ImageMetadata, encode_picture, made_by, to_pictures
 from qdm_deploy.serving.contract import Engine, GenerationRequest
 from qdm_deploy.serving.http.metrics import Metrics
 from qdm_deploy.serving.http.settings import HttpSettings
@@ -67,10 +67,6 @@ class Service:
         return encoded
 
     def _metadata(self, request: GenerationRequest, image: int) -> ImageMetadata:
-        backend = self.engine.state.backend
-        ran = f"{backend.get('backend', 'unknown')} {self.settings.precision}"
-        if "float_below" in backend:
-            ran += f", float below timestep {backend['float_below']}"
         labels = request.class_labels
         return ImageMetadata(
             version=installed_version() or "unknown",
@@ -81,5 +77,5 @@ class Service:
             eta=request.eta,
             guidance=request.guidance,
             label=None if labels is None else label_name(self.engine.model, labels[image]),
-            backend=ran,
+            backend=made_by(self.engine.state.backend, self.settings.precision),
         )

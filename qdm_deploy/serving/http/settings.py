@@ -32,7 +32,8 @@ class HttpSettings:
         host, port: where to listen; port 0 takes a free one.
         api_key: what clients must send as ``Authorization: Bearer KEY``; None asks for none.
         allow_unauthenticated: listen beyond this machine without a key.
-        allowed_hosts: names that a ``Host`` header may carry beside this machine's own, where no key is asked for.
+        allowed_hosts: names that a ``Host`` header may carry beside this machine's own. The header is looked at where
+            ``host`` is this machine only and no key is asked for.
         request_timeout: seconds from submission to images, the queue included; 504 afterwards.
         drain_timeout: seconds that running requests get after SIGTERM.
         body_timeout: seconds for a request's header, and again for its body.

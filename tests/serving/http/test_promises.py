@@ -210,7 +210,9 @@ def test_r8_a_dead_engine_is_neither_live_nor_ready(serve: Any) -> None:
         server.engine.phase = phase
         for route, status in (("live", live), ("ready", ready)):
             for path in (f"/health/{route}", f"/v2/health/{route}"):
-                assert httpx.get(server.url + path).status_code == status, (phase, path)
+                probed = httpx.get(server.url + path)
+                assert probed.status_code == status, (phase, path)
+                assert ("retry-after" in probed.headers) == (status == 503)
         if phase == "dead":
             answer = server.generate()
             assert answer.status_code == 503

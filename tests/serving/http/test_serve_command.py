@@ -298,6 +298,19 @@ def test_healthcheck_tells_loading_from_ready(serve: Any, invoke_cli: Callable[.
     assert invoke_cli("healthcheck", server.url, "-q").output == ""
 
 
+def test_healthcheck_does_not_wait_for_a_body(invoke_cli: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        asked = pool.submit(invoke_cli, "healthcheck", f"http://127.0.0.1:{port}", "--timeout", "0.3")
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 503 x\r\ncontent-length: 9\r\n\r\n")
+            answer = asked.result(10)
+    assert answer.exit_code == 1
+    assert "HTTP 503" in answer.output
+
+
 @pytest.mark.slow
 def test_r4_ten_times_too_much_for_a_minute_leaves_memory_flat(serve_bundle: Any, bundle: Path) -> None:
     server = serve_bundle(bundle, "--max-batch-rows", "4", "--max-waiting", "8", "--request-timeout", "30")
