@@ -196,13 +196,24 @@ def test_the_child_ends_with_its_parent(linear: Path, stopped: bool) -> None:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         os.kill(child, signal.SIGSTOP if stopped else 0)
+        while stopped and _state(child) != "T":
+            time.sleep(0.01)
         parent.kill()
         parent.wait()
         for _ in range(500):
-            if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            if _state(child) in ("", "Z"):
                 return
             time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
     pytest.fail("the engine process outlived its parent by 5 seconds")
+
+
+def _state(pid: int) -> str:
+    """One letter, as ``ps`` shows it; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @pytest.mark.slow
