@@ -91,14 +91,14 @@ class EngineProcess:
         self._writer.write(data)
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """End the process at once, whatever it does; ``read`` raises from here on, even if it takes long to die."""
         with suppress(ProcessLookupError):
             self._process.kill()
+        self._writer.transport.abort()
 
     async def end(self) -> None:
         """Kill it if it lives, and close the stream; what has not been sent is dropped."""
         self.kill()
-        self._writer.transport.abort()
         with suppress(OSError):
             await self._writer.wait_closed()
         try:

@@ -93,6 +93,33 @@ def test_a_hung_step_is_ended_though_its_request_is_gone(linear: Path) -> None:
     run(body())
 
 
+def test_a_child_that_cannot_be_killed_holds_nothing_up(
+    linear: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that hangs inside a driver: here it is stopped, and the signal never sent."""
+
+    async def body() -> None:
+        monkeypatch.setattr("qdm_deploy.serving.engine_process._LONGEST_DEATH", 0.2)
+        monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda process: None)
+        async with started(linear, faulty=True, step_timeout=0.5) as (engine, _):
+            generation = engine.submit(request("stuck", steps=100))
+            await until(lambda: engine.state.running_rows == 1)
+            stuck = engine.pid
+            assert stuck is not None
+            os.kill(stuck, signal.SIGSTOP)
+            try:
+                with pytest.raises(GenerationFailed, match="a denoising step hung"):
+                    await generation.result()
+                await until(lambda: engine.state.phase == "ready")
+                assert engine.pid != stuck
+                assert await outcome(engine.submit(request("next"))) == "finished"
+                assert f"the engine process {stuck} was killed and is still there" in caplog.text
+            finally:
+                os.kill(stuck, signal.SIGKILL)
+
+    run(body())
+
+
 def test_faults_stay_with_their_request(linear: Path, alone: Any) -> None:
     async def body() -> None:
         async with started(linear, faulty=True, deterministic=True) as (engine, _):
