@@ -68,3 +68,19 @@ def test_make_targets_that_a_page_names_exist(page: str, repository: Path) -> No
     named = set(COMMAND.findall((repository / page).read_text(encoding="utf-8")))
     assert "test" in named
     assert named <= set(TARGET.findall((repository / "Makefile").read_text(encoding="utf-8")))
+
+
+def test_the_tests_that_the_promises_of_serving_name_exist(repository: Path) -> None:
+    named = 0
+    for row in re.findall(
+        r"^\| R\d+ \|.*$", (repository / "docs/serving.md").read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        file = None
+        for word in re.findall(r"`([^`]+)`", row.rpartition(" | ")[2]):
+            if word.endswith(".py") or ".py::" in word:
+                file, _, word = word.partition("::")
+                source = (repository / "tests/serving" / file).read_text(encoding="utf-8")
+            if word.startswith("test_"):
+                assert f"def {word.removesuffix('*')}" in source, (file, word)
+                named += 1
+    assert named > 20
