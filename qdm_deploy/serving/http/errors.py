@@ -9,7 +9,16 @@ from starlette.responses import JSONResponse
 
 from qdm_deploy.serving.contract import AdmissionRefused, GenerationFailed
 
-__all__ = ["ApiError", "ErrorDocument", "error_response", "of_failure", "of_refusal", "of_status", "of_validation"]
+__all__ = [
+    "ApiError",
+    "ErrorDocument",
+    "error_response",
+    "of_bug",
+    "of_failure",
+    "of_refusal",
+    "of_status",
+    "of_validation",
+]
 
 _TYPES = {
     401: "authentication_error",
@@ -87,6 +96,11 @@ class ApiError(Exception):
 def error_response(error: ApiError) -> JSONResponse:
     """The answer to an ``ApiError``."""
     return JSONResponse(error.document, error.status, error.headers)
+
+
+def of_bug(request_id: str) -> ApiError:
+    """What nobody foresaw: details are in the log only."""
+    return ApiError(500, f"internal error; the log has more under {request_id}", code="internal", retry=False)
 
 
 def of_refusal(refusal: AdmissionRefused, queue_full_status: Literal[429, 503]) -> ApiError:

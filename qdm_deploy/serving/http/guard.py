@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qdm_deploy.serving.http.errors import ApiError, error_response, of_status
+from qdm_deploy.serving.http.errors import ApiError, error_response, of_bug, of_status
 from qdm_deploy.serving.http.metrics import Metrics
 from qdm_deploy.serving.http.settings import HttpSettings, is_loopback
 
@@ -85,8 +85,7 @@ class _Exchange:
             _LOG.exception("request failed", extra={"request_id": self._id})
             if self._status:
                 raise  # the answer has begun; only closing the connection can say that it is not whole
-            broken = ApiError(500, f"internal error; the log has more under {self._id}", code="internal", retry=False)
-            await error_response(broken)(self._scope, self._receive_body, self._send_head)
+            await error_response(of_bug(self._id))(self._scope, self._receive_body, self._send_head)
         finally:
             self._log()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,12 +16,13 @@ from starlette.types import Message
 from qdm_deploy.errors import InputError
 from qdm_deploy.serving.contract import AdmissionRefused, Finished, Generation, GenerationFailed
 from qdm_deploy.serving.http.bodies import GenerationBody, ImageDocument, ImagesDocument
-from qdm_deploy.serving.http.errors import ApiError, ErrorDocument, error_response, of_failure, of_refusal
+from qdm_deploy.serving.http.errors import ApiError, ErrorDocument, error_response, of_bug, of_failure, of_refusal
 from qdm_deploy.serving.http.service import Service
 from qdm_deploy.serving.http.translate import Order, label_name, order_of, size_of
 
 __all__ = ["images_router"]
 
+_LOG = logging.getLogger("qdm_deploy.http")
 # A reader that takes nothing for this long is treated as gone, so that it cannot hold pictures in memory.
 _SEND_TIMEOUT = 30.0
 _PING_SECONDS = 10
@@ -55,7 +57,7 @@ def images_router(service: Service) -> APIRouter:
                 generation.cancel()
 
             return EventSourceResponse(
-                _events(service, order, generation),
+                _events(service, order, generation, request.state.request_id),
                 ping=_PING_SECONDS,
                 send_timeout=_SEND_TIMEOUT,
                 client_close_handler_callable=left,
@@ -120,7 +122,13 @@ async def _images(service: Service, order: Order, finished: Finished) -> list[Im
     ]
 
 
-async def _events(service: Service, order: Order, generation: Generation) -> AsyncIterator[ServerSentEvent]:
+def _error_event(error: ApiError) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(error.document), event="error", sep="\n")
+
+
+async def _events(
+    service: Service, order: Order, generation: Generation, request_id: str
+) -> AsyncIterator[ServerSentEvent]:
     """Previews as they come, then each image; an error is an event, because the status has been sent by then."""
     shown = [0] * len(order.request.seeds)
 
@@ -163,6 +171,9 @@ async def _events(service: Service, order: Order, generation: Generation) -> Asy
                 usage=_NO_TOKENS,
             )
     except GenerationFailed as failure:
-        yield ServerSentEvent(json.dumps(of_failure(failure).document), event="error", sep="\n")
+        yield _error_event(of_failure(failure))
+    except Exception:  # noqa: BLE001 - the status has been sent, so the client can only learn of it here
+        _LOG.exception("stream failed", extra={"request_id": request_id})
+        yield _error_event(of_bug(request_id))
     finally:
         generation.cancel()

@@ -126,6 +126,24 @@ def test_a_stream_shows_previews_and_ends_with_each_image(served: Any) -> None:
     assert wanted <= completed[0].keys()
 
 
+def test_a_picture_that_cannot_be_made_ends_a_stream_with_an_event(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*given: Any, **options: Any) -> bytes:
+        raise RuntimeError("the codec is gone")
+
+    server = serve()
+    monkeypatch.setattr("qdm_deploy.serving.http.service.encode_picture", broken)
+    for stream in (True, False):
+        answer = server.generate({"num_inference_steps": 2, "stream": stream})
+        error = events(answer.text)[-1][1]["error"] if stream else answer.json()["error"]
+        assert error["code"] == "internal"
+        assert answer.headers["x-request-id"] in error["message"]
+        assert "codec" not in answer.text
+        assert "the codec is gone" in caplog.text
+        caplog.clear()
+
+
 def test_an_unconditional_model_takes_an_empty_prompt_only(serve: Any, toy: Any) -> None:
     server = serve(toy.ToyEngine(toy.PLAIN))
     image = server.generate({"prompt": "", "num_inference_steps": 2}).json()["data"][0]
