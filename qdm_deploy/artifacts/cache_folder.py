@@ -3,11 +3,22 @@
 import os
 from pathlib import Path
 
+from qdm_deploy.errors import EnvironmentProblem
+
 __all__ = ["cache_folder"]
 
 
 def cache_folder(kind: str) -> Path:
-    """``$QDM_CACHE_DIR/<kind>``, else ``qdm-deploy/<kind>`` in ``$XDG_CACHE_HOME`` (by default ``~/.cache``)."""
+    """``$QDM_CACHE_DIR/<kind>``, else ``qdm-deploy/<kind>`` in ``$XDG_CACHE_HOME`` (by default ``~/.cache``).
+
+    Raises:
+        EnvironmentProblem: none is set, and the user has no home, as in a container that runs as any user.
+    """
     own = os.environ.get("QDM_CACHE_DIR")
     root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qdm-deploy"
-    return (root / kind).expanduser()
+    try:
+        return (root / kind).expanduser()
+    except RuntimeError as error:
+        raise EnvironmentProblem(
+            "this user has no home folder to keep caches in; name a folder in the variable QDM_CACHE_DIR"
+        ) from error

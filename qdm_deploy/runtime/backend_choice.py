@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.files import canonical_json, new_file
-from qdm_deploy.errors import EnvironmentProblem, ResourceProblem
+from qdm_deploy.errors import EnvironmentProblem, InputError, ResourceProblem
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
 from qdm_deploy.runtime.random_inputs import random_inputs
@@ -75,15 +75,16 @@ def choose(
         folder: where choices are kept; None takes the machine's cache folder.
         progress: told what was chosen and why.
     """
-    kept = (folder or cache_folder("choices")) / f"{_key(bundle, candidates, identity, threads)}.json"
-    choice = _remembered(kept, candidates)
+    kept = _place(folder, f"{_key(bundle, candidates, identity, threads)}.json")
+    choice = None if kept is None else _remembered(kept, candidates)
     if choice is None:
         progress.say("Timing the ways to run this bundle here, once")
         with ExitStack() as stack:
             sessions = {candidate: stack.enter_context(opened(candidate)) for candidate in candidates}
             times = timed_in_turn(sessions, random_inputs(bundle.model, _ROWS), runs=_RUNS)
         choice = fastest({candidate: median(values) for candidate, values in times.items()})
-        _remember(kept, choice)
+        if kept is not None:
+            _remember(kept, choice)
     progress.say(choice.reason)
     return choice
 
@@ -133,6 +134,13 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], identity: Sequence[str
     return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
+def _place(folder: Path | None, name: str) -> Path | None:
+    try:
+        return (folder or cache_folder("choices")) / name
+    except EnvironmentProblem:
+        return None
+
+
 def _remembered(path: Path, candidates: Sequence[Candidate]) -> Choice | None:
     """The kept choice; whatever is wrong with it, it can be measured again."""
     try:
@@ -147,6 +155,6 @@ def _remember(path: Path, choice: Choice) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with new_file(path) as temporary:
             temporary.write_text(choice.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    except (EnvironmentProblem, OSError, ResourceProblem):
+    except (EnvironmentProblem, InputError, OSError, ResourceProblem):
         # A read-only machine measures each time: a few seconds, and nothing else is lost.
         return

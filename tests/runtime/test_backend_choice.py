@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
+from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.manifest import Compatibility
+from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.progress import Advance
 from qdm_deploy.runtime import OnnxRuntimeSession, choose_backend, open_session
 from qdm_deploy.runtime.backend_choice import Candidate, choose, fastest
@@ -126,6 +128,33 @@ def test_a_machine_that_cannot_remember_still_chooses(bundle: Bundle, tmp_path: 
         bundle, CANDIDATES[1:], lambda candidate: Slowed(bundle.graph("float"), 0.0), [], folder=blocked / "choices"
     )
     assert choice.backend == "onnxruntime"
+
+
+def test_a_user_without_a_home_chooses_and_is_told_where_caches_need_a_place(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "QDM_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    choice = choose(bundle, CANDIDATES[1:], lambda candidate: Slowed(bundle.graph("float"), 0.0), [])
+    assert choice.backend == "onnxruntime"
+    with pytest.raises(EnvironmentProblem, match="QDM_CACHE_DIR"):
+        cache_folder("engines")
+
+
+def test_a_folder_in_the_place_of_a_memory_is_left_alone(bundle: Bundle, tmp_path: Path) -> None:
+    def session(candidate: Candidate) -> Slowed:
+        return Slowed(bundle.graph("float"), 0.0)
+
+    choose(bundle, CANDIDATES[1:], session, [], folder=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.unlink()
+    kept.mkdir()
+    assert choose(bundle, CANDIDATES[1:], session, [], folder=tmp_path).backend == "onnxruntime"
+    assert kept.is_dir()
 
 
 def test_open_session_chooses_among_what_there_is(
