@@ -96,7 +96,8 @@ def open_session(
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
         progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
             seconds to minutes.
-        kept_batch_sizes: batch sizes that a backend which compiles each one (openvino) keeps compiled.
+        kept_batch_sizes: batch sizes that a backend which prepares each one (openvino compiles it, tensorrt records it)
+            keeps ready.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
@@ -127,7 +128,8 @@ def _open_graph(
     progress: Progress,
 ) -> StepSession:
     if backend in FLAVOURS:
-        return open_tensorrt(bundle.graph("tensorrt" if precision == "int8" else "float"), backend, progress=progress)
+        graph = bundle.graph("tensorrt" if precision == "int8" else "float")
+        return open_tensorrt(graph, backend, kept_batch_sizes=kept_batch_sizes, progress=progress)
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
         return OpenVinoSession(

@@ -26,7 +26,8 @@ _ROW_INPUTS = ("unconditional_row", "owner_row")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Result of one step. The arrays belong to the session and hold until its next ``run``: copy what must live longer.
+    """Result of one step. The arrays are the session's memory: after its next ``run`` they hold something else, and after
+    ``close`` they must not be touched. Copy what must live longer.
 
     Attributes:
         next_sample: [B, C, H, W] float32, the sample one step less noisy.

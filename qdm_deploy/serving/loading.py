@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.backends import choose_backend, open_session
 from qdm_deploy.runtime.cpu import available_cores
@@ -52,7 +53,10 @@ def load(bundle: Bundle, settings: Settings, open_: Open, sessions: ExitStack) -
     backend, precision = choose_backend(bundle, settings.backend, settings.precision, threads=settings.threads)
     settings = replace(settings, backend=backend, precision=precision)
     threads = settings.threads or available_cores()
-    lanes = min(_LANES, threads, settings.max_rows) if settings.lanes is None else settings.lanes
+    lanes = settings.lanes
+    if lanes is None:
+        # A GPU is one device however many sessions share it, and each holds an engine of its own there.
+        lanes = 1 if backend in FLAVOURS else min(_LANES, threads, settings.max_rows)
     if not 1 <= lanes <= min(threads, settings.max_rows):
         raise InputError(
             f"{lanes} lanes cannot share {threads} threads and {settings.max_rows} rows; give one of each a lane"
