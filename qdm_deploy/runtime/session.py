@@ -26,8 +26,9 @@ _ROW_INPUTS = ("unconditional_row", "owner_row")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Result of one step. The arrays are the session's memory: after its next ``run`` they hold something else, and after
-    ``close`` they must not be touched. Copy what must live longer.
+    """Result of one step, in the session's own memory: copy what must live longer.
+
+    After the session's next ``run`` the arrays hold something else, and after its ``close`` they must not be touched.
 
     Attributes:
         next_sample: [B, C, H, W] float32, the sample one step less noisy.

@@ -178,9 +178,7 @@ def test_sigterm_while_workers_start_is_exit_code_75(line: Line, repository: Pat
 @pytest.mark.parametrize("said", ['{"resu', ""])
 def test_a_worker_that_dies_in_the_middle_of_a_word_is_missed(said: str) -> None:
     events: queue.Queue[Any] = queue.Queue()
-    with subprocess.Popen(
-        ["sh", "-c", f"printf '{said}'; kill -KILL $$"], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen(["sh", "-c", f"printf '{said}'; kill -KILL $$"], stdout=subprocess.PIPE, text=True) as child:
         _listen(3, child, events)
     assert events.get_nowait() == (3, {"status": -signal.SIGKILL})
 

@@ -206,9 +206,7 @@ def test_a_refused_step_says_what_the_library_logged(plain: Any, open_session: O
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt"], indirect=True)
-def test_as_many_batch_sizes_stay_recorded_as_are_asked_for(
-    plain: Any, open_session: Open, device: LateDevice
-) -> None:
+def test_as_many_batch_sizes_stay_recorded_as_are_asked_for(plain: Any, open_session: Open, device: LateDevice) -> None:
     with open_session(plain, kept_batch_sizes=6) as session:
         for rows in (1, 2, 3, 4, 5, 6, 1, 2, 3):
             session.run(inputs_of(plain, rows))
