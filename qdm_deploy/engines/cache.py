@@ -164,7 +164,8 @@ class EngineCache:
     def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> tuple[CachedEngine, ...]:
         """Remove damaged engines, then the least recently used ones, until the rest takes ``max_bytes`` or less.
 
-        What killed builds left goes first. An engine that a process is building or reading at this moment is left alone.
+        What killed builds left goes first. An engine that a process is building or reading at this moment is left
+        alone.
 
         Args:
             max_bytes: None takes the cache's own limit; 0 removes every engine.
