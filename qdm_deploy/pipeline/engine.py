@@ -9,14 +9,13 @@ from qdm_deploy.engines.audit import PlannedLayer
 from qdm_deploy.engines.cache import CachedEngine, EngineCache
 from qdm_deploy.engines.cache_limit import bytes_of
 from qdm_deploy.engines.engine import Engine, engine_from_onnx
+from qdm_deploy.engines.flavour import flavour_of
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import EngineRow
 
 __all__ = ["CachedEngines", "EngineResult", "audit_row", "build_engine", "cached_engines", "prune_engines"]
-
-_DEFAULT_SM = "8.9"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def audit_row(
     failures = engine.audit.failures(planned)
     row = EngineRow(
         backend=backend,
-        sm=sm or (_DEFAULT_SM if backend == "tensorrt-rtx" else "this GPU"),
+        sm=sm or flavour_of(backend).default_sm or "this GPU",
         planned=len(planned),
         int8=len(planned) - len(failures),
         kernels=engine.audit.summary(),

@@ -2,7 +2,7 @@
 
 import platform
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -33,6 +33,16 @@ def _cpu_backends(targets: tuple[str, ...]) -> tuple[str, ...]:
     if on_x86 and "openvino" in targets and find_spec("openvino") is not None:
         return ("openvino", "onnxruntime")
     return ("onnxruntime",)
+
+
+def _versions(backend: str) -> str:
+    """The distribution that a backend's module comes from, and its version."""
+    try:
+        return f"{backend} {version(backend)}"
+    except PackageNotFoundError:
+        # The module onnxruntime is also that of onnxruntime-gpu and others, installed in its place.
+        names = sorted(set(packages_distributions().get(backend, ())))
+        return " ".join(f"{name} {version(name)}" for name in names) or backend
 
 
 def choose_backend(
@@ -69,7 +79,7 @@ def choose_backend(
         bundle,
         candidates,
         lambda candidate: open_session(bundle, candidate[0], precision=candidate[1], threads=threads),
-        [f"{name} {version(name)}" for name in backends],
+        [_versions(name) for name in backends],
         threads=threads,
         progress=progress,
     )
