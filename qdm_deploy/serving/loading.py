@@ -53,10 +53,9 @@ def load(bundle: Bundle, settings: Settings, open_: Open, sessions: ExitStack) -
     backend, precision = choose_backend(bundle, settings.backend, settings.precision, threads=settings.threads)
     settings = replace(settings, backend=backend, precision=precision)
     threads = settings.threads or available_cores()
-    lanes = settings.lanes
-    if lanes is None:
-        # A GPU is one device however many sessions share it, and each holds an engine of its own there.
-        lanes = 1 if backend in FLAVOURS else min(_LANES, threads, settings.max_rows)
+    # A GPU runs one large batch faster than two halves, and each session there holds an engine.
+    most = 1 if backend in FLAVOURS else _LANES
+    lanes = min(most, threads, settings.max_rows) if settings.lanes is None else settings.lanes
     if not 1 <= lanes <= min(threads, settings.max_rows):
         raise InputError(
             f"{lanes} lanes cannot share {threads} threads and {settings.max_rows} rows; give one of each a lane"

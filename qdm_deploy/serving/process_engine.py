@@ -54,8 +54,8 @@ class ProcessEngine:
         threads: CPU threads of the session; None takes the cores this process may use.
         max_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row.
-        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two where there
-            are two threads, one on a GPU. With more than one there is a further session for an image that runs alone.
+        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two on a CPU
+            with two threads, one on a GPU. With more than one there is a further session for an image that runs alone.
         deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
             bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.

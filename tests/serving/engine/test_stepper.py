@@ -1,8 +1,6 @@
 """Scheduler and session in one process: results, isolation, padding, lanes."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,7 @@ from qdm_deploy.serving.batch import BatchRunner, batch_sizes
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
 from qdm_deploy.serving.lanes import Lanes, lane_rows, split
-from qdm_deploy.serving.loading import load
 from qdm_deploy.serving.scheduler import Scheduler
-from qdm_deploy.serving.settings import Settings
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Shown, Stepped, Stepper
 from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
 
@@ -232,17 +228,3 @@ def test_batch_sizes() -> None:
     assert batch_sizes(5, fixed_shapes=True, deterministic=False) == (1, 2, 3, 4, 5)
     assert batch_sizes(8, fixed_shapes=False, deterministic=False) is None
     assert batch_sizes(8, fixed_shapes=False, deterministic=True) == (8,)
-
-
-@pytest.mark.parametrize(("backend", "sessions"), [("tensorrt", 1), ("tensorrt-rtx", 1), ("onnxruntime", 3)])
-def test_a_gpu_gets_one_session_and_a_cpu_lanes(backend: str, sessions: int) -> None:
-    opened: list[FakeSession] = []
-
-    def open_(*_: object) -> FakeSession:
-        opened.append(FakeSession())
-        return opened[-1]
-
-    settings = Settings("unused", backend, threads=4, max_rows=8)
-    with ExitStack() as stack:
-        load(SimpleNamespace(model=MODEL), settings, open_, stack)  # type: ignore[arg-type]
-    assert len(opened) == sessions
