@@ -75,7 +75,7 @@ __all__ = ["serve"]
     default="auto",
     metavar="NAME",
     section="Runtime",
-    help="auto, onnxruntime or openvino; auto times them once on this machine and takes the fastest.",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; auto is the faster CPU one, timed once.",
 )
 @option(
     "--precision",

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.backends import choose_backend, open_session
 from qdm_deploy.runtime.cpu import available_cores
@@ -52,7 +53,9 @@ def load(bundle: Bundle, settings: Settings, open_: Open, sessions: ExitStack) -
     backend, precision = choose_backend(bundle, settings.backend, settings.precision, threads=settings.threads)
     settings = replace(settings, backend=backend, precision=precision)
     threads = settings.threads or available_cores()
-    lanes = min(_LANES, threads, settings.max_rows) if settings.lanes is None else settings.lanes
+    # A GPU runs one large batch faster than two halves, and each session there holds an engine.
+    most = 1 if backend in FLAVOURS else _LANES
+    lanes = min(most, threads, settings.max_rows) if settings.lanes is None else settings.lanes
     if not 1 <= lanes <= min(threads, settings.max_rows):
         raise InputError(
             f"{lanes} lanes cannot share {threads} threads and {settings.max_rows} rows; give one of each a lane"

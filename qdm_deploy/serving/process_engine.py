@@ -54,12 +54,13 @@ class ProcessEngine:
         threads: CPU threads of the session; None takes the cores this process may use.
         max_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row.
-        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two where there
-            are two threads. With more than one there is a further session for an image that runs alone.
+        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two on a CPU
+            with two threads, one on a GPU. With more than one there is a further session for an image that runs alone.
         deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
             bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
-        load_timeout: seconds that the child may take to open the bundle and run its first steps.
+        load_timeout: seconds that the child may take to open the bundle and run its first steps. Half an hour, because
+            on a GPU it may have to build engines first; the probes of the images wait as long.
         restarts: when to start the child again; None takes the defaults of ``RestartPolicy``.
 
     Raises:
@@ -81,7 +82,7 @@ class ProcessEngine:
         lanes: int | None = None,
         deterministic: bool = False,
         step_timeout: float = 60.0,
-        load_timeout: float = 600.0,
+        load_timeout: float = 1800.0,
         restarts: RestartPolicy | None = None,
     ) -> None:
         if max_rows < 1 or max_waiting < 0:
