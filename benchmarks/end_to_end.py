@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from bench import Case, case, finish, parser, say, write_float, write_graph
 from diffusers import DDIMScheduler
-from qdm_deploy.pipeline.conditioning import conditioning_of
 
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, denoise
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 
 BASELINE = "diffusers, torch FP32"

@@ -3,7 +3,8 @@
 Engines of a bundle on TensorRT and TensorRT-RTX: build and audit, distance from ONNX Runtime, CUDA graphs on and off,
 a sweep over batch sizes (INT8, float16, with step gains and without, with the heads apart), batches of one timestep
 beside mixed ones, forms of scales at skip concatenations, and onnxruntime-gpu on the same graphs. A part that fails
-leaves its error's own words in the file and the others go on.
+leaves its error's own words in the file and the others go on; the file is written anew after each, because native code
+may end the process.
 
     python benchmarks/gpu_suite.py fashion.qdm --out gpu.json
 """
@@ -22,6 +23,7 @@ from gpu_graphs import calibrated_graphs, plan_graphs
 from gpu_timing import loop_ms, mixed_rows, run_ms
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.engines.engine import engine_from_onnx
 from qdm_deploy.engines.flavour import FLAVOURS
@@ -65,14 +67,16 @@ def main() -> None:
         graphs |= {name: Path(path) for name, path in document["graphs"].items() if name != "error"}
         for backend in given.backends.split(","):
             say(backend)
-            document[backend] = {
-                name: guarded(lambda: _engine(backend, graph, bundle.model, batches, given.runs))  # noqa: B023  # called at once
-                for name, graph in graphs.items()
-            }
+            document[backend] = {}
+            for name, graph in graphs.items():
+                document[backend][name] = guarded(
+                    lambda: _engine(backend, graph, bundle.model, batches, given.runs)  # noqa: B023  # called at once
+                )
+                _write(given.out, document)
         say("onnxruntime-gpu")
         document["onnxruntime-gpu"] = guarded(lambda: _onnxruntime_gpu(graphs, bundle.model, batches, given.runs))
         document["graphs"] = sorted(graphs)
-    given.out.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+    _write(given.out, document)
     print(json.dumps(document, default=str))
 
 
@@ -83,6 +87,11 @@ def guarded(part: Callable[[], Document]) -> Document:
     except Exception as error:  # noqa: BLE001  # ONNX Runtime's errors share no base class, and none may end the rest
         say(f"  {type(error).__name__}: {error}")
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _write(out: Path, document: Document) -> None:
+    with new_file(out) as file:
+        file.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:

@@ -22,11 +22,11 @@ import numpy as np
 from ablation import FIRST_SEED
 from bench import Case, case, finish, parser, say, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
-from qdm_deploy.pipeline.conditioning import conditioning_of
 from speed_peers import PEERS, Missing
 
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
+from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.timing import timed_in_turn
 from qdm_deploy.samplers import step_table

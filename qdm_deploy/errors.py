@@ -5,7 +5,8 @@
     ├── ModelError                    2   the model folder cannot be used: missing, truncated, unknown block
     ├── CalibrationError              2   calibration data or statistics that cannot be used: empty, NaN, layer not met
     ├── ExportError                   70  the exported graph is not what the plan asked for
-    ├── EngineError                   4   a TensorRT engine could not be built
+    ├── EngineError                   4   a TensorRT engine could not be built or run
+    │   └── EngineRefused             4   the library refuses to load an engine, which another one may cure
     ├── BundleError                   3   a bundle is damaged, incomplete, too new, or leaves its folder
     ├── EnvironmentProblem            4   something this machine lacks: a module, a GPU, a writable cache
     ├── ResourceProblem               5   disk or memory ran out
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationError",
     "CheckFailed",
     "EngineError",
+    "EngineRefused",
     "EnvironmentProblem",
     "ExportError",
     "InputError",
@@ -62,9 +64,13 @@ class ExportError(QdmError):
 
 
 class EngineError(QdmError):
-    """A TensorRT engine could not be built."""
+    """A TensorRT engine could not be built or run."""
 
     exit_code = 4
+
+
+class EngineRefused(EngineError):
+    """The library refuses to load an engine: built by another version, for another GPU, or damaged."""
 
 
 class BundleError(QdmError):

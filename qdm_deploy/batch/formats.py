@@ -137,10 +137,14 @@ def _tar_indices(path: Path) -> list[int]:
 
 
 def _npz_indices(path: Path) -> list[int]:
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        # The pictures may be more than memory holds: how many there are is in front of them.
+        np.lib.format.read_magic(stream)
+        (count, *_), _, _ = np.lib.format.read_array_header_1_0(stream)
     with np.load(path, allow_pickle=False) as arrays:
         index: list[int] = arrays["index"].tolist()
-        if len(arrays["arr_0"]) != len(index):
-            raise ValueError(f"arr_0 holds {len(arrays['arr_0'])} pictures and index {len(index)}")
+    if count != len(index):
+        raise ValueError(f"arr_0 holds {count} pictures and index {len(index)}")
     return index
 
 

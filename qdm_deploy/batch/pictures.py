@@ -11,8 +11,9 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.job import Job, Shard
 from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.runtime.denoise import denoise
+from qdm_deploy.runtime.denoise import check_denoising, denoise
 from qdm_deploy.runtime.images import ImageMetadata, made_by, to_pictures
+from qdm_deploy.runtime.rows import conditioning_rows
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
@@ -55,7 +56,10 @@ class PictureSource:
         )
         self._backend = made_by(session.describe(), job.precision)
         self._version = installed_version() or "unknown"
-        conditioning_of(self._model, 1, label=self._label, hidden_states=states)
+        # All that the first batch would be refused for: a job that is written down can be made.
+        check_denoising(session, self._table, [job.seed], self._model, job.guidance, job.batch_size)
+        conditioning = conditioning_of(self._model, 1, label=self._label, hidden_states=states)
+        conditioning_rows(self._model, conditioning, 1, twin=job.guidance != 1.0)
         to_pictures(np.zeros((1, *self._model.sample_shape), np.float32), self._model)  # refuses latents
 
     @property

@@ -104,8 +104,9 @@ def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally,
         with progress.task(f"Generating images on {engine['backend']}", total) as advance:
             made = []
             for shard in missing:
+                pace = _Pace(shard.count, stopping, advance)  # first: a signal after the check must find it
                 stopping.check()
-                if _make(options, job, shard, _Pace(shard.count, stopping, advance), source):
+                if _make(options, job, shard, pace, source):
                     made.append(shard)
                 tally.whole += 1
     images = sum(shard.count for shard in made)

@@ -101,6 +101,9 @@ def _failure(number: int, end: dict[str, Any]) -> QdmError:
             f"worker {number} was killed: usually the system ran out of memory. What was committed stays; run the same "
             "command again, with fewer --workers if memory is short"
         )
+    if -status in STOP_SIGNALS:  # it had not begun to listen for them, or had just stopped
+        name = signal.Signals(-status).name
+        return TryAgain(f"worker {number} was stopped by {name}; run the same command again to go on")
     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
     return QdmError(f"worker {number} ended {how}; what it printed is above. What was committed stays")
 
@@ -159,7 +162,10 @@ def _passing_on(children: "list[subprocess.Popen[str]]") -> Iterator[None]:
 def _listen(number: int, child: "subprocess.Popen[str]", events: "queue.Queue[tuple[int, dict[str, Any]]]") -> None:
     last: dict[str, Any] = {}
     for line in cast(IO[str], child.stdout):
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break  # killed in the middle of a line; how it ended is told below
         if event.keys() & {"result", "failed"}:
             last = event
         else:

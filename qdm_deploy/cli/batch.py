@@ -164,7 +164,7 @@ class _Batch(Verb):
     default="auto",
     metavar="NAME",
     section="Runtime",
-    help="auto, onnxruntime or openvino; auto takes openvino where it is installed.",
+    help="auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; auto takes openvino where it is installed.",
 )
 @option(
     "--precision",

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ __all__ = ["CachedEngine", "EngineCache", "EngineIdentity", "EngineMeta"]
 
 _FILES = ("engine.plan", "log.txt", "audit.json")
 _META = "meta.json"
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 class EngineIdentity(BaseModel):
@@ -162,7 +164,8 @@ class EngineCache:
     def prune(self, max_bytes: int | None = None, *, keep: str | None = None) -> tuple[CachedEngine, ...]:
         """Remove damaged engines, then the least recently used ones, until the rest takes ``max_bytes`` or less.
 
-        An engine that a process is building or reading at this moment is left alone.
+        What killed builds left goes first. An engine that a process is building or reading at this moment is left
+        alone.
 
         Args:
             max_bytes: None takes the cache's own limit; 0 removes every engine.
@@ -171,6 +174,7 @@ class EngineCache:
         Returns:
             What was removed.
         """
+        self._sweep()
         entries = self.list_engines()
         damaged = [entry for entry in entries if entry.problem is not None]
         sound = [entry for entry in entries if entry.problem is None and entry.key != keep]
@@ -182,10 +186,8 @@ class EngineCache:
     def remove(self, key: str) -> bool:
         """Remove one engine; False when there is none, or a process is building or reading it at this moment."""
         self.prepare()
-        with (self.root / "locks" / key).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with self._locked_now(key) as ours:
+            if not ours:
                 return False
             # Renamed first: nobody may find a folder of this key with some of its files gone.
             doomed = self.root / f".{key[:50]}.tmp-pruned"
@@ -211,7 +213,8 @@ class EngineCache:
         """Every engine in the cache, oldest first; damaged ones say so. Hashes are not computed."""
         if not self.root.is_dir():
             return ()
-        folders = (path for path in self.root.iterdir() if path.is_dir() and len(path.name) == 64)
+        # Not by length: the folder of a build under way has as many letters, and is no damaged engine.
+        folders = (path for path in self.root.iterdir() if path.is_dir() and _KEY.fullmatch(path.name))
         engines = []
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
@@ -259,10 +262,31 @@ class EngineCache:
                 problem = problem or f"{name} was changed after it was built"
         return CachedEngine(*facts, meta, problem)
 
+    def _sweep(self) -> None:
+        """Remove what killed builds left of any engine: nobody may ask for that engine ever again."""
+        for leftover in self.root.glob(".*.tmp-*"):
+            self.prepare()
+            start = leftover.name[1:].partition(".")[0]
+            keys = [path.name for path in (self.root / "locks").glob(f"{start}*")]
+            with contextlib.ExitStack() as locks:
+                if all(locks.enter_context(self._locked_now(key)) for key in keys):
+                    shutil.rmtree(leftover, ignore_errors=True)  # another process may be removing it too
+
     def _clean_up(self, key: str) -> None:
         # Left by a process that was killed; ours is the only one that may write under this key.
         for leftover in self.root.glob(f".{key[:50]}.tmp-*"):
             shutil.rmtree(leftover)
+
+    @contextmanager
+    def _locked_now(self, key: str) -> Iterator[bool]:
+        """Hold a key's lock if no other process does; says whether that is so."""
+        with (self.root / "locks" / key).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     @contextmanager
     def _locked(self, key: str, progress: Progress) -> Iterator[None]:

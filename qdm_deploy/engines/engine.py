@@ -107,13 +107,23 @@ def engine_from_onnx(
         layers.unlink(missing_ok=True)
         return seconds
 
-    try:
-        folder, meta, from_cache = cache.entry(identity, graph, build, progress=progress)
-    except EngineError as error:
-        log = cache.failure_log(identity.key)
-        raise EngineError(f"{error}\nThe builder's log: {log}") from error
-    audit = EngineAudit.from_json((folder / "audit.json").read_text(encoding="utf-8"))
-    engine = Engine(folder / "engine.plan", audit, meta.build_seconds, from_cache, identity.key, folder / "log.txt")
+    def entry() -> Engine:
+        try:
+            folder, meta, from_cache = cache.entry(identity, graph, build, progress=progress)
+        except EngineError as error:
+            log = cache.failure_log(identity.key)
+            raise EngineError(f"{error}\nThe builder's log: {log}") from error
+        plan, log = folder / "engine.plan", folder / "log.txt"
+        try:
+            audit = EngineAudit.from_json((folder / "audit.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            # Another process made room in the cache just now; its limit is far too small if that goes on.
+            progress.say(f"the cached engine {identity.key[:12]} was removed by another process and is built again")
+            return entry()
+        return Engine(plan, audit, meta.build_seconds, from_cache, identity.key, log)
+
+    engine = entry()
+    audit = engine.audit
     _check(engine, graph, audit.quantized_layers() if planned is None else planned)
     return engine
 

@@ -9,6 +9,7 @@ from qdm_deploy.engines.audit import PlannedLayer
 from qdm_deploy.engines.cache import CachedEngine, EngineCache
 from qdm_deploy.engines.cache_limit import bytes_of
 from qdm_deploy.engines.engine import Engine, engine_from_onnx
+from qdm_deploy.engines.flavour import flavour_of
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
@@ -16,17 +17,19 @@ from qdm_deploy.report.model import EngineRow
 
 __all__ = ["CachedEngines", "EngineResult", "audit_row", "build_engine", "cached_engines", "prune_engines"]
 
-_DEFAULT_SM = "8.9"
-
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A cached engine: its audit as a row, its file, the builder's log, and whether it was there already."""
+    """A cached engine: its audit as a row, its file, the builder's log, and whether it was there already.
+
+    ``float_path`` is the engine of the float graph, of bundles that run their last steps in float.
+    """
 
     row: EngineRow
     path: Path
     log: Path
     from_cache: bool
+    float_path: Path | None = None
 
 
 def build_engine(
@@ -38,7 +41,7 @@ def build_engine(
     workspace: str | None = None,
     progress: Progress = SILENT,
 ) -> EngineResult:
-    """Build the engine of a bundle, or find it in the cache.
+    """Build the engine of a bundle, or find it in the cache; and that of its float graph, if it has float steps.
 
     Args:
         bundle: the bundle's folder.
@@ -61,7 +64,19 @@ def build_engine(
     row, engine = audit_row(
         opened.graph("tensorrt"), plan, backend=backend, sm=sm, profile=batches, options=options, progress=progress
     )
-    return EngineResult(row, engine.path, engine.log, engine.from_cache)
+    float_path = None
+    if opened.manifest.float_below is not None:
+        progress.say(f"steps below timestep {opened.manifest.float_below} run in float and need an engine of their own")
+        float_path = engine_from_onnx(
+            opened.graph("float"),
+            backend=backend,
+            sm=sm,
+            profile=batches,
+            options=options,
+            planned=(),
+            progress=progress,
+        ).path
+    return EngineResult(row, engine.path, engine.log, engine.from_cache, float_path)
 
 
 def audit_row(
@@ -85,7 +100,7 @@ def audit_row(
     failures = engine.audit.failures(planned)
     row = EngineRow(
         backend=backend,
-        sm=sm or (_DEFAULT_SM if backend == "tensorrt-rtx" else "this GPU"),
+        sm=sm or flavour_of(backend).default_sm or "this GPU",
         planned=len(planned),
         int8=len(planned) - len(failures),
         kernels=engine.audit.summary(),

@@ -2,7 +2,7 @@
 
 import platform
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -33,6 +33,16 @@ def _cpu_backends(targets: tuple[str, ...]) -> tuple[str, ...]:
     if on_x86 and "openvino" in targets and find_spec("openvino") is not None:
         return ("openvino", "onnxruntime")
     return ("onnxruntime",)
+
+
+def _versions(backend: str) -> str:
+    """The distribution that a backend's module comes from, and its version."""
+    try:
+        return f"{backend} {version(backend)}"
+    except PackageNotFoundError:
+        # The module onnxruntime is also that of onnxruntime-gpu and others, installed in its place.
+        names = sorted(set(packages_distributions().get(backend, ())))
+        return " ".join(f"{name} {version(name)}" for name in names) or backend
 
 
 def choose_backend(
@@ -69,7 +79,7 @@ def choose_backend(
         bundle,
         candidates,
         lambda candidate: open_session(bundle, candidate[0], precision=candidate[1], threads=threads),
-        [f"{name} {version(name)}" for name in backends],
+        [_versions(name) for name in backends],
         threads=threads,
         progress=progress,
     )
@@ -96,7 +106,8 @@ def open_session(
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
         progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
             seconds to minutes.
-        kept_batch_sizes: batch sizes that a backend which compiles each one (openvino) keeps compiled.
+        kept_batch_sizes: batch sizes that a backend which prepares each one (openvino compiles it, tensorrt records it)
+            keeps ready.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
@@ -127,7 +138,8 @@ def _open_graph(
     progress: Progress,
 ) -> StepSession:
     if backend in FLAVOURS:
-        return open_tensorrt(bundle.graph("tensorrt" if precision == "int8" else "float"), backend, progress=progress)
+        graph = bundle.graph("tensorrt" if precision == "int8" else "float")
+        return open_tensorrt(graph, backend, kept_batch_sizes=kept_batch_sizes, progress=progress)
     if backend == "openvino":
         graph = bundle.graph("openvino" if precision == "int8" else "float")
         return OpenVinoSession(

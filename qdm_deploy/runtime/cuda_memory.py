@@ -44,7 +44,6 @@ class DeviceTensors:
         stack.callback(cuda.free, block)
         cuda.clear(block, size, stream)  # whatever a tensor that no step has filled yet holds, it is finite
         self.address = {name: block + offset for name, offset in offsets.items()}
-        self.size = size
 
 
 class Staging:

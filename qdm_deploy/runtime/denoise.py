@@ -21,7 +21,7 @@ from qdm_deploy.samplers.columns import COEFFICIENTS
 from qdm_deploy.samplers.noise import initial_noise, step_noise
 from qdm_deploy.samplers.table import StepTable
 
-__all__ = ["Conditioning", "denoise"]
+__all__ = ["Conditioning", "check_denoising", "denoise"]
 
 _NOISE_COLUMN = COEFFICIENTS.index("d")
 
@@ -64,7 +64,7 @@ def denoise(
         CheckFailed: a sample became NaN or infinite.
     """
     seeds = list(seeds)
-    _check(session, table, seeds, model, guidance, batch_size)
+    check_denoising(session, table, seeds, model, guidance, batch_size)
     start = initial_noise(seeds, model.sample_shape) if initial is None else initial
     if start.shape != (len(seeds), *model.sample_shape):
         raise InputError(f"initial has the shape {list(start.shape)}; give {[len(seeds), *model.sample_shape]}")
@@ -143,9 +143,14 @@ def _prepared(
         advance()
 
 
-def _check(
+def check_denoising(
     session: StepSession, table: StepTable, seeds: Sequence[int], model: ModelSpec, guidance: float, batch_size: int
 ) -> None:
+    """Refuse what ``denoise`` would, its conditioning apart, for those who begin something else before they call it.
+
+    Raises:
+        InputError: as ``denoise``.
+    """
     if not seeds:
         raise InputError("no seeds were given; give one seed for each sample")
     if batch_size < 1:

@@ -26,7 +26,9 @@ _ROW_INPUTS = ("unconditional_row", "owner_row")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Result of one step. The arrays belong to the session and hold until its next ``run``: copy what must live longer.
+    """Result of one step, in the session's own memory: copy what must live longer.
+
+    After the session's next ``run`` the arrays hold something else, and after its ``close`` they must not be touched.
 
     Attributes:
         next_sample: [B, C, H, W] float32, the sample one step less noisy.

@@ -15,7 +15,7 @@ import numpy as np
 
 from qdm_deploy.engines.flavour import Flavour
 from qdm_deploy.engines.request import BatchProfile
-from qdm_deploy.errors import BundleError, EngineError
+from qdm_deploy.errors import BundleError, EngineError, EngineRefused
 from qdm_deploy.runtime.cuda import CudaRuntime
 from qdm_deploy.runtime.session import OUTPUTS, TensorSpec, step_graph_inputs
 
@@ -35,7 +35,7 @@ class StepEngine:
         own_graphs: Whether TensorRT-RTX records CUDA graphs.
 
     Raises:
-        EngineError: The library cannot load it: built by another version, for another GPU, or damaged.
+        EngineRefused: The library cannot load it: built by another version, for another GPU, or damaged.
         BundleError: It is not the engine of a step graph.
     """
 
@@ -51,7 +51,7 @@ class StepEngine:
         self._runtime: Any = self._library.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
-            raise EngineError(
+            raise EngineRefused(
                 f"{flavour.backend} {self.version} cannot load the engine {plan}: "
                 f"{'; '.join(self._logger.errors) or 'no reason given'}"
             )
@@ -90,13 +90,14 @@ class StepEngine:
     def _context(self, rows: int, addresses: dict[str, int], stream: int) -> Any:
         key = 0 if self._flavour.records_graphs else rows
         known = self._contexts.get(key)
-        if known is not None and self._rows[key] == rows:
+        if known is not None and self._rows.get(key) == rows:
             return known
         context = self._new_context(stream) if known is None else known
         if known is None:
             for name, address in addresses.items():
                 if not context.set_tensor_address(name, address):
                     raise self._refusal(f"take the address of {name}")
+        self._rows.pop(key, None)  # set to nothing in particular until every input has its shape
         for spec in self.inputs:
             if not context.set_input_shape(spec.name, (rows, *spec.shape)):
                 raise self._refusal(f"take {rows} rows of {spec.name}")

@@ -19,7 +19,7 @@ from qdm_deploy.engines.engine import Engine, engine_from_onnx
 from qdm_deploy.engines.flavour import Flavour, flavour_of
 from qdm_deploy.engines.gpu import Gpu, installed_gpu
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
-from qdm_deploy.errors import BundleError, EngineError, InputError
+from qdm_deploy.errors import BundleError, EngineRefused, InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.cuda import CudaRuntime
 from qdm_deploy.runtime.cuda_graphs import StepGraphs
@@ -27,9 +27,9 @@ from qdm_deploy.runtime.cuda_memory import DeviceTensors, Staging, StagingRing, 
 from qdm_deploy.runtime.session import StepInputs, StepOutput, check_inputs
 from qdm_deploy.runtime.tensorrt_engine import StepEngine
 
-__all__ = ["TensorRtSession", "open_tensorrt"]
+__all__ = ["KEPT_BATCH_SIZES", "TensorRtSession", "open_tensorrt"]
 
-_KEPT_BATCH_SIZES = 4
+KEPT_BATCH_SIZES = 4
 _FEEDBACK = (("next_sample", "sample"), ("x0", "previous_x0"))
 _EACH_STEP = ("timestep", "coefficients", "noise")
 
@@ -42,6 +42,7 @@ def open_tensorrt(
     options: BuildOptions | None = None,
     cache: EngineCache | None = None,
     cuda_graphs: bool = True,
+    kept_batch_sizes: int = KEPT_BATCH_SIZES,
     progress: Progress = SILENT,
 ) -> "TensorRtSession":
     """Open a step graph on the GPU of this machine: its engine comes from the cache, or is built now.
@@ -55,6 +56,7 @@ def open_tensorrt(
         options: Builder options.
         cache: Where engines are kept; the user's cache folder by default.
         cuda_graphs: Whether steps are recorded and replayed; off only to measure what that gains.
+        kept_batch_sizes: As for ``TensorRtSession``.
         progress: Told about the build.
 
     Raises:
@@ -87,16 +89,22 @@ def open_tensorrt(
 
     def load(engine: Engine) -> TensorRtSession:
         return TensorRtSession(
-            flavour, engine.path, cuda, gpu=gpu, graph_sha256=sha256_of(graph), cuda_graphs=cuda_graphs
+            flavour,
+            engine.path,
+            cuda,
+            gpu=gpu,
+            graph_sha256=sha256_of(graph),
+            cuda_graphs=cuda_graphs,
+            kept_batch_sizes=kept_batch_sizes,
         )
 
     engine = build()
     try:
         return load(engine)
-    except (EngineError, FileNotFoundError) as error:
+    except (EngineRefused, FileNotFoundError) as error:
         # Not found: another process made room in the cache just now. What was built a moment ago and is refused, would
-        # be refused again.
-        if not engine.from_cache and isinstance(error, EngineError):
+        # be refused again. Other errors are the GPU's, and say nothing against the engine.
+        if not engine.from_cache and isinstance(error, EngineRefused):
             raise
         progress.say(f"{error}; building it again")
         cache.remove(engine.key)
@@ -113,9 +121,12 @@ class TensorRtSession:
         gpu: The GPU, for ``describe``.
         graph_sha256: Hash of the graph that the engine was built from.
         cuda_graphs: Whether steps are recorded and replayed.
+        kept_batch_sizes: Recordings that live at once, the last ones used; each has an execution context, and all share
+            one scratch memory. TensorRT-RTX keeps its own.
 
     Raises:
-        EngineError: The engine cannot be loaded.
+        EngineRefused: The engine cannot be loaded.
+        EngineError: CUDA answers with an error.
         BundleError: It is not the engine of a step graph.
         EnvironmentProblem: There is no usable GPU.
         ResourceProblem: The GPU's memory ran out.
@@ -130,6 +141,7 @@ class TensorRtSession:
         gpu: Gpu,
         graph_sha256: str,
         cuda_graphs: bool = True,
+        kept_batch_sizes: int = KEPT_BATCH_SIZES,
     ) -> None:
         self._flavour = flavour
         self._gpu = gpu
@@ -150,7 +162,7 @@ class TensorRtSession:
             self._ring = StagingRing(cuda, stack, each_step, largest)
             self._graphs: StepGraphs | None = None
             if cuda_graphs and not flavour.records_graphs:
-                self._graphs = StepGraphs(cuda, self._stream, _KEPT_BATCH_SIZES)
+                self._graphs = StepGraphs(cuda, self._stream, kept_batch_sizes)
                 stack.callback(self._graphs.close)
             stack.callback(cuda.synchronize, self._stream)
             self._owned = stack.pop_all()

@@ -59,7 +59,8 @@ class ProcessEngine:
         deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
             bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
-        load_timeout: seconds that the child may take to open the bundle and run its first steps.
+        load_timeout: seconds that the child may take to open the bundle and run its first steps. Half an hour, because
+            on a GPU it may have to build engines first; the probes of the images wait as long.
         restarts: when to start the child again; None takes the defaults of ``RestartPolicy``.
 
     Raises:
@@ -81,7 +82,7 @@ class ProcessEngine:
         lanes: int | None = None,
         deterministic: bool = False,
         step_timeout: float = 60.0,
-        load_timeout: float = 600.0,
+        load_timeout: float = 1800.0,
         restarts: RestartPolicy | None = None,
     ) -> None:
         if max_rows < 1 or max_waiting < 0:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from qdm_deploy.batch import batch_status, verify_batch
 from qdm_deploy.batch.staging import leftovers, staged, sweep
+from qdm_deploy.batch.workers import _listen
 from qdm_deploy.errors import ResourceProblem
 
 Make = Callable[..., Any]
@@ -160,6 +162,25 @@ def test_ctrl_c_leaves_complete_shards_and_nothing_else(line: Line, repository: 
     assert "Traceback" not in said
     assert leftovers(out) == []
     assert verify_batch(out).bad == batch_status(out).missing
+
+
+def test_sigterm_while_workers_start_is_exit_code_75(line: Line, repository: Path, tmp_path: Path) -> None:
+    with started(line(tmp_path / "out", num=6000, workers=2, **{"shard-size": 300, "grace": 0}), repository) as child:
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) == 2, child)
+        time.sleep(0.05)  # until the parent passes signals on; a worker needs much longer before it listens
+        child.send_signal(signal.SIGTERM)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 75, said
+    assert "stopped by SIGTERM" in said
+
+
+@pytest.mark.parametrize("said", ['{"resu', ""])
+def test_a_worker_that_dies_in_the_middle_of_a_word_is_missed(said: str) -> None:
+    events: queue.Queue[Any] = queue.Queue()
+    with subprocess.Popen(["sh", "-c", f"printf '{said}'; kill -KILL $$"], stdout=subprocess.PIPE, text=True) as child:
+        _listen(3, child, events)
+    assert events.get_nowait() == (3, {"status": -signal.SIGKILL})
 
 
 @pytest.mark.slow

@@ -194,6 +194,13 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_guidance_that_the_model_cannot_have_leaves_no_job(make: Make, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is unconditional, so a guidance scale of 3\.0 means nothing"):
+        make(tmp_path / "out", bundle=plain, guidance=3.0)
+    assert list(tmp_path.rglob("*.json")) == []
+    assert make(tmp_path / "out", bundle=plain).status.missing == ()
+
+
 def test_what_is_missing_here_is_said(make: Make, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         make(tmp_path / "out", bundle=tmp_path / "nowhere")

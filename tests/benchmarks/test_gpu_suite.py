@@ -1,16 +1,20 @@
 """The GPU suite where it can run without a GPU: what it says there, its timing on a CPU session, its graphs."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gpu_suite
 import numpy as np
 import pytest
 from gpu_graphs import forms_of_plan
 from gpu_timing import mixed_rows, run_ms
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.runtime.session import StepOutput
 
 HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
@@ -27,6 +31,24 @@ def test_without_a_gpu_nothing_is_measured_and_the_exit_code_says_so(repository:
         in done.stderr
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_measured_is_kept_when_the_process_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def engine(backend: str, graph: Path, *_: object) -> dict[str, Any]:
+        if graph.name == "float":
+            raise SystemExit("as a crash in native code")
+        return {"kernels": 7}
+
+    bundle = SimpleNamespace(graph=Path, model=SPEC)
+    monkeypatch.setattr(gpu_suite, "installed_gpu", lambda backend: Gpu("Test GPU", "8.9", "CUDA 13.0"))
+    monkeypatch.setattr(gpu_suite.Bundle, "open", lambda path: bundle)
+    monkeypatch.setattr(gpu_suite, "_graphs", lambda *_, calibrate: {})
+    monkeypatch.setattr(gpu_suite, "_engine", engine)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "x.qdm", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit, match="native code"):
+        gpu_suite.main()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert (found["gpu"]["name"], found["tensorrt"]) == ("Test GPU", {"bundle": {"kernels": 7}})
 
 
 class Rows:

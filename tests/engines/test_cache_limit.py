@@ -112,6 +112,21 @@ def test_prune_leaves_an_engine_that_another_process_holds(filled: Callable[...,
     assert targets(cache) == {"first"}
 
 
+def test_prune_removes_what_killed_builds_left_and_no_build_that_runs(filled: Callable[..., EngineCache]) -> None:
+    cache = filled("first")
+    left, running = (cache.root / f".{identity(name).key[:50]}.tmp-00000000" for name in ("left", "running"))
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "engine.plan").write_bytes(b"p" * PLAN)
+    (cache.root / "locks" / identity("left").key).touch()
+    with (cache.root / "locks" / identity("running").key).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert [engine.key for engine in cache.list_engines()] == [identity("first").key]
+        assert cache.prune() == ()
+    assert (left.exists(), running.exists()) == (False, True)
+    assert targets(cache) == {"first"}
+
+
 BUILDER = """
 import sys, time
 from pathlib import Path

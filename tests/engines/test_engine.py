@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,6 +63,24 @@ def worker_processes(anywhere: str = "") -> list[int]:
         if any(name.startswith(anywhere) for name in opened) if anywhere else parent == os.getpid():
             found.append(int(process.name))
     return found
+
+
+def test_an_engine_removed_before_it_was_read_is_built_again(
+    blocks: Blocks, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, entry, removals = blocks("int8"), EngineCache.entry, ["once"]
+
+    def raced(self: EngineCache, *arguments: Any, **options: Any) -> Any:
+        found = entry(self, *arguments, **options)
+        if removals:
+            removals.clear()
+            self.remove(found[0].name)
+        return found
+
+    monkeypatch.setattr(EngineCache, "entry", raced)
+    heard = Heard()
+    assert engine_from_onnx(graph, cache=cache, progress=heard).path.exists()
+    assert "was removed by another process and is built again" in "".join(heard.lines)
 
 
 def test_planned_convolutions_are_compiled_in_int8(blocks: Blocks, cache: EngineCache) -> None:

@@ -1,6 +1,8 @@
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,29 @@ def test_wrong_arguments(small: Bundle, arguments: dict[str, Any], message: str)
 def test_a_gpu_backend_gets_the_graph_of_its_target(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, precision: Any
 ) -> None:
-    asked: list[tuple[Path, str]] = []
-    monkeypatch.setattr(backends, "open_tensorrt", lambda graph, name, progress: asked.append((graph, name)))
+    asked: list[tuple[Path, str, int]] = []
+
+    def opened(graph: Path, name: str, *, kept_batch_sizes: int, progress: Any) -> None:
+        asked.append((graph, name, kept_batch_sizes))
+
+    monkeypatch.setattr(backends, "open_tensorrt", opened)
     monkeypatch.setattr(Bundle, "graph", lambda self, name: Path(f"{name}.onnx"))
-    open_session(bundle, backend, precision=precision)
-    assert asked == [(Path("tensorrt.onnx" if precision == "int8" else "float.onnx"), backend)]
+    open_session(bundle, backend, precision=precision, kept_batch_sizes=7)
+    assert asked == [(Path("tensorrt.onnx" if precision == "int8" else "float.onnx"), backend, 7)]
+
+
+def test_a_module_may_come_from_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"onnxruntime \d+\.\d+.*", backends._versions("onnxruntime"))
+
+    def version(name: str) -> str:
+        if name == "onnxruntime-gpu":
+            return "1.32.0"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(backends, "version", version)
+    monkeypatch.setattr(backends, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    assert backends._versions("onnxruntime") == "onnxruntime-gpu 1.32.0"
+    assert backends._versions("openvino") == "openvino"
 
 
 def test_every_backend_can_be_opened_or_says_why_not(small: Bundle) -> None:

@@ -16,7 +16,7 @@ from qdm_deploy.engines.engine import engine_from_onnx
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.engines.request import BatchProfile
-from qdm_deploy.errors import BundleError, EngineError, EnvironmentProblem, InputError
+from qdm_deploy.errors import BundleError, EngineError, EngineRefused, EnvironmentProblem, InputError
 from qdm_deploy.runtime import tensorrt_session
 from qdm_deploy.runtime.tensorrt_engine import StepEngine
 from qdm_deploy.runtime.tensorrt_session import open_tensorrt
@@ -53,7 +53,7 @@ def test_without_a_driver_nothing_is_built(plain: Any, cache: EngineCache, backe
 @WITHOUT_DRIVER
 def test_a_real_step_engine_is_built_and_then_refused_by_the_library(plain: Any, cache: EngineCache) -> None:
     engine = engine_from_onnx(plain.graph, cache=cache, planned=())
-    with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.7.* cannot load the engine .*cudaError 35"):
+    with pytest.raises(EngineRefused, match=r"tensorrt-rtx 1\.7.* cannot load the engine .*cudaError 35"):
         StepEngine(FLAVOURS["tensorrt-rtx"], engine.path, SimpleNamespace())  # type: ignore[arg-type]
 
 
@@ -105,20 +105,20 @@ def test_an_engine_from_the_cache_that_cannot_be_loaded_is_built_once_more(
 
     assert open_()["gpu"] == ADA
     built = sessions.plans[0]
-    sessions.failures = [EngineError("cannot load the engine")]
+    sessions.failures = [EngineRefused("cannot load the engine")]
     open_()
     (refused, again) = sessions.plans[1:]
     assert refused == built
     assert again[0] == built[0]
     assert again[1] > built[1]
 
-    sessions.failures = [EngineError("cannot load it"), EngineError("cannot load it either")]
+    sessions.failures = [EngineRefused("cannot load it"), EngineRefused("cannot load it either")]
     with pytest.raises(EngineError, match="cannot load it either"):
         open_()
 
     cache.prune(0)
     sessions.plans.clear()
-    sessions.failures = [EngineError("cannot load what was just built")]
+    sessions.failures = [EngineRefused("cannot load what was just built")]
     with pytest.raises(EngineError, match="cannot load what was just built"):
         open_()
     assert len(sessions.plans) == 1
@@ -130,3 +130,14 @@ def test_an_engine_that_another_process_removed_is_built_again(
     on(ADA)
     monkeypatch.setattr(tensorrt_session, "TensorRtSession", Sessions(FileNotFoundError("engine.plan")))
     assert open_tensorrt(plain.graph, "tensorrt-rtx", cache=cache)
+
+
+def test_an_error_of_the_gpu_costs_no_engine(
+    plain: Any, cache: EngineCache, on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(ADA)
+    engine = engine_from_onnx(plain.graph, cache=cache, planned=())
+    monkeypatch.setattr(tensorrt_session, "TensorRtSession", Sessions(EngineError("all devices are busy")))
+    with pytest.raises(EngineError, match="all devices are busy"):
+        open_tensorrt(plain.graph, "tensorrt-rtx", cache=cache)
+    assert engine.path.exists()

@@ -20,7 +20,7 @@ from qdm_deploy.runtime.denoise import Conditioning, denoise
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.session import StepInputs, StepLoop
 from qdm_deploy.runtime.tensorrt_session import TensorRtSession
-from tests.runtime.late_device import LateDevice, Library
+from tests.runtime.late_device import Context, LateDevice, Library
 
 GPU = Gpu("Test GPU", "9.0", "580.65.06 (CUDA 13.0)")
 
@@ -203,6 +203,29 @@ def test_a_refused_step_says_what_the_library_logged(plain: Any, open_session: O
         session.library.broken = True  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="cannot run a step of 2 rows: the engine is broken"):
             session.run(inputs_of(plain, 2))
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt"], indirect=True)
+def test_as_many_batch_sizes_stay_recorded_as_are_asked_for(plain: Any, open_session: Open, device: LateDevice) -> None:
+    with open_session(plain, kept_batch_sizes=6) as session:
+        for rows in (1, 2, 3, 4, 5, 6, 1, 2, 3):
+            session.run(inputs_of(plain, rows))
+        assert (device.calls.count("record"), device.calls.count("launch")) == (6, 3)
+
+
+def test_a_shape_that_was_refused_half_way_is_set_anew(
+    plain: Any, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_session(plain) as session, OnnxRuntimeSession(plain.graph, threads=1) as reference:
+        session.run(inputs_of(plain, 2))
+        take = Context.set_input_shape
+        monkeypatch.setattr(
+            Context, "set_input_shape", lambda self, name, shape: name != "noise" and take(self, name, shape)
+        )
+        with pytest.raises(EngineError, match="cannot take 3 rows of noise"):
+            session.run(inputs_of(plain, 3))
+        monkeypatch.undo()
+        np.testing.assert_array_equal(session.run(inputs_of(plain, 2)).x0, reference.run(inputs_of(plain, 2)).x0)
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt"], indirect=True)
