@@ -57,7 +57,7 @@ __all__ = ["serve"]
 @option(
     "--load-timeout",
     type=float,
-    default=600.0,
+    default=1800.0,
     section="Limits",
     help="Seconds to load the bundle, the build of a GPU engine included.",
 )

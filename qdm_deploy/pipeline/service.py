@@ -37,7 +37,8 @@ class ServeOptions:
         request_timeout: seconds from submission to images, the wait included.
         drain_timeout: seconds that admitted requests get after SIGTERM.
         step_timeout: seconds after which a denoising step counts as hung, and the engine process is started again.
-        load_timeout: seconds for the engine process to open the bundle, the build of an engine included.
+        load_timeout: seconds for the engine process to open the bundle, the build of engines on a GPU included; the
+            probes of the container images wait as long.
         api_key_file: a file that holds the key; None takes the variable ``QDM_API_KEY``, if it is set.
         allow_unauthenticated: listen beyond this machine without a key.
         allowed_hosts: see ``HttpSettings``.
@@ -60,7 +61,7 @@ class ServeOptions:
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
     step_timeout: float = 60.0
-    load_timeout: float = 600.0
+    load_timeout: float = 1800.0
     api_key_file: Path | None = None
     allow_unauthenticated: bool = False
     allowed_hosts: tuple[str, ...] = ()

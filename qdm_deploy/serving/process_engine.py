@@ -59,8 +59,7 @@ class ProcessEngine:
         deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
             bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
-        load_timeout: seconds that the child may take to open the bundle and run its first steps. Half an hour, because
-            on a GPU it may have to build engines first; the probes of the images wait as long.
+        load_timeout: seconds for the child to open the bundle, build engines on a GPU, and run its first steps.
         restarts: when to start the child again; None takes the defaults of ``RestartPolicy``.
 
     Raises:
