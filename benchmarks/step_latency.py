@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,7 @@ from bench import Case, case, finish, parser, say, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing
 
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
 from qdm_deploy.runtime.conditioning import conditioning_of
@@ -52,11 +53,22 @@ def contenders(model: Case, folder: Path) -> dict[str, Contender]:
     }
     for name, peer in PEERS.items():
         found[name] = Contender(partial(peer.opened, model, folder / name.replace(" ", "-")), peer.integer)
-    for name, plan in {"": model.built(), ", 4 step bins": model.built(step_bins=4)}.items():
-        here = folder / f"ours{len(name)}"
-        graphs = {target: write_graph(model, plan, target, here / target) for target in ("onnxruntime", "openvino")}
-        found[f"onnxruntime INT8{name}"] = Contender(partial(OnnxRuntimeSession, graphs["onnxruntime"]), integer=True)
-        found[f"openvino INT8{name}"] = Contender(partial(OpenVinoSession, graphs["openvino"]), integer=True)
+
+    # Planned when it is first opened: a run of few contenders need not wait for the plans of others.
+    @cache
+    def plan(step_bins: int | str) -> QuantizationPlan:
+        return model.built(step_bins=step_bins)
+
+    def ours(target: Target, step_bins: int | str) -> Path:
+        return write_graph(model, plan(step_bins), target, folder / f"{target}-{step_bins}")
+
+    for name, bins in {"": "auto", ", 4 step bins": 4}.items():
+        found[f"onnxruntime INT8{name}"] = Contender(
+            lambda bins=bins: OnnxRuntimeSession(ours("onnxruntime", bins)), integer=True
+        )
+        found[f"openvino INT8{name}"] = Contender(
+            lambda bins=bins: OpenVinoSession(ours("openvino", bins)), integer=True
+        )
     return found
 
 
@@ -65,7 +77,7 @@ def main() -> None:
     arguments.add_argument("--models", default="fashion,cifar10")
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
-    arguments.add_argument("--only", help="parts of names, separated by commas: time only these, and the baseline")
+    arguments.add_argument("--only", help="beginnings of names, separated by commas: time only these, and the baseline")
     given = arguments.parse_args()
     peaks = {True: integer_peak(), False: float_peak()}
     say(f"peak: {peaks[True] / 1e9:.0f} G integer and {peaks[False] / 1e9:.0f} G float multiply-accumulates a second")
@@ -111,7 +123,8 @@ def main() -> None:
 
 
 def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:
-    return {name: item for name, item in found.items() if name == BASELINE or any(part in name for part in parts)}
+    """The contenders whose names begin with one of the parts, and the baseline."""
+    return {name: item for name, item in found.items() if name == BASELINE or name.startswith(tuple(parts))}
 
 
 def _reference(model: Case) -> ReferenceRun:
