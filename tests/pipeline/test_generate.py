@@ -15,7 +15,7 @@ from qdm_deploy.runtime.images import read_metadata
 
 
 def make(bundle: Path, out: Path, **changes: Any) -> GenerateResult:
-    quick: dict[str, Any] = {"count": 3, "steps": 3, "backend": "onnxruntime", "threads": 1}
+    quick: dict[str, Any] = {"count": 3, "steps": 3, "backend": "onnxruntime", "precision": "int8", "threads": 1}
     return generate(GenerateOptions(bundle=bundle, out=out, **{**quick, **changes}))
 
 

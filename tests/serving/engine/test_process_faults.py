@@ -115,7 +115,10 @@ def test_a_child_that_cannot_be_killed_holds_nothing_up(
                 assert await outcome(engine.submit(request("next"))) == "finished"
                 assert f"the engine process {stuck} was killed and is still there" in caplog.text
             finally:
+                # The next child is ended as usual, and this one is waited for: no process outlives the test.
+                monkeypatch.undo()
                 os.kill(stuck, signal.SIGKILL)
+                await until(lambda: not Path(f"/proc/{stuck}").exists())
 
     run(body())
 
