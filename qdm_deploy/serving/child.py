@@ -111,12 +111,7 @@ def _obey(received: Frame, scheduler: Scheduler, maker: JobMaker) -> list[Happen
 
 
 def _running(scheduler: Scheduler) -> bytes:
-    """Id, step and steps of its furthest image, and rows, of each request that has any."""
-    found: dict[str, tuple[int, int, int]] = {}
-    for image in scheduler.running:
-        step, _, rows = found.get(image.job.request_id, (0, 0, 0))
-        found[image.job.request_id] = (max(step, image.step), image.job.table.steps, rows + image.job.rows_each)
-    return frame("running", requests=[[request_id, *numbers] for request_id, numbers in found.items()])
+    return frame("running", requests=scheduler.running_requests())
 
 
 def _told(happened: list[Happened]) -> bytes:

@@ -1,4 +1,4 @@
-"""Which images take part in the next step: admission, fairness, deadlines. No clock, no I/O, no numerics.
+"""Which images take part in the next step: fairness, deadlines. No clock, no I/O, no numerics.
 
 Capacity is counted in rows, and an image's rows (two when it is guided) are taken and given back together. The rule of
 fairness: requests with images that have not started stand in a ring; whenever rows are free, the request in front
@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 from qdm_deploy.samplers import initial_noise
 from qdm_deploy.serving.jobs import Job
 
-__all__ = ["Image", "QueueFull", "Scheduler"]
-
-
-class QueueFull(Exception):
-    """No room for another request that has to wait."""
+__all__ = ["Image", "Scheduler"]
 
 
 @dataclass(eq=False)
@@ -66,12 +62,10 @@ class Scheduler:
     Args:
         max_rows: rows of the largest batch.
         sample_shape: [C, H, W].
-        max_waiting: requests that may wait without a row; None bounds nothing, for a caller who does.
     """
 
-    def __init__(self, max_rows: int, sample_shape: tuple[int, int, int], max_waiting: int | None = None) -> None:
+    def __init__(self, max_rows: int, sample_shape: tuple[int, int, int]) -> None:
         self.max_rows = max_rows
-        self.max_waiting = max_waiting
         self._shape = sample_shape
         self._alive: dict[str, _Request] = {}
         self._ring: deque[_Request] = deque()
@@ -87,6 +81,14 @@ class Scheduler:
         """Rows of ``running``."""
         return sum(image.job.rows_each for image in self._running)
 
+    def running_requests(self) -> list[tuple[str, int, int, int]]:
+        """Id, step and steps of its furthest image, and rows, of each request that has any."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for image in self._running:
+            step, _, rows = found.get(image.job.request_id, (0, 0, 0))
+            found[image.job.request_id] = (max(step, image.step), image.job.table.steps, rows + image.job.rows_each)
+        return [(request_id, *numbers) for request_id, numbers in found.items()]
+
     @property
     def alive(self) -> frozenset[str]:
         """Every request that has not ended."""
@@ -98,19 +100,15 @@ class Scheduler:
         return sum(request.started == 0 for request in self._ring)
 
     def submit(self, job: Job) -> None:
-        """Take a request in.
+        """Take a request in; how many may wait is for the caller to bound (``Ledger``).
 
         Raises:
-            QueueFull: ``max_waiting`` requests wait already, and no row is free for this one.
             ValueError: the id is alive, or an image needs more rows than there are.
         """
         if job.request_id in self._alive:
             raise ValueError(f"the request {job.request_id} is alive already")
         if job.rows_each > self.max_rows:
             raise ValueError(f"an image of {job.request_id} takes {job.rows_each} rows of {self.max_rows}")
-        could_start = not self._ring and self.running_rows + job.rows_each <= self.max_rows
-        if self.max_waiting is not None and self.waiting >= self.max_waiting and not could_start:
-            raise QueueFull(f"{self.waiting} requests wait")
         request = _Request(job)
         self._alive[job.request_id] = request
         self._ring.append(request)

@@ -5,7 +5,7 @@ import pytest
 
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker, preview_steps
-from qdm_deploy.serving.scheduler import QueueFull, Scheduler
+from qdm_deploy.serving.scheduler import Scheduler
 from tests.serving.engine.fake import MODEL, SCHEDULE, SHAPE
 
 MAKER = JobMaker(MODEL, SCHEDULE, 8)
@@ -62,19 +62,6 @@ def test_ending_a_request_gives_all_its_rows_back() -> None:
     assert not scheduler.end("guided")
     assert started(scheduler) == ["next0", "next1", "next2"]
     assert scheduler.alive == {"next"}
-
-
-def test_the_queue_is_bounded_but_a_free_row_is_no_queue() -> None:
-    scheduler = Scheduler(1, SHAPE, max_waiting=2)
-    scheduler.submit(job("runs"))
-    scheduler.fill()
-    scheduler.submit(job("first"))
-    scheduler.submit(job("second"))
-    with pytest.raises(QueueFull, match="2 requests wait"):
-        scheduler.submit(job("third"))
-    assert scheduler.alive == {"runs", "first", "second"}
-    nobody_waits = Scheduler(1, SHAPE, max_waiting=0)
-    nobody_waits.submit(job("runs"))
 
 
 def test_deadlines_end_waiting_and_running_requests() -> None:

@@ -1,5 +1,6 @@
 """Random schedules of arrivals, cancellations, faults and deadlines: one outcome each, no row and no place lost."""
 
+import asyncio
 from functools import cache
 from typing import Any
 
@@ -13,9 +14,11 @@ from qdm_deploy.runtime import Conditioning, denoise
 from qdm_deploy.samplers import step_table
 from qdm_deploy.serving.batch import BatchRunner
 from qdm_deploy.serving.contract import GenerationRequest
+from qdm_deploy.serving.generation import LiveGeneration
 from qdm_deploy.serving.jobs import JobMaker
 from qdm_deploy.serving.lanes import Lanes, lane_rows
-from qdm_deploy.serving.scheduler import QueueFull, Scheduler
+from qdm_deploy.serving.ledger import Ledger
+from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Stepper
 from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
 
@@ -45,7 +48,9 @@ class Schedules(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         runners = [BatchRunner(FakeSession(), MODEL, lane_rows(MAX_ROWS, 2), None) for _ in range(2)]
-        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE, MAX_WAITING), Lanes(runners, None))
+        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE), Lanes(runners, None))
+        self.ledger = Ledger(MAX_ROWS, MAX_WAITING)  # admits as the parent process does
+        self.loop = asyncio.new_event_loop()
         self.now = 0.0
         self.wanted: dict[str, tuple[Any, ...]] = {}
         self.outcomes: dict[str, list[str]] = {}
@@ -65,25 +70,33 @@ class Schedules(RuleBasedStateMachine):
             self.wanted[name] = (images, sampler, steps, guidance, label)
             self.outcomes[name] = []
             Schedules.submitted += 1
-            waiting = self.scheduler.waiting
-            try:
-                self.scheduler.submit(job)
-            except QueueFull:
-                assert waiting == MAX_WAITING
+            if self.ledger.full_for(job.rows_each):
+                assert self.ledger.waiting >= MAX_WAITING
                 self.outcomes[name].append("refused")
+            else:
+                self.loop.run_until_complete(self.admit(request, job.rows_each))
+                self.scheduler.submit(job)
+
+    async def admit(self, request: GenerationRequest, rows_each: int) -> None:
+        self.ledger.alive[request.request_id] = LiveGeneration(request, rows_each, self.now, lambda generation: None)
+
+    def end(self, name: str, outcome: str) -> None:
+        self.outcomes[name].append(outcome)
+        self.ledger.remove(self.ledger.alive[name])
 
     @rule(steps=st.integers(1, 6))
     def go_on(self, steps: int) -> None:
         for _ in range(steps):
             self.now += 1.0
             self.note(self.engine.begin(self.now))
+            self.ledger.take_running(self.scheduler.running_requests(), self.now)
             try:
                 self.note(self.engine.run())
             except EngineBroken:
                 # The process would end here, and its parent fails what ran.
                 for name in {image.job.request_id for image in self.scheduler.running}:
                     self.scheduler.end(name)
-                    self.outcomes[name].append("engine_error")
+                    self.end(name, "engine_error")
 
     @rule(choice=st.integers(0, 1000))
     def cancel(self, choice: int) -> None:
@@ -94,16 +107,16 @@ class Schedules(RuleBasedStateMachine):
         before = self.scheduler.running_rows
         held = sum(image.job.rows_each for image in self.scheduler.running if image.job.request_id == name)
         if self.scheduler.end(name):
-            self.outcomes[name].append("cancelled")
+            self.end(name, "cancelled")
         assert self.scheduler.running_rows == before - held
 
     def note(self, happened: list[Any]) -> None:
         for item in happened:
             if isinstance(item, Done):
-                self.outcomes[item.request_id].append("finished")
+                self.end(item.request_id, "finished")
                 np.testing.assert_array_equal(item.samples, alone(*self.wanted[item.request_id]))
             elif isinstance(item, Failed):
-                self.outcomes[item.request_id].append(item.reason)
+                self.end(item.request_id, item.reason)
                 label = self.wanted[item.request_id][-1]
                 if item.reason == "not_finite":
                     assert label == NOT_A_NUMBER
@@ -113,19 +126,23 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_or_counted_twice(self) -> None:
         open_requests = {name for name, outcomes in self.outcomes.items() if not outcomes}
-        assert self.scheduler.alive == open_requests
+        assert self.scheduler.alive == open_requests == self.ledger.alive.keys()
         assert all(len(outcomes) <= 1 for outcomes in self.outcomes.values())
         assert self.scheduler.running_rows <= MAX_ROWS
-        assert self.scheduler.waiting <= MAX_WAITING
+        assert self.ledger.running_rows <= MAX_ROWS
+        # Each has a row in the next step or a place in the queue.
+        assert len(self.ledger.alive) <= MAX_ROWS + MAX_WAITING
         assert {image.job.request_id for image in self.scheduler.running} <= open_requests
 
     def teardown(self) -> None:
+        self.loop.close()
         for _ in range(1000):
             if not self.scheduler.alive:
                 break
             self.go_on(1)
         assert self.scheduler.alive == frozenset()
         assert self.scheduler.running == ()
+        assert self.ledger.running_rows == 0
         assert self.scheduler.waiting == 0
         assert all(len(outcomes) == 1 for outcomes in self.outcomes.values())
 
