@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 from bench import finish, parser, say
+from made_pictures import features_of_made
 
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.report.distribution import frechet_distance, gaussian_of
 from qdm_deploy.report.paired_distribution import frechet_difference
-from qdm_deploy.runtime import OpenVinoSession, denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
-from qdm_deploy.runtime.images import to_pictures
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
 from qdm_export.targets import emit_float
@@ -33,11 +32,7 @@ def made_by(model: Path, count: int, steps: int, classifier: FeatureClassifier) 
     with tempfile.TemporaryDirectory() as folder:
         save_graph(emit_float(export_float_graph(checkpoint)), Path(folder) / "float.onnx", weights="float.data")
         with OpenVinoSession(Path(folder) / "float.onnx", precision="f32") as session:
-            samples = denoise(
-                session, table, range(count), checkpoint.spec, conditioning=conditioning_of(checkpoint.spec, count)
-            )
-    pictures = to_pictures(samples, checkpoint.spec)[:, None].astype(np.float32) / 127.5 - 1.0
-    return classifier.run(pictures), checkpoint.weights_sha256
+            return features_of_made(session, table, checkpoint.spec, count, classifier), checkpoint.weights_sha256
 
 
 def main() -> None:

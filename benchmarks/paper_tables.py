@@ -50,6 +50,7 @@ def measuring_sources() -> list[Path]:
         *(path for path in (HERE / "paper_rows").glob("*.py") if path.name not in _TEXT),
         HERE / "peer_models.py",
         HERE / "concat_forms.py",
+        HERE / "made_pictures.py",
     ]
 
 
@@ -64,6 +65,7 @@ def main() -> None:
         settings = Settings(
             seeds=given.seeds, steps=given.steps, samples=given.calibration_samples, images=given.images,
             cache=given.cache, iterations=given.reconstruct_iterations, scratch=Path(scratch),
+            frechet_images=given.frechet_images, frechet_steps=given.frechet_steps,
         )  # fmt: skip
         rows, skipped, weights = _measure(given, settings)
     for letter in given.only:
@@ -83,6 +85,8 @@ def main() -> None:
         "calibration_steps": CALIBRATION_STEPS,
         "calibration_seeds": given.calibration_seeds,
         "reconstruct_seeds": given.reconstruct_seeds,
+        "frechet_images": settings.frechet_images,
+        "frechet_steps": settings.frechet_steps,
         "skipped": skipped,
     }
     print()
@@ -163,6 +167,8 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--calibration-seeds", default="0,1,2")
     arguments.add_argument("--reconstruct-seeds", default="0", help="calibration seeds of (e), which is slow")
     arguments.add_argument("--reconstruct-iterations", type=int, default=300, help="of (e), for each block or layer")
+    arguments.add_argument("--frechet-images", type=int, default=1000, help="of (e) and (f) in W4A8")
+    arguments.add_argument("--frechet-steps", type=int, default=10)
     arguments.add_argument("--document", type=Path, help="only write docs/paper-tables.md from this result")
     given = arguments.parse_args()
     given.only = given.only.split(",")
@@ -171,7 +177,7 @@ def _arguments() -> argparse.Namespace:
             raise InputError(f"--only: there is no table {letter!r}; choose from {', '.join(LETTERS)}")
     given.calibration_seeds = _numbers("--calibration-seeds", given.calibration_seeds)
     given.reconstruct_seeds = _numbers("--reconstruct-seeds", given.reconstruct_seeds)
-    for name in ("seeds", "steps", "calibration_samples", "reconstruct_iterations"):
+    for name in ("seeds", "steps", "calibration_samples", "reconstruct_iterations", "frechet_images", "frechet_steps"):
         if getattr(given, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(given, name)}; give at least 1")
     return given

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
 from ablation import FIRST_SEED
-from bench import Case, say
+from bench import Case, say, write_float, write_graph
 from concat_forms import split_case
+from made_pictures import features_of_made
 from peer_models import CALIBRATION_STEPS
 
 from qdm_calibration.collect import collect_calibration_set
@@ -25,20 +27,23 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.runtime import StepSession
+from qdm_deploy.report.distribution import frechet_distance, gaussian_of
+from qdm_deploy.runtime import OpenVinoSession, StepSession
 from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 from qdm_export.float_graph import export_float_graph
 from qdm_export.step_graph import StepGraph
 from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint
 
-__all__ = ["BATCH", "EPS", "LAST", "Laboratory", "Model", "Settings"]
+__all__ = ["BATCH", "EPS", "FRECHET", "LAST", "OVER_FLOAT", "Laboratory", "Model", "Settings"]
 
 T = TypeVar("T")
 
 BATCH = 32
 EPS, LAST = "eps SQNR dB", "last step"
+FRECHET, OVER_FLOAT = "Frechet distance", "over float"
 # Statistics of one calibration set are some 100 MB; those of the set that most rows share, and of the row at hand.
 _KEPT_STATISTICS = 2
 
@@ -54,6 +59,8 @@ class Settings:
         images: folder with the IDX files of Fashion-MNIST; None leaves out the rows that need real images.
         cache: where calibration sets are kept; None keeps them in memory.
         iterations: of reconstruction, per block or layer.
+        frechet_images, frechet_steps: pictures of a Frechet distance, and their denoising steps; it is taken under
+            calibration seed 0 alone.
         scratch: a folder for graphs, removed with the run.
     """
 
@@ -64,6 +71,8 @@ class Settings:
     cache: Path | None
     iterations: int
     scratch: Path
+    frechet_images: int = 1000
+    frechet_steps: int = 10
 
 
 class Model:
@@ -97,6 +106,15 @@ class Model:
             )
 
         return self.shared("float run", run)
+
+    def frechet(self, graph: Path) -> float:
+        """Frechet distance to real pictures of what a step graph makes, on OpenVINO in float32."""
+        classifier = self.shared("classifier", lambda: FeatureClassifier(SHIPPED))
+        real = self.shared("real pictures", lambda: gaussian_of(classifier.reference.features))
+        table = step_table(self.schedule, "ddim", self.settings.frechet_steps)
+        with OpenVinoSession(graph, precision="f32") as session:
+            made = features_of_made(session, table, self.spec, self.settings.frechet_images, classifier)
+        return frechet_distance(real, gaussian_of(made.features))
 
 
 class Laboratory:
@@ -175,9 +193,29 @@ class Laboratory:
         return self.simulated(case.checkpoint, case.plan(options))
 
     def simulated(self, checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, float]:
-        """Numbers of a plan that is made already."""
-        step = StepGraph(simulate(checkpoint.unet, plan, "tensorrt"), checkpoint.spec).eval()
-        return self.measured(TorchSession(step, "tensorrt"))
+        """Numbers of a plan that is made already; plans that round alike are measured once."""
+
+        def numbers() -> dict[str, float]:
+            step = StepGraph(simulate(checkpoint.unet, plan, "tensorrt"), checkpoint.spec).eval()
+            return self.measured(TorchSession(step, "tensorrt"))
+
+        return self.shared(f"simulated {_rounding(plan)}", numbers)
+
+    def pictured(self, case: Case, plan: QuantizationPlan) -> dict[str, float]:
+        """Frechet distance of a plan's compiled graph, and how far it is above the float graph's; {} but for seed 0."""
+        if self.seed != 0:
+            return {}
+
+        def distance() -> float:
+            with TemporaryDirectory(dir=self.settings.scratch) as folder:
+                return self.model.frechet(write_graph(case, plan, "openvino", Path(folder)))
+
+        def of_float() -> float:
+            with TemporaryDirectory(dir=self.settings.scratch) as folder:
+                return self.model.frechet(write_float(case, Path(folder)))
+
+        found = self.shared(f"frechet {_rounding(plan)}", distance)
+        return {FRECHET: found, OVER_FLOAT: found - self.model.shared("frechet of float", of_float)}
 
     def measured(self, session: StepSession) -> dict[str, float]:
         """Teacher-forced SQNR of the network's output: mean over the steps, and at the last."""
@@ -190,6 +228,17 @@ def _once(kept: dict[str, Any], name: str, make: Callable[[], T]) -> T:
         kept[name] = make()
     found: T = kept[name]
     return found
+
+
+def _rounding(plan: QuantizationPlan) -> str:
+    """Digest of all that decides what a plan computes: not of the notes on why."""
+    digest = hashlib.sha256(plan.timestep_edges.tobytes())
+    for layer in plan.layers:
+        for field in dataclasses.fields(layer):
+            value = getattr(layer, field.name)
+            if field.name not in ("notes", "reason", "weight_sqnr_db"):
+                digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

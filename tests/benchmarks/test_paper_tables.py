@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from paper_rows.document import Spread, document, spreads, verdict
-from paper_rows.laboratory import EPS, LAST, Laboratory, Model, Settings
+from paper_rows.laboratory import EPS, FRECHET, LAST, OVER_FLOAT, Laboratory, Model, Settings
 from paper_rows.operations import (
     MU,
     OPERATIONS,
@@ -28,11 +28,14 @@ from paper_rows.row import Row, RowCache, Skipped, code_version
 from paper_rows.sources import SINGLE_STEPS, source_rows, timestep_rows
 from paper_rows.tables import LETTERS, rows_of
 
+from qdm_calibration.plan import PlanOptions
+from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.report.metrics import sqnr_db
 from qdm_deploy.runtime import Conditioning, denoise
 from qdm_deploy.samplers import apply_step
 from qdm_export.step_graph import StepGraph
+from qdm_export.unet import load_checkpoint
 
 
 def idx(path: Path, values: NDArray[np.uint8]) -> None:
@@ -201,6 +204,39 @@ def test_a_plan_row_is_measured_as_the_laboratory_does(lab: Laboratory, settings
     assert list(lab._cases) == ["", " split"]
 
 
+def test_plans_that_round_alike_are_measured_once(lab: Laboratory, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, sessions = lab.case(), []
+    measured = lab.measured
+    monkeypatch.setattr(lab, "measured", lambda session: sessions.append(session) or measured(session))
+    numbers = lab.planned(case, PlanOptions(step_bins=1))
+    plan = case.plan(PlanOptions(step_bins=1))
+
+    def changed(**values: Any) -> dict[str, float]:
+        last = plan.quantized[-1]
+        layers = [dataclasses.replace(layer, **values) if layer is last else layer for layer in plan.layers]
+        return lab.simulated(case.checkpoint, dataclasses.replace(plan, layers=tuple(layers)))
+
+    assert changed(notes={"s": "another reason"}) == numbers
+    assert len(sessions) == 1
+    assert changed(scale=2 * plan.quantized[-1].scale) != numbers
+    assert len(sessions) == 2
+
+
+@pytest.mark.slow
+def test_pictures_of_a_broken_plan_are_further_from_real_ones(settings: Settings) -> None:
+    model = Model(load_checkpoint(EMBEDDED_MODEL), dataclasses.replace(settings, frechet_images=64, frechet_steps=4))
+    lab = Laboratory(model, seed=0)
+    case = lab.case()
+    plan = case.plan(PlanOptions(step_bins=1))
+    good = lab.pictured(case, plan)
+    coarse = [dataclasses.replace(layer, scale=16 * layer.scale) for layer in plan.layers]
+    bad = lab.pictured(case, dataclasses.replace(plan, layers=tuple(coarse)))
+    assert bad[OVER_FLOAT] > 10 * abs(good[OVER_FLOAT])
+    assert good[FRECHET] - good[OVER_FLOAT] == pytest.approx(bad[FRECHET] - bad[OVER_FLOAT])
+    lab.seed = 1
+    assert lab.pictured(case, plan) == {}
+
+
 # -------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -302,7 +338,11 @@ def test_the_document_has_every_letter_its_source_and_its_verdict() -> None:
     result = {
         "weights": "0123456789abcdef", "seeds": 64, "steps": 20, "calibration_samples": 16, "calibration_steps": 50,
         "calibration_seeds": [0, 1, 2], "reconstruct_seeds": [0], "skipped": {"(a) real": "needs images"},
-        "rows": rows("c", KL=[41.0, 42.0, 43.0], L1=[44.0, 45.0, 46.0], cosine=[46.5, 47.0, 47.5]),
+        "frechet_images": 1000, "frechet_steps": 10,
+        "rows": [
+            *rows("c", KL=[41.0, 42.0, 43.0], L1=[44.0, 45.0, 46.0], cosine=[46.5, 47.0, 47.5]),
+            *rows("f", first=[44.0, 45.0]), {**rows("f", second=[41.0])[0], FRECHET: 12.5},
+        ],
     }  # fmt: skip
     text = document(result, {"c": "Because of the tails."}, "2026-01-01-paper-tables.json")
     for letter, finding in FINDINGS.items():
@@ -313,5 +353,10 @@ def test_the_document_has_every_letter_its_source_and_its_verdict() -> None:
     assert "KL is not above L1 (42.00 and 45.00)." in text
     assert "\nBecause of the tails.\n" in text
     assert "\n- (a) real: needs images\n" in text
+    # Not all rows have all columns.
+    assert "\n| here | eps SQNR dB | last step | Frechet distance |\n" in text
+    assert (
+        "\n| first | 44.50 (44.00 to 45.00) | 24.50 (24.00 to 25.00) |  |\n| second | 41.00 | 21.00 | 12.50 |" in text
+    )
     assert text.count("not measured.**") == len(FINDINGS) - 1
     assert "2026-01-01-paper-tables.json" in text
