@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import checker, shape_inference
@@ -13,7 +14,15 @@ from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import ExportError
 from qdm_export.topology import LayerNode, layer_nodes
 
-__all__ = ["INTEGER_OPERATORS", "Endpoints", "check_onnx", "integer_kernels", "layer_endpoints", "with_outputs"]
+__all__ = [
+    "INTEGER_OPERATORS",
+    "Endpoints",
+    "check_onnx",
+    "integer_kernels",
+    "layer_endpoints",
+    "widened",
+    "with_outputs",
+]
 
 # ONNX Runtime's integer kernels for what a plan quantizes.
 INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm")
@@ -74,6 +83,22 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     for name in dict.fromkeys(names):
         if name not in present:
             model.graph.outputs.append(values[name])
+    return model
+
+
+def widened(path: Path) -> ir.Model:
+    """A written graph with float32 for bfloat16, of the same constants: for runtimes that compile no bfloat16."""
+    model = ir.load(path)
+    graph = model.graph
+    for value in (*graph.initializers.values(), *(value for node in graph for value in node.outputs)):
+        if value.dtype != ir.DataType.BFLOAT16:
+            continue
+        if value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
     return model
 
 

@@ -5,8 +5,10 @@ target       activation codes  outputs of convolutions  rest     zero offset    
 ===========  ================  =======================  =======  ========================  =====================
 onnxruntime  u8                quantized too            float32  the zero point, 128 - z   InstanceNormalization
 openvino     u8                not quantized            float32  the zero point, 128 - z   GroupNormalization
-tensorrt     s8                not quantized            float16  subtracted, constant map  GroupNormalization
+tensorrt     s8                not quantized            half     subtracted, constant map  GroupNormalization
 ===========  ================  =======================  =======  ========================  =====================
+
+Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
@@ -14,6 +16,7 @@ they stay INT8.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -32,7 +35,14 @@ from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.step_gains import StepGains
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
-__all__ = ["FORMS", "TargetForm", "absorb", "emit", "emit_float"]
+__all__ = ["FORMS", "Rest", "TargetForm", "absorb", "emit", "emit_float"]
+
+Rest = Literal["fp16", "bf16", "fp32"]
+_TYPES: dict[Rest, ir.DataType] = {
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "fp32": ir.DataType.FLOAT,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class TargetForm:
 
     unsigned: bool
     quantized_outputs: bool
-    float16: bool
+    half: bool
     instance_norm: bool
     packed_weights: bool
     joint_heads: bool
@@ -51,7 +61,7 @@ FORMS: dict[Target, TargetForm] = {
     "onnxruntime": TargetForm(
         unsigned=True,
         quantized_outputs=True,
-        float16=False,
+        half=False,
         instance_norm=True,
         packed_weights=True,
         joint_heads=False,
@@ -59,7 +69,7 @@ FORMS: dict[Target, TargetForm] = {
     "openvino": TargetForm(
         unsigned=True,
         quantized_outputs=False,
-        float16=False,
+        half=False,
         instance_norm=False,
         packed_weights=True,
         joint_heads=False,
@@ -67,7 +77,7 @@ FORMS: dict[Target, TargetForm] = {
     "tensorrt": TargetForm(
         unsigned=False,
         quantized_outputs=False,
-        float16=True,
+        half=True,
         instance_norm=False,
         packed_weights=False,
         joint_heads=True,
@@ -86,7 +96,7 @@ def emit(
     plan: QuantizationPlan,
     target: Target,
     *,
-    half: bool = True,
+    rest: Rest = "fp16",
     absorb_k: bool = True,
     packed_weights: bool = True,
     joint_heads: bool = True,
@@ -97,7 +107,8 @@ def emit(
         graph: the float step graph.
         plan: what to quantize, with which numbers.
         target: whose form.
-        half: off keeps float32 where the target has float16, for checks of the integers alone.
+        rest: type of what is not INT8, for targets that have it in half precision; "fp32" is for checks of the
+            integers alone.
         absorb_k: off leaves every factor k where the plan has it, for comparisons.
         packed_weights: off stores codes of 4 bits as INT8 where the target takes INT4 too: graphs that share a file
             with one that does not would otherwise store both.
@@ -111,6 +122,7 @@ def emit(
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     _refuse_simulated_only(plan)
     form = FORMS[target]
+    dtype = _TYPES[rest] if form.half else ir.DataType.FLOAT
     model = graph.clone()
     model.graph.name = f"step_{target}"
     if absorb_k:
@@ -122,7 +134,7 @@ def emit(
         QuantizeWeights(plan, packed=packed_weights and form.packed_weights),
     ]
     if not form.unsigned:
-        passes.append(ZeroOffsets(plan))
+        passes.append(ZeroOffsets(plan, dtype.numpy()))
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
@@ -130,8 +142,8 @@ def emit(
         passes.append(InstanceNormForm())
     if form.joint_heads and joint_heads:
         passes.append(JointHeads())
-    if form.float16 and half:
-        passes.append(HalfPrecision())
+    if dtype != ir.DataType.FLOAT:
+        passes.append(HalfPrecision(dtype))
     passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
     try:
         return ir.passes.Sequential(*passes)(model).model

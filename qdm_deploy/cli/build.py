@@ -192,6 +192,14 @@ _FILE = click.Path(path_type=Path)
     help="Runtimes that get a graph.",
 )
 @option(
+    "--rest",
+    type=click.Choice(["fp16", "bf16"]),
+    default="fp16",
+    section=_TARGETS,
+    help="Floating-point type around the INT8 kernels on tensorrt; bf16 is less precise, and for models that fp16 "
+    "overflows.",
+)
+@option(
     "--engines",
     type=CommaList(),
     section=_TARGETS,

@@ -152,7 +152,7 @@ def _emit(
         packed = "tensorrt" not in options.targets
         with progress.task("Writing graphs", len(options.targets) + 1) as advance:
             for target in options.targets:
-                graphs[target] = emit(float_graph, plan, target, packed_weights=packed)
+                graphs[target] = emit(float_graph, plan, target, rest=options.rest, packed_weights=packed)
                 advance()
             save_with_shared_weights(
                 {folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin"

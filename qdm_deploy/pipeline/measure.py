@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.pipeline.checks import (
+    check_bfloat16_graph,
     check_float_graph,
     check_half_graph,
     check_integer_kernels,
@@ -122,7 +123,7 @@ def measure(
                 )
                 quality.append(row)
         with stage("check"):
-            checks = _checks(options.targets, checkpoint, plan, float_graph, folder, scratch, reference, progress)
+            checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, reference, progress)
         with stage("speed"):
             speed = measure_speed(open_sessions, spec, _SPEED_BATCHES, progress=progress)
     speedup = speedup_of(speed, default, _SPEED_BATCHES[0])
@@ -170,7 +171,7 @@ def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Targ
 
 
 def _checks(
-    targets: tuple[Target, ...],
+    options: BuildOptions,
     checkpoint: "Checkpoint",
     plan: QuantizationPlan,
     float_graph: "ir.Model",
@@ -179,7 +180,7 @@ def _checks(
     reference: ReferenceRun,
     progress: Progress,
 ) -> tuple[CheckRow, ...]:
-    inputs = trajectory_inputs(checkpoint.spec, reference)
+    targets, inputs = options.targets, trajectory_inputs(checkpoint.spec, reference)
     checks = []
     with progress.task("Checking graphs", len(targets) + 2) as advance:
         random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=reference.seeds[0])
@@ -196,7 +197,11 @@ def _checks(
             expected = run_graph("onnxruntime", folder / "float.onnx", inputs)["x0"]
             with simulation_of(checkpoint, plan, "tensorrt") as session:
                 simulated = session.run(inputs).x0
-            checks.append(check_half_graph(folder / "tensorrt.onnx", expected, simulated, inputs))
+            graph = folder / "tensorrt.onnx"
+            if options.rest == "bf16":
+                checks.append(check_bfloat16_graph(graph, folder / "float.onnx", expected, simulated, inputs, scratch))
+            else:
+                checks.append(check_half_graph(graph, expected, simulated, inputs))
         advance()
     return tuple(checks)
 

@@ -51,6 +51,8 @@ class BuildOptions:
         bias_correction: "auto" takes each layer's mean error on the calibration rows from its bias, where that lowers
             the layer's error on other rows; "none" leaves biases as they are.
         seed: first seed of the calibration; the verdict uses seeds far from it.
+        rest: type of what the ``tensorrt`` graph keeps in floating point: "fp16", or "bf16" for models that leave the
+            range of float16 (its 8 significant bits cost about as much as INT8 itself).
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
         float_graph: keep the unquantized step graph in the bundle.
@@ -90,6 +92,7 @@ class BuildOptions:
     reconstruct_iterations: int = 300
     bias_correction: Literal["none", "auto"] = "none"
     seed: int = 0
+    rest: Literal["fp16", "bf16"] = "fp16"
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
     float_steps: int | Literal["auto"] = 0
@@ -135,6 +138,12 @@ class BuildOptions:
         one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
         one_of("bias correction", self.bias_correction, ("none", "auto"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
+        one_of("rest", self.rest, ("fp16", "bf16"))
+        if self.rest == "bf16" and "tensorrt" not in self.targets:
+            raise InputError(
+                "a bf16 rest was asked for, which only the target tensorrt has, and it is not among the targets "
+                f"{', '.join(self.targets)}; add it, or leave the rest at fp16"
+            )
         within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)

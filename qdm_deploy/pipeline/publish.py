@@ -52,6 +52,7 @@ def publish(
 ) -> BuildResult:
     """Write what is left to write and seal the bundle."""
     from qdm_export.float_graph import OPSET
+    from qdm_export.passes.half_precision import BFLOAT16_OPSET
 
     root = writer.root
     recipe = _recipe(options)
@@ -70,7 +71,9 @@ def publish(
         name=checkpoint.spec.name,
         model=checkpoint.spec,
         targets=options.targets,
-        compatibility=Compatibility(opset=OPSET, min_runtime=_MIN_RUNTIME),
+        compatibility=Compatibility(
+            opset=BFLOAT16_OPSET if options.rest == "bf16" else OPSET, min_runtime=_MIN_RUNTIME
+        ),
         provenance={
             "source": checkpoint.spec.name,
             "weights_sha256": checkpoint.weights_sha256,

@@ -14,7 +14,7 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.artifacts.topology import Layer
 from qdm_export.float_graph import example_inputs
 from qdm_export.step_graph import step_inputs
-from qdm_export.targets import emit
+from qdm_export.targets import Rest, emit
 from qdm_export.topology import MODULE_KEY
 
 Array = NDArray[Any]
@@ -49,12 +49,12 @@ class Emitted:
 
     def __init__(self, tiny: Any) -> None:
         self.tiny = tiny
-        self.made: dict[tuple[str, Target], ir.Model] = {}
+        self.made: dict[tuple[str, Target, Rest], ir.Model] = {}
 
-    def graph(self, name: str, target: Target) -> ir.Model:
-        if (name, target) not in self.made:
-            self.made[name, target] = emit(self.tiny.float_graph(name), self.tiny.plan(name), target)
-        return self.made[name, target]
+    def graph(self, name: str, target: Target, rest: Rest = "fp16") -> ir.Model:
+        if (name, target, rest) not in self.made:
+            self.made[name, target, rest] = emit(self.tiny.float_graph(name), self.tiny.plan(name), target, rest=rest)
+        return self.made[name, target, rest]
 
     def feeds(self, name: str, batch: int, seed: int = 1) -> Feeds:
         """Fresh random inputs, rows at different timesteps, by input name."""

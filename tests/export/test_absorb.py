@@ -90,7 +90,7 @@ def test_every_layer_computes_what_the_simulation_computes(
     plan, network = factored(tiny.plan(name)), tiny.checkpoint(name).unet
     absorption = absorb(tiny.float_graph(name).clone(), plan, target)
     assert absorption.inputs
-    graph = emit(tiny.float_graph(name), plan, target, half=False)
+    graph = emit(tiny.float_graph(name), plan, target, rest="fp32")
     assert not multiplies(graph) & absorption.inputs.keys()
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 4, seed=7)

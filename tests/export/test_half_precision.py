@@ -1,5 +1,6 @@
-"""The types of the float16 target: float16 around the kernels, float32 for time and sampler, no Cast in between."""
+"""The types of the half-precision target: half around the kernels, float32 for time and sampler, no Cast in between."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,29 +8,41 @@ import onnx_ir as ir
 import pytest
 
 from qdm_deploy.errors import ExportError
+from qdm_export.check import check_onnx, widened
+from qdm_export.float_graph import save_graph
 from qdm_export.passes.half_precision import HalfPrecision
 
-HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FLOAT16, BFLOAT16, FLOAT = ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT
 KERNELS = ("Conv", "MatMul", "Gemm")
 
 
+@pytest.fixture(params=["fp16", "bf16"])
+def rest(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def half(rest: str) -> ir.DataType:
+    return {"fp16": FLOAT16, "bf16": BFLOAT16}[rest]
+
+
 @pytest.fixture(params=["labels", "rgb", "text", "variance"])
-def model(request: pytest.FixtureRequest, emitted: Any) -> ir.Model:
-    return emitted.graph(request.param, "tensorrt")
+def model(request: pytest.FixtureRequest, emitted: Any, rest: Any) -> ir.Model:
+    return emitted.graph(request.param, "tensorrt", rest=rest)
 
 
-def test_no_cast_stands_between_codes_and_kernel(model: ir.Model) -> None:
+def test_no_cast_stands_between_codes_and_kernel(model: ir.Model, half: ir.DataType) -> None:
     for node in model.graph:
         if node.op_type == "QuantizeLinear":
-            assert node.inputs[0].dtype == node.inputs[1].dtype == HALF
+            assert node.inputs[0].dtype == node.inputs[1].dtype == half
             for use in node.outputs[0].uses():
                 assert use.node.op_type == "DequantizeLinear"
         if node.op_type == "DequantizeLinear":
-            assert node.inputs[1].dtype == node.outputs[0].dtype == HALF
+            assert node.inputs[1].dtype == node.outputs[0].dtype == half
             assert {use.node.op_type for use in node.outputs[0].uses()} <= set(KERNELS)
 
 
-def test_planned_kernels_are_float16(model: ir.Model) -> None:
+def test_planned_kernels_are_half(model: ir.Model, half: ir.DataType) -> None:
     planned = [
         n
         for n in model.graph
@@ -37,14 +50,14 @@ def test_planned_kernels_are_float16(model: ir.Model) -> None:
     ]
     assert len(planned) >= 12
     for node in planned:
-        assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None} == {HALF}
+        assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None} == {half}
 
 
-def test_resize_keeps_float32_scales(emitted: Any) -> None:
-    found = [n for n in emitted.graph("labels", "tensorrt").graph if n.op_type == "Resize"]
+def test_resize_keeps_float32_scales(emitted: Any, rest: Any, half: ir.DataType) -> None:
+    found = [n for n in emitted.graph("labels", "tensorrt", rest=rest).graph if n.op_type == "Resize"]
     assert found
     for node in found:
-        assert node.inputs[0].dtype == node.outputs[0].dtype == HALF
+        assert node.inputs[0].dtype == node.outputs[0].dtype == half
         assert node.inputs[2] is None or node.inputs[2].dtype == FLOAT
 
 
@@ -63,20 +76,21 @@ def test_time_and_sampler_stay_float32(model: ir.Model) -> None:
             assert {value.dtype for value in (*node.inputs, *node.outputs)} == {FLOAT}, node.name
 
 
-def test_every_operator_gets_one_float_type(model: ir.Model) -> None:
+def test_every_operator_gets_one_float_type(model: ir.Model, half: ir.DataType) -> None:
     for node in model.graph:
         if node.op_type in ("Cast", "Resize", "Gather", "Shape"):
             continue
         types = {
-            value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in (HALF, FLOAT)
+            value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.dtype in (half, FLOAT)
         }
         assert len(types) <= 1, (node.name, node.op_type)
 
 
-def test_a_second_run_changes_nothing(emitted: Any) -> None:
-    model = emitted.graph("variance", "tensorrt").clone()
+def test_a_second_run_changes_nothing(emitted: Any, rest: Any) -> None:
+    model = emitted.graph("variance", "tensorrt", rest=rest).clone()
     before = [(n.op_type, n.name) for n in model.graph]
     assert not HalfPrecision()(model).modified
+    assert not HalfPrecision(BFLOAT16)(model).modified
     assert [(n.op_type, n.name) for n in model.graph] == before
 
 
@@ -86,3 +100,28 @@ def test_a_constant_that_float16_cannot_hold_is_refused(tiny: Any) -> None:
     value.const_value = ir.tensor(np.full(tuple(value.shape), 1e6, dtype=np.float32), name=value.name)
     with pytest.raises(ExportError, match=r"conv_in\.weight holds 1e\+06, which float16 cannot hold"):
         HalfPrecision()(model)
+    HalfPrecision(BFLOAT16)(model)
+    assert next(v for name, v in model.graph.initializers.items() if name.endswith("conv_in.weight/bfloat16"))
+
+
+def test_a_bfloat16_graph_is_valid_onnx_of_a_later_opset(emitted: Any, tmp_path: Path) -> None:
+    model = emitted.graph("labels", "tensorrt", rest="bf16")
+    assert model.graph.opset_imports[""] == 22
+    save_graph(model, tmp_path / "bf16.onnx", weights="bf16.data")
+    check_onnx(tmp_path / "bf16.onnx")
+
+
+def test_a_widened_graph_keeps_the_constants_and_has_no_bfloat16(emitted: Any, tmp_path: Path) -> None:
+    model = emitted.graph("labels", "tensorrt", rest="bf16")
+    save_graph(model, tmp_path / "bf16.onnx", weights="bf16.data")
+    wide = widened(tmp_path / "bf16.onnx")
+    save_graph(wide, tmp_path / "wide.onnx", weights="wide.data")
+    check_onnx(tmp_path / "wide.onnx")
+    values = [*wide.graph.initializers.values(), *(value for node in wide.graph for value in node.outputs)]
+    assert BFLOAT16 not in {value.dtype for value in values}
+    halves = {name: v for name, v in model.graph.initializers.items() if v.dtype == BFLOAT16}
+    assert len(halves) > 50
+    for name, value in halves.items():
+        found = wide.graph.initializers[name].const_value
+        assert found is not None
+        np.testing.assert_array_equal(found.numpy(), value.const_value.numpy().astype(np.float32))

@@ -26,9 +26,9 @@ def test_the_numbers_are_the_same_to_the_last_bit(
     apart: Callable[..., ir.Model], emitted: Any, tiny: Any, run_graph: Any, name: str
 ) -> None:
     # In float32: ONNX Runtime computes float16 in float32 and rounds where it pleases.
-    joint = emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", half=False)
+    joint = emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", rest="fp32")
     feeds = emitted.feeds(name, 3)
-    expected = run_graph(apart(name, half=False), feeds, optimize=False)
+    expected = run_graph(apart(name, rest="fp32"), feeds, optimize=False)
     found = run_graph(joint, feeds, optimize=False)
     for key, value in expected.items():
         np.testing.assert_array_equal(found[key], value)

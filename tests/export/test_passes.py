@@ -184,7 +184,7 @@ def test_the_offset_map_is_the_convolution_of_a_constant(
     (plan,) = graph.plans
     constant = np.full((1, 4, 7, 6), offset * plan.scale)
     expected = conv(constant, graph.weights["conv"], stride, pad)
-    found = offset_map(plan)
+    found = offset_map(plan, offset * plan.scale)
     if pad:
         np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
     else:
@@ -207,6 +207,19 @@ def test_zero_offsets_keep_the_convolution(
     np.testing.assert_allclose(after, before, atol=2e-6 * 77 * np.abs(before).max())
     merged = not pad and bias
     assert operators(graph.model) == (["Sub", "Conv"] if merged else ["Sub", "Conv", "Add"])
+
+
+def test_the_offset_that_half_precision_takes_away_is_added_back(small: Any, run_graph: Any) -> None:
+    """z s of 77 * 0.0123 has more bits than float16: what is subtracted is rounded, so what is added is too."""
+    graph = small((4, 7, 6))
+    graph.output(graph.conv(zero_offset=77, scale=float(np.float16(0.0123))))
+    given = feeds(graph)
+    (before,) = run_graph(graph.model, given, optimize=False).values()
+    ZeroOffsets(graph.plan, np.dtype(np.float16))(graph.model)
+    (offset,) = (v.const_value.numpy() for n, v in graph.model.graph.initializers.items() if n.endswith("/offset"))
+    assert offset == np.float16(offset) != np.float32(77) * np.float32(graph.plans[0].scale)
+    (after,) = run_graph(graph.model, given, optimize=False).values()
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -107,9 +107,9 @@ def test_codes_and_zero_points_have_the_types_of_the_target(emitted: Any, tiny: 
             scale = node.inputs[1]
             assert zero.dtype == (np.uint8 if form.unsigned else np.int8)
             assert form.unsigned or zero == 0
-            assert scale.dtype == (ir.DataType.FLOAT16 if form.float16 else ir.DataType.FLOAT)
+            assert scale.dtype == (ir.DataType.FLOAT16 if form.half else ir.DataType.FLOAT)
         for layer in tiny.plan("labels").quantized:
-            scale = initializers(model, "/scale/float16" if form.float16 else "/scale")[layer.layer.input_group]
+            scale = initializers(model, "/scale/float16" if form.half else "/scale")[layer.layer.input_group]
             assert scale == np.float32(layer.scale)  # exact in float16 too
 
 
@@ -244,7 +244,7 @@ def test_u8_and_s8_forms_give_the_same_codes_but_for_ties(emitted: Any, tiny: An
 
 def signed_form(tiny: Any, name: str) -> ir.Model:
     """The signed form in float32: the float16 target before anything rounds to float16."""
-    return emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", half=False)
+    return emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", rest="fp32")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_scaled_inputs
 from qdm_deploy.pipeline.checks import (
+    check_bfloat16_graph,
     check_float_graph,
     check_half_graph,
     check_integer_kernels,
@@ -21,6 +22,7 @@ from qdm_deploy.pipeline.measure import simulation_of
 from qdm_deploy.pipeline.quality import network_output
 from qdm_deploy.runtime import Conditioning, OnnxRuntimeSession
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.columns import NO_CLIP
 from qdm_export import absorb, targets
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import emit, emit_float
@@ -86,6 +88,24 @@ def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Pat
     row = check_half_graph(tmp_path / "wrong.onnx", expected, simulated, inputs)
     assert not row.ok
     assert "dB from the float model, its simulation" in row.detail
+
+
+def test_a_bfloat16_graph_is_held_against_the_simulation_and_bfloat16(tiny: Any, tmp_path: Path) -> None:
+    checkpoint, plan, graph = tiny.checkpoint("labels"), tiny.plan("labels"), tiny.float_graph("labels")
+    inputs = random_inputs(checkpoint.spec, 8)
+    inputs["coefficients"][:, :3] = 0.0, 1.0, NO_CLIP
+    save_graph(emit_float(graph), tmp_path / "float.onnx")
+    expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
+    with simulation_of(checkpoint, plan, "tensorrt") as session:
+        simulated = session.run(inputs).x0.copy()
+    rows = []
+    other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
+    for name, emitted in (("right", plan), ("wrong", other)):
+        path = tmp_path / f"{name}.onnx"
+        save_graph(emit(graph, emitted, "tensorrt", rest="bf16"), path, weights=f"{name}.data")
+        rows.append(check_bfloat16_graph(path, tmp_path / "float.onnx", expected, simulated, inputs, tmp_path))
+    assert [row.ok for row in rows] == [True, False], rows
+    assert "dB and bfloat16 without INT8" in rows[0].detail
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("rgb", 1.0), ("labels", 1.0), ("labels", 2.5), ("variance", 1.0)])

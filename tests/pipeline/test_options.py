@@ -19,6 +19,11 @@ BAD = float("nan")
         ({"targets": ("onnxruntime", "tensort")}, r"unknown target 'tensort' \(did you mean tensorrt\?\)"),
         ({"targets": ("openvino",)}, r"the target onnxruntime is part of every bundle"),
         ({"targets": ("onnxruntime", "onnxruntime")}, r"a target is given twice: onnxruntime, onnxruntime"),
+        (
+            {"targets": ("onnxruntime",), "rest": "bf16"},
+            r"a bf16 rest was asked for, which only the target tensorrt has",
+        ),
+        ({"rest": "bfloat"}, r"unknown rest 'bfloat'"),
         ({"targets": ("onnxruntime",), "engines": ("8.9",)}, r"engines for 8\.9 are built from the target tensorrt"),
         ({"sampler": "DDIM"}, r"unknown sampler 'DDIM' \(did you mean ddim\?\); choose one of ddpm, ddim"),
         ({"sampler": "qqq"}, r"unknown sampler 'qqq'; choose one of"),

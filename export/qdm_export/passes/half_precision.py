@@ -1,8 +1,8 @@
-"""Float16 for the part of the U-Net that works on the sample, for strongly typed TensorRT networks.
+"""Float16 or bfloat16 for the part of the U-Net that works on the sample, for strongly typed TensorRT networks.
 
 Types are settled here once: the builder of a strongly typed network follows them and inserts no casts of its own. The
 time embedding and the sampler update stay float32; a Cast stands at each border, none between a quantize and its
-kernel.
+kernel. Bfloat16 is for models that leave the range of float16: it has 8 significant bits, float16 has 11.
 """
 
 import numpy as np
@@ -12,21 +12,33 @@ from qdm_deploy.errors import ExportError
 from qdm_export.passes.base import graph_of, values_of
 from qdm_export.topology import MODULE_KEY
 
-__all__ = ["HalfPrecision"]
+__all__ = ["BFLOAT16_OPSET", "HalfPrecision"]
 
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Inputs that ONNX wants in float32 whatever the data is.
 _FLOAT32_INPUTS = {"Resize": (1, 2)}
-_HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+_FLOAT = ir.DataType.FLOAT
+# The first whose Conv takes bfloat16.
+BFLOAT16_OPSET = 22
 
 
 class HalfPrecision(ir.passes.InPlacePass):
-    """Retypes the nodes between the sample and the model's output."""
+    """Retypes the nodes between the sample and the model's output.
+
+    Args:
+        half: FLOAT16, or BFLOAT16, which raises the graph's opset to 22.
+    """
+
+    def __init__(self, half: ir.DataType = ir.DataType.FLOAT16) -> None:
+        self._half, self._name = half, half.name.lower()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Retype in place; a graph that has been retyped is left as it is."""
         region = self._region(model)
-        if not region or any(value.dtype == _HALF for node in region for value in node.outputs):
+        if not region or any(value.dtype in _HALVES for node in region for value in node.outputs):
             return ir.passes.PassResult(model, modified=False)
+        if self._half == ir.DataType.BFLOAT16:
+            model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
         inside = {value for node in region for value in node.outputs}
         casts: dict[ir.Value, ir.Value] = {}
         for node in region:
@@ -39,13 +51,15 @@ class HalfPrecision(ir.passes.InPlacePass):
                 ):
                     continue
                 if value not in casts:
-                    casts[value] = _half_constant(model, value) if value.is_initializer() else _cast(node, value, _HALF)
+                    casts[value] = (
+                        self._constant(model, value) if value.is_initializer() else self._cast(node, value, self._half)
+                    )
                 node.replace_input_with(index, casts[value])
             if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
-                node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
+                node.attributes["to"] = ir.AttrInt64("to", int(self._half))
             for value in node.outputs:
                 if value.dtype in (_FLOAT, None):
-                    value.type = ir.TensorType(_HALF)  # not value.dtype: clones share the type object
+                    value.type = ir.TensorType(self._half)  # not value.dtype: clones share the type object
         self._leave(model, region)
         return ir.passes.PassResult(model, modified=True)
 
@@ -65,11 +79,35 @@ class HalfPrecision(ir.passes.InPlacePass):
         inside = set(region)
         for node in region:
             for value in node.outputs:
-                outside = [use for use in value.uses() if use.node not in inside and value.dtype == _HALF]
+                outside = [use for use in value.uses() if use.node not in inside and value.dtype == self._half]
                 if outside:
-                    back = _cast(node, value, _FLOAT, after=True)
+                    back = self._cast(node, value, _FLOAT, after=True)
                     for use in outside:
                         use.node.replace_input_with(use.idx, back)
+
+    def _constant(self, model: ir.Model, value: ir.Value) -> ir.Value:
+        name = f"{value.name}/{self._name}"
+        with np.errstate(over="ignore"):
+            values = values_of(value).astype(self._half.numpy())
+        if not np.isfinite(values).all():
+            raise ExportError(
+                f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which {self._name} cannot hold; "
+                "let the rest be bfloat16 (--rest bf16)"
+            )
+        tensor = ir.tensor(values, name=name)
+        half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self._half), const_value=tensor)
+        model.graph.register_initializer(half)
+        return half
+
+    def _cast(self, node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:
+        name = f"{value.name}/{'float32' if to == _FLOAT else self._name}"
+        output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
+        cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
+        if after:
+            graph_of(node).insert_after(node, cast)
+        else:
+            graph_of(node).insert_before(node, cast)
+        return output
 
 
 def _feeds_only(node: ir.Node, *kinds: str) -> bool:
@@ -81,29 +119,3 @@ def _feeds_only(node: ir.Node, *kinds: str) -> bool:
         and node.name is not None
         and "/" in node.name
     )
-
-
-def _half_constant(model: ir.Model, value: ir.Value) -> ir.Value:
-    name = f"{value.name}/float16"
-    with np.errstate(over="ignore"):
-        values = values_of(value).astype(np.float16)
-    if not np.isfinite(values).all():
-        raise ExportError(
-            f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which float16 cannot hold; "
-            "keep its layer in float"
-        )
-    tensor = ir.tensor(values, name=name)
-    half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(_HALF), const_value=tensor)
-    model.graph.register_initializer(half)
-    return half
-
-
-def _cast(node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:
-    name = f"{value.name}/{'float32' if to == _FLOAT else 'float16'}"
-    output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
-    cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
-    if after:
-        graph_of(node).insert_after(node, cast)
-    else:
-        graph_of(node).insert_before(node, cast)
-    return output
