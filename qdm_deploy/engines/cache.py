@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qdm_deploy.artifacts.cache_folder import cache_folder
+from qdm_deploy.artifacts.cache_folder import cache_folder, trust_problem
 from qdm_deploy.artifacts.files import canonical_json, new_directory, sha256_of
 from qdm_deploy.engines.cache_limit import cache_limit, over_limit
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
@@ -318,10 +317,9 @@ class EngineCache:
             raise EnvironmentProblem(
                 f"the engine cache {self.root} cannot be written; set QDM_CACHE_DIR to a folder you can write to"
             )
-        status = self.root.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = trust_problem(self.root)
+        if problem is not None:
             raise EnvironmentProblem(
-                f"the engine cache {self.root} belongs to user {status.st_uid} with mode "
-                f"{stat.S_IMODE(status.st_mode):04o}: others could put their code into your engines; run chmod 700 on "
-                "your own folder, or set QDM_CACHE_DIR to another one"
+                f"the engine cache {self.root} {problem}: others could put their code into your engines; run chmod 700 "
+                "on your own folder, or set QDM_CACHE_DIR to another one"
             )

@@ -147,5 +147,7 @@ def _open_graph(
             threads=threads,
             precision="auto" if precision == "int8" else "f32",
             kept_batch_sizes=kept_batch_sizes,
+            # The bundle's files were checked against its id when it was opened.
+            identity=f"{bundle.id}/{graph.name}",
         )
     return OnnxRuntimeSession(bundle.graph("onnxruntime" if precision == "int8" else "float"), threads=threads)

@@ -1,9 +1,11 @@
 """The step graph on OpenVINO's CPU plugin: the fastest path on x86 without a GPU.
 
 A graph of dynamic batch runs 1.4 to 2 times slower than the same graph reshaped to one batch size, so the session
-compiles the graph once for each batch size it meets (about a second each) and keeps the last few.
+compiles the graph once for each batch size it meets (about a second each) and keeps the last few. A graph of a bundle
+is compiled once per machine: ``CompiledGraphs`` keeps the result on disk.
 """
 
+import contextlib
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError, EnvironmentProblem
-from qdm_deploy.runtime.cpu import available_cores, cpu_flags
+from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
+from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
 __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision", "import_openvino"]
@@ -60,6 +63,8 @@ class OpenVinoSession:
             the graph keeps the timestep exact in it; ``describe()`` says what was taken and why. The sampler's
             update stays float32 in both.
         kept_batch_sizes: compiled graphs that are kept, the last ones used; each holds its own copy of the weights.
+        identity: names graph and weights, such as a bundle's id: compiled graphs are then kept on disk under it; None
+            keeps none there.
 
     Raises:
         BundleError: the file is missing, damaged, not a step graph, or OpenVINO cannot load it.
@@ -75,6 +80,7 @@ class OpenVinoSession:
         threads: int | None = None,
         precision: Literal["bf16", "f32", "auto"] = "auto",
         kept_batch_sizes: int = KEPT_BATCH_SIZES,
+        identity: str | None = None,
     ) -> None:
         ov = import_openvino()
         if not graph.is_file():
@@ -105,6 +111,16 @@ class OpenVinoSession:
         self._requests: OrderedDict[int, Any] = OrderedDict()
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes
+        self._options = {
+            "INFERENCE_PRECISION_HINT": self._precision,
+            # One batch at a time, all cores on it; the throughput hint would split the cores into streams.
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self._threads,
+            # Two pinned sessions on one machine would pin themselves to the same cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._compiled = None if identity is None else CompiledGraphs(self._compiled_identity(identity))
         self._closed = False
 
     @property
@@ -154,25 +170,35 @@ class OpenVinoSession:
         if rows in self._requests:
             self._requests.move_to_end(rows)
             return self._requests[rows]
-        options = {
-            "INFERENCE_PRECISION_HINT": self._precision,
-            # One batch at a time, all cores on it; the throughput hint would split the cores into streams.
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self._threads,
-            # Two pinned sessions on one machine would pin themselves to the same cores.
-            "ENABLE_CPU_PINNING": False,
-        }
         try:
-            model = self._model.clone()
-            model.reshape({spec.name: [rows, *spec.shape] for spec in self._specs})
-            request = self._core.compile_model(model, "CPU", options).create_infer_request()
+            request = self._compiled_for(rows).create_infer_request()
         except Exception as error:
             raise self._load_error(error) from error
         if len(self._requests) == self._kept_batch_sizes:
             self._requests.popitem(last=False)
         self._requests[rows] = request
         return request
+
+    def _compiled_for(self, rows: int) -> Any:
+        """From the disk where it is there and still fits this OpenVINO, else compiled now."""
+        blob = self._compiled.load(rows) if self._compiled else None
+        if blob is not None:
+            with contextlib.suppress(RuntimeError):
+                return self._core.import_model(blob, "CPU", self._options)
+        model = self._model.clone()
+        model.reshape({spec.name: [rows, *spec.shape] for spec in self._specs})
+        compiled = self._core.compile_model(model, "CPU", self._options)
+        if self._compiled:
+            self._compiled.store(rows, compiled.export_model().getvalue())
+        return compiled
+
+    def _compiled_identity(self, graph: str) -> dict[str, object]:
+        return {
+            "graph": graph,
+            "version": self._version,
+            "cpu": [cpu_model(), *sorted(cpu_flags())],
+            "options": self._options,
+        }
 
     def _load_error(self, error: Exception) -> BundleError:
         return BundleError(
