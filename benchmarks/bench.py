@@ -137,7 +137,7 @@ def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Pat
     """Save an emitted graph as TARGET.onnx in a folder of its own, its weights beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{target}.onnx"
-    save_with_shared_weights({path: model}, folder / f"{target}.bin")
+    save_with_shared_weights([(path, model)], folder / f"{target}.bin")
     return path
 
 

@@ -128,7 +128,7 @@ def main() -> None:
             rows[name] |= {"multiplies": left, "extra KiB": extra}
             path = Path(scratch) / str(number) / "tensorrt.onnx"
             path.parent.mkdir()
-            save_with_shared_weights({path: graph}, path.with_name("weights.bin"))
+            save_with_shared_weights([(path, graph)], path.with_name("weights.bin"))
             if find_spec("tensorrt_rtx") is not None:
                 for sm in given.sm.split(","):
                     engine, _ = audit_row(path, plan, backend="tensorrt-rtx", sm=sm)

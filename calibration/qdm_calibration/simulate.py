@@ -101,7 +101,8 @@ class _QuantizedLayer(nn.Module):
         super().__init__()
         self.plan, self.target, self.dtype = plan, target, dtype
         self.float_dtype = module.get_parameter("weight").dtype
-        self.register_buffer("weight_codes", torch.from_numpy(plan.codes).to(dtype))
+        # As int8: the copy in ``dtype`` that a product needs lives no longer than it.
+        self.register_buffer("weight_codes", torch.from_numpy(plan.codes))
         self.register_buffer("weight_scale", self._per_channel(plan.weight_scales))
         self.register_buffer("inverse_k", None if plan.inverse_k is None else self._per_channel(plan.inverse_k))
         axis_scale = None if target == "tensorrt" else plan.axis_scale
@@ -177,7 +178,7 @@ class _QuantizedConv(_QuantizedLayer):
 
     def product(self, integers: Tensor) -> Tensor:
         # Zero padding pads q + z with 0, which is the code of 0.0: the offset's border term is already in it.
-        return functional.conv2d(integers, self.weight_codes, None, self.stride, self.padding)
+        return functional.conv2d(integers, self.weight_codes.to(self.dtype), None, self.stride, self.padding)
 
     def _per_channel(self, values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values).reshape(1, -1, 1, 1)
@@ -185,7 +186,7 @@ class _QuantizedConv(_QuantizedLayer):
 
 class _QuantizedLinear(_QuantizedLayer):
     def product(self, integers: Tensor) -> Tensor:
-        return functional.linear(integers, self.weight_codes)
+        return functional.linear(integers, self.weight_codes.to(self.dtype))
 
     def _per_channel(self, values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values)

@@ -1,5 +1,6 @@
 """Checks of a written graph: valid ONNX, and integer kernels where the plan says so; what to compare layers by."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,6 +74,15 @@ def layer_endpoints(model: ir.Model, plan: QuantizationPlan) -> tuple[Endpoints,
             raise ExportError(f"{layer.name} has no float input in the graph")
         endpoints.append(Endpoints(layer.name, data.name, result.name))
     return tuple(endpoints)
+
+
+def bytes_per_row(model: ir.Model, plan: QuantizationPlan) -> int:
+    """What the inputs and results of all quantized layers take together in float32, for one row of a batch."""
+    nodes = {item.name: item for item in layer_nodes(model)}
+    values = [value for layer in plan.quantized for value in (nodes[layer.name].data, nodes[layer.name].output)]
+    # The batch is the only axis without a size.
+    shapes = [[size for size in value.shape if isinstance(size, int)] for value in values if value.shape is not None]
+    return sum(4 * math.prod(shape) for shape in shapes)
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

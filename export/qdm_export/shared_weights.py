@@ -5,7 +5,7 @@ external-data file. What is equal is decided by content, not by name.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,8 +19,13 @@ _THRESHOLD_BYTES = 1024
 _ALIGNMENT = 64
 
 
-def save_with_shared_weights(graphs: Mapping[Path, ir.Model], weights: Path) -> int:
+def save_with_shared_weights(graphs: Iterable[tuple[Path, ir.Model]], weights: Path) -> int:
     """Write ``weights`` and every graph beside it; returns the bytes that sharing saved.
+
+    Args:
+        graphs: where each goes, and the graph; asked for one at a time and let go of before the next, so that an
+            iterable which makes them holds the tensors of one.
+        weights: file of the tensors, in the same folder.
 
     Raises:
         ExportError: a graph is not in the folder of the weights file, as ONNX external data demands.
@@ -28,7 +33,7 @@ def save_with_shared_weights(graphs: Mapping[Path, ir.Model], weights: Path) -> 
     offsets: dict[str, int] = {}
     saved = 0
     with weights.open("wb") as stream:
-        for path, model in graphs.items():
+        for path, model in graphs:
             if path.parent != weights.parent:
                 raise ExportError(f"{path} and its weights {weights} must be in the same folder")
             for value in model.graph.initializers.values():
@@ -52,6 +57,6 @@ def save_with_shared_weights(graphs: Mapping[Path, ir.Model], weights: Path) -> 
                     name=value.name or "",
                     base_dir=weights.parent,
                 )
-    for path, model in graphs.items():
-        ir.save(model, path)
+            stream.flush()
+            ir.save(model, path)
     return saved

@@ -147,16 +147,19 @@ def _emit(
 
     with stages.stage("emit"):
         folder.mkdir()
-        graphs = {}
         # The graphs share one file, and TensorRT reads no INT4: with its codes in the file, INT4 beside them only adds.
         packed = "tensorrt" not in options.targets
         with progress.task("Writing graphs", len(options.targets) + 1) as advance:
-            for target in options.targets:
-                graphs[target] = emit(float_graph, plan, target, rest=options.rest, packed_weights=packed)
-                advance()
-            save_with_shared_weights(
-                {folder / f"{name}.onnx": graph for name, graph in graphs.items()}, folder / "weights.bin"
-            )
+
+            def graphs() -> Iterator[tuple[Path, "ir.Model"]]:
+                for target in options.targets:
+                    yield (
+                        folder / f"{target}.onnx",
+                        emit(float_graph, plan, target, rest=options.rest, packed_weights=packed),
+                    )
+                    advance()
+
+            save_with_shared_weights(graphs(), folder / "weights.bin")
             save_graph(emit_float(whole), folder / "float.onnx", weights="float.data")
             advance()
         for name in (*options.targets, "float"):

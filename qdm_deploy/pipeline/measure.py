@@ -44,6 +44,8 @@ __all__ = ["Measured", "measure", "unseen_seeds"]
 _UNSEEN = 2**40
 _SPEED_BATCHES = (4, 16)
 _CHECK_ROWS = 6
+# A check holds the input and the result of every quantized layer.
+_CHECK_BYTES = 1 << 30
 
 Key = tuple[str, Literal["int8", "float"]]
 
@@ -86,15 +88,19 @@ def measure(
     stage: Callable[[str], AbstractContextManager[None]],
     progress: Progress,
 ) -> Measured:
-    """Check, compare and time the graphs that were written into ``folder``."""
+    """Check, compare and time the graphs that were written into ``folder``.
+
+    No more sessions are open at a time than one of its comparisons needs: each holds the weights once or twice.
+    """
     spec = checkpoint.spec
-    with ExitStack() as sessions:
-        open_sessions = {key: sessions.enter_context(session) for key, session in _sessions(options, folder)}
-        states = read_hidden_states(options.conditioning_file)
-        with stage("compare"):
-            progress.say("Comparing INT8 with float on unseen seeds")
+    opened = _Sessions(options, folder)
+    default = automatic_backend(tuple(options.targets))
+    states = read_hidden_states(options.conditioning_file)
+    with stage("compare"):
+        progress.say("Comparing INT8 with float on unseen seeds")
+        with opened("onnxruntime", "float") as session:
             reference = reference_run(
-                open_sessions["onnxruntime", "float"],
+                session,
                 table,
                 unseen_seeds(options),
                 spec,
@@ -102,30 +108,36 @@ def measure(
                 guidance=options.guidance,
                 progress=progress,
             )
-            default = automatic_backend(tuple(options.targets))
-            own_table = _table_of(options, checkpoint)
-            trial, float_below = None, None
-            if options.float_steps == "auto":
-                trial = try_counts(
-                    reference, open_sessions[default, "int8"], open_sessions[default, "float"], spec, progress=progress
+        own_table = _table_of(options, checkpoint)
+        trial, float_below = None, None
+        if options.float_steps == "auto":
+            with opened(default, "int8") as quantized, opened(default, "float") as floating:
+                trial = try_counts(reference, quantized, floating, spec, progress=progress)
+            float_below = float_below_of(table, best_count(trial.score_db))
+        else:
+            float_below = float_below_of(own_table, options.float_steps)
+        quality, samples = [], {}
+        for target in options.targets:
+            with ExitStack() as sessions:
+                judge = target if opened.has(target) else "simulation"
+                session = sessions.enter_context(
+                    opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target)
                 )
-                float_below = float_below_of(table, best_count(trial.score_db))
-            else:
-                float_below = float_below_of(own_table, options.float_steps)
-            quality, samples = [], {}
-            for target in options.targets:
-                backend, session = _judge(target, open_sessions, checkpoint, plan)
                 if float_below is not None:
-                    floating = open_sessions.get((backend, "float"), open_sessions["onnxruntime", "float"])
+                    floating = sessions.enter_context(opened(target if opened.has(target) else "onnxruntime", "float"))
                     session = MixedSession(session, floating, float_below)
                 row, samples[target] = compare_with(
-                    reference, session, spec, target=target, backend=backend, progress=progress
+                    reference, session, spec, target=target, backend=judge, progress=progress
                 )
-                quality.append(row)
-        with stage("check"):
-            checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, reference, progress)
-        with stage("speed"):
-            speed = measure_speed(open_sessions, spec, _SPEED_BATCHES, progress=progress)
+            quality.append(row)
+    with stage("check"):
+        checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, reference, progress)
+    with stage("speed"):
+        speed: tuple[SpeedRow, ...] = ()
+        for backend in opened.backends:
+            with opened(backend, "float") as floating, opened(backend, "int8") as quantized:
+                pair: dict[Key, StepSession] = {(backend, "float"): floating, (backend, "int8"): quantized}
+                speed += measure_speed(pair, spec, _SPEED_BATCHES, progress=progress)
     speedup = speedup_of(speed, default, _SPEED_BATCHES[0])
     float_steps = None
     if options.float_steps != 0:
@@ -134,32 +146,29 @@ def measure(
     return Measured(checks, tuple(quality), speed, speedup, default, reference, samples, float_steps)
 
 
+class _Sessions:
+    """Opens what this machine can run of the graphs in a folder."""
+
+    def __init__(self, options: BuildOptions, folder: Path) -> None:
+        self._threads, self._folder = options.threads, folder
+        openvino = "openvino" in options.targets and find_spec("openvino") is not None
+        self.backends = ("onnxruntime", "openvino") if openvino else ("onnxruntime",)
+
+    def has(self, target: Target) -> bool:
+        """Whether a target's own runtime is here."""
+        return target in self.backends
+
+    def __call__(self, backend: str, precision: Literal["int8", "float"]) -> StepSession:
+        graph = self._folder / f"{backend if precision == 'int8' else 'float'}.onnx"
+        if backend == "onnxruntime":
+            return OnnxRuntimeSession(graph, threads=self._threads)
+        return OpenVinoSession(graph, threads=self._threads, precision="auto" if precision == "int8" else "f32")
+
+
 def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:
     """The steps of the sampler that the bundle is built for."""
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
     return step_table(schedule, options.sampler, options.steps, learned_variance=checkpoint.spec.learned_variance)
-
-
-def _sessions(options: BuildOptions, folder: Path) -> list[tuple[Key, StepSession]]:
-    found: list[tuple[Key, StepSession]] = [
-        (("onnxruntime", "float"), OnnxRuntimeSession(folder / "float.onnx", threads=options.threads)),
-        (("onnxruntime", "int8"), OnnxRuntimeSession(folder / "onnxruntime.onnx", threads=options.threads)),
-    ]
-    if "openvino" in options.targets and find_spec("openvino") is not None:
-        found.append(
-            (("openvino", "float"), OpenVinoSession(folder / "float.onnx", threads=options.threads, precision="f32"))
-        )
-        found.append((("openvino", "int8"), OpenVinoSession(folder / "openvino.onnx", threads=options.threads)))
-    return found
-
-
-def _judge(
-    target: Target, sessions: Mapping[Key, StepSession], checkpoint: "Checkpoint", plan: QuantizationPlan
-) -> tuple[str, StepSession]:
-    """What runs a target on this machine: its own runtime, or the simulation of its integers."""
-    if (target, "int8") in sessions:
-        return target, sessions[target, "int8"]
-    return "simulation", simulation_of(checkpoint, plan, target)
 
 
 def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Target) -> TorchSession:
@@ -180,7 +189,10 @@ def _checks(
     reference: ReferenceRun,
     progress: Progress,
 ) -> tuple[CheckRow, ...]:
-    targets, inputs = options.targets, trajectory_inputs(checkpoint.spec, reference)
+    from qdm_export.check import bytes_per_row
+
+    fitting = _CHECK_BYTES // max(bytes_per_row(float_graph, plan), 1)
+    targets, inputs = options.targets, trajectory_inputs(checkpoint.spec, reference, min(max(fitting, 1), _CHECK_ROWS))
     checks = []
     with progress.task("Checking graphs", len(targets) + 2) as advance:
         random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=reference.seeds[0])

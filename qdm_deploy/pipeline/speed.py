@@ -21,15 +21,31 @@ def measure_speed(
     batches: Sequence[int],
     *,
     runs: int = 10,
+    seconds: float = 60.0,
     progress: Progress = SILENT,
 ) -> tuple[SpeedRow, ...]:
-    """Median and 95th percentile of one step for every session and batch size, timed in turn, round after round."""
-    rows = []
+    """Median and 95th percentile of one step for every session and batch size, timed in turn, round after round.
+
+    Args:
+        sessions: what to time, by backend and precision.
+        model: what it takes.
+        batches: numbers of rows, in rising order.
+        runs: steps that count, of each session at each batch size.
+        seconds: what a batch size may take; fewer steps count where it would take longer, and a batch size is left out
+            where one step of each session would (the first batch size is always measured).
+        progress: where to report.
+    """
+    rows: list[SpeedRow] = []
     with progress.task("Measuring speed", len(batches) * runs_in_all(runs) * len(sessions)) as advance:
-        for batch in batches:
-            inputs = random_inputs(model, batch)
-            times = timed_in_turn(sessions, inputs, runs=runs, advance=advance)
-            for (backend, precision), values in times.items():
+        last: dict[tuple[str, Literal["int8", "float"]], list[float]] = {}
+        for before, batch in zip((0, *batches), batches, strict=False):
+            # Each session prepares the batch size with a step that does not count.
+            expected = 2 * sum(map(min, last.values())) / 1000 * batch / max(before, 1)
+            if expected > seconds:
+                progress.say(f"Batch {batch} is not timed: a step of each would take some {expected:.0f} s")
+                break
+            last = timed_in_turn(sessions, random_inputs(model, batch), runs=runs, seconds=seconds, advance=advance)
+            for (backend, precision), values in last.items():
                 rows.append(
                     SpeedRow(
                         backend=backend,
@@ -37,7 +53,7 @@ def measure_speed(
                         batch=batch,
                         median_ms=float(np.median(values)),
                         p95_ms=float(np.percentile(values, 95)),
-                        runs=runs,
+                        runs=len(values),
                     )
                 )
     return tuple(rows)

@@ -31,6 +31,7 @@ Candidate = tuple[str, Precision]
 
 _ROWS = 4
 _RUNS = 10
+_SECONDS = 60.0
 # A candidate must win by more than the spread of such short runs to displace the one that stands before it.
 _MARGIN = 1.03
 
@@ -81,7 +82,7 @@ def choose(
         progress.say("Timing the ways to run this bundle here, once")
         with ExitStack() as stack:
             sessions = {candidate: stack.enter_context(opened(candidate)) for candidate in candidates}
-            times = timed_in_turn(sessions, random_inputs(bundle.model, _ROWS), runs=_RUNS)
+            times = timed_in_turn(sessions, random_inputs(bundle.model, _ROWS), runs=_RUNS, seconds=_SECONDS)
         choice = fastest({candidate: median(values) for candidate, values in times.items()})
         if kept is not None:
             _remember(kept, choice)

@@ -20,11 +20,12 @@ K = TypeVar("K", bound=Hashable)
 
 _TURN = 5
 _SETTLING = 2
+_FIRST = 2
 
 
 def runs_in_all(runs: int) -> int:
     """How often ``timed_in_turn`` runs each session, those that do not count among them."""
-    return runs + _SETTLING * math.ceil(runs / _TURN)
+    return _FIRST + runs + _SETTLING * math.ceil(runs / _TURN)
 
 
 def timed_in_turn(
@@ -32,16 +33,42 @@ def timed_in_turn(
     inputs: Mapping[str, NDArray[Any]],
     *,
     runs: int,
-    advance: Callable[[], None] = lambda: None,
+    seconds: float = math.inf,
+    advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[K, list[float]]:
-    """Milliseconds of one step, ``runs`` times for every session, at most ``_TURN`` of them in a row."""
-    times: dict[K, list[float]] = {key: [] for key in sessions}
+    """Milliseconds of one step, ``runs`` times for every session, at most ``_TURN`` of them in a row.
+
+    Args:
+        sessions: what to time.
+        inputs: of the step.
+        runs: how often each is timed.
+        seconds: what that may take. Where it would take longer, single steps are timed in turn, as many as fit and one
+            at least: steps that long do not suffer from what ran before them.
+        advance: told how many steps are done.
+    """
+    for session in sessions.values():
+        session.run(inputs)  # prepares this batch size
+    times = {key: [_milliseconds(session, inputs)] for key, session in sessions.items()}
+    advance(_FIRST * len(sessions))
+    round_s = sum(value for (value,) in times.values()) / 1000
+    if round_s * (runs_in_all(runs) - _FIRST) > seconds:
+        for _ in range(min(runs, int(seconds / round_s)) - 1):
+            for key, session in sessions.items():
+                times[key].append(_milliseconds(session, inputs))
+        advance((runs_in_all(runs) - _FIRST) * len(sessions))
+        return times
+    times = {key: [] for key in sessions}
     for done in range(0, runs, _TURN):
         for key, session in sessions.items():
             for run in range(-_SETTLING, min(_TURN, runs - done)):
-                start = time.perf_counter()
-                session.run(inputs)
+                value = _milliseconds(session, inputs)
                 if run >= 0:
-                    times[key].append(1000 * (time.perf_counter() - start))
-                advance()
+                    times[key].append(value)
+                advance(1)
     return times
+
+
+def _milliseconds(session: StepSession, inputs: Mapping[str, NDArray[Any]]) -> float:
+    start = time.perf_counter()
+    session.run(inputs)
+    return 1000 * (time.perf_counter() - start)

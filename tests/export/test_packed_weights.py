@@ -62,7 +62,7 @@ def test_openvino_runs_packed_codes_on_integers(tiny: Any, emitted: Any, run_gra
     openvino = pytest.importorskip("openvino")
     plan = tiny.plan("labels", weight_bits=4)
     model = emit(tiny.float_graph("labels"), plan, "openvino")
-    save_with_shared_weights({tmp_path / "openvino.onnx": model}, tmp_path / "weights.bin")
+    save_with_shared_weights([(tmp_path / "openvino.onnx", model)], tmp_path / "weights.bin")
     compiled = openvino.Core().compile_model(
         str(tmp_path / "openvino.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -79,7 +79,7 @@ def test_shared_weights_hold_both_types(tiny: Any, emitted: Any, run_graph: Any,
     graphs = {tmp_path / f"{target}.onnx": emit(tiny.float_graph("labels"), plan, target) for target in TARGETS}
     feeds = emitted.feeds("labels", 2)
     before = {path: run_graph(model, feeds) for path, model in graphs.items()}
-    save_with_shared_weights(graphs, tmp_path / "weights.bin")
+    save_with_shared_weights(graphs.items(), tmp_path / "weights.bin")
     for path in graphs:
         check_onnx(path)
         for key, value in run_graph(path, feeds).items():
@@ -94,7 +94,7 @@ def test_shared_weights_hold_both_types(tiny: Any, emitted: Any, run_graph: Any,
     assert both == codes_bytes  # twice half a byte for every code
     # Stored once for the two targets that pack, and once in INT8 for the one that does not.
     only_packed = {tmp_path / path.name: model for path, model in graphs.items() if path.stem != "tensorrt"}
-    save_with_shared_weights(only_packed, tmp_path / "packed.bin")
+    save_with_shared_weights(only_packed.items(), tmp_path / "packed.bin")
     wide = {tmp_path / f"{t}.wide.onnx": emitted.graph("labels", t).clone() for t in ("onnxruntime", "openvino")}
-    save_with_shared_weights(wide, tmp_path / "wide.bin")
+    save_with_shared_weights(wide.items(), tmp_path / "wide.bin")
     assert (tmp_path / "wide.bin").stat().st_size - (tmp_path / "packed.bin").stat().st_size > 0.45 * codes_bytes

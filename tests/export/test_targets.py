@@ -14,9 +14,17 @@ import torch
 from qdm_calibration.simulate import quantized_layer
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.errors import ExportError, InputError
-from qdm_export.check import INTEGER_OPERATORS, check_onnx, integer_kernels, layer_endpoints, with_outputs
+from qdm_export.check import (
+    INTEGER_OPERATORS,
+    bytes_per_row,
+    check_onnx,
+    integer_kernels,
+    layer_endpoints,
+    with_outputs,
+)
 from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.targets import FORMS, emit
+from qdm_export.topology import layer_nodes
 
 NAMES = ("labels", "rgb", "text", "variance")
 
@@ -31,7 +39,7 @@ def test_every_target_is_a_valid_onnx_graph_that_runs(
     emitted: Any, run_graph: Any, tiny: Any, tmp_path: Path, name: str
 ) -> None:
     graphs = {tmp_path / f"{target}.onnx": emitted.graph(name, target).clone() for target in TARGETS}
-    save_with_shared_weights(graphs, tmp_path / "weights.bin")
+    save_with_shared_weights(graphs.items(), tmp_path / "weights.bin")
     feeds = emitted.feeds(name, 3)
     expected = run_graph(tiny.float_graph(name), feeds)
     for path in graphs:
@@ -310,7 +318,7 @@ def test_shared_weights_store_equal_tensors_once(emitted: Any, run_graph: Any, t
         value.const_value.tobytes() for model in graphs.values() for value in model.graph.initializers.values()
         if value.const_value.nbytes >= 1024
     ]  # fmt: skip
-    saved = save_with_shared_weights(graphs, tmp_path / "weights.bin")
+    saved = save_with_shared_weights(graphs.items(), tmp_path / "weights.bin")
     unique = sum(len(data) for data in set(large))
     size = (tmp_path / "weights.bin").stat().st_size
     assert unique <= size < unique + 64 * len(set(large))
@@ -336,7 +344,7 @@ def test_graphs_and_weights_in_different_folders_are_refused(emitted: Any, tmp_p
     (tmp_path / "other").mkdir()
     with pytest.raises(ExportError, match=r"other/a\.onnx and its weights .*weights\.bin must be in the same folder"):
         save_with_shared_weights(
-            {tmp_path / "other" / "a.onnx": emitted.graph("rgb", "openvino").clone()}, tmp_path / "weights.bin"
+            [(tmp_path / "other" / "a.onnx", emitted.graph("rgb", "openvino").clone())], tmp_path / "weights.bin"
         )
 
 
@@ -355,3 +363,11 @@ def test_activations_of_fewer_bits_are_simulated_only(tiny: Any, target: Any) ->
     text = f"{len(plan.quantized)} layers of the plan have activations of 6 bits, which are simulated only"
     with pytest.raises(InputError, match=text):
         emit(tiny.float_graph("variance"), narrow, target)
+
+
+def test_the_bytes_of_all_inputs_and_results_are_those_of_the_values(tiny: Any, emitted: Any, run_graph: Any) -> None:
+    plan, graph = tiny.plan("text"), tiny.float_graph("text")
+    planned = {layer.name for layer in plan.quantized}
+    names = [value.name for item in layer_nodes(graph) if item.name in planned for value in (item.data, item.output)]
+    values = run_graph(with_outputs(graph, names), emitted.feeds("text", 2))
+    assert bytes_per_row(graph, plan) == sum(values[name].nbytes for name in names) // 2

@@ -41,8 +41,8 @@ def test_sessions_are_timed_in_turn_after_a_warm_up() -> None:
     log: list[str] = []
     sessions: Any = {("a", "float"): Sleeper("f", 0.02, log), ("a", "int8"): Sleeper("i", 0.005, log)}
     rows = measure_speed(sessions, MODEL, (2, 4), runs=3)
-    # Turns of two that do not count and three that do, for each batch size.
-    assert "".join(log) == ("f" * 5 + "i" * 5) * 2
+    # One that prepares and one that tells what a step takes, each; then turns of two and three that count
+    assert "".join(log) == ("fifi" + "f" * 5 + "i" * 5) * 2
     assert [(row.backend, row.precision, row.batch, row.runs) for row in rows] == [
         ("a", "float", 2, 3), ("a", "int8", 2, 3), ("a", "float", 4, 3), ("a", "int8", 4, 3),
     ]  # fmt: skip
@@ -55,9 +55,34 @@ def test_long_measurements_take_several_turns() -> None:
     log: list[str] = []
     sessions: Any = {"a": Sleeper("a", 0.0, log), "b": Sleeper("b", 0.0, log)}
     times = timed_in_turn(sessions, {"sample": None}, runs=7)  # type: ignore[dict-item]
-    assert "".join(log) == "a" * 7 + "b" * 7 + "a" * 4 + "b" * 4
+    assert "".join(log) == "abab" + "a" * 7 + "b" * 7 + "a" * 4 + "b" * 4
     assert len(log) == 2 * runs_in_all(7)
     assert [len(values) for values in times.values()] == [7, 7]
+
+
+def test_slow_sessions_are_timed_as_often_as_the_time_allows() -> None:
+    log: list[str] = []
+    advanced: list[int] = []
+    sessions: Any = {"a": Sleeper("a", 0.03, log), "b": Sleeper("b", 0.01, log)}
+    inputs: Any = {"sample": None}
+    times = timed_in_turn(sessions, inputs, runs=10, seconds=0.15, advance=advanced.append)
+    assert "".join(log) in ("ab" + "ab" * count for count in (2, 3))  # 0.04 s a round, a little more on a busy machine
+    assert len(times["a"]) == len(times["b"]) == len(log) // 2 - 1
+    assert min(times["a"]) >= 30
+    assert sum(advanced) == 2 * runs_in_all(10)
+    assert len(timed_in_turn(sessions, inputs, runs=10, seconds=0.0)["a"]) == 1
+
+
+def test_a_batch_size_that_would_take_too_long_is_left_out() -> None:
+    class PerRow(Sleeper):
+        def run(self, inputs: Any) -> StepOutput:
+            time.sleep(0.01 * len(inputs["sample"]))
+            return StepOutput(inputs["sample"], inputs["sample"])
+
+    session: Any = {("a", "int8"): PerRow("a", 0.0, [])}
+    rows = measure_speed(session, MODEL, (2, 4, 64), runs=2, seconds=0.4)
+    assert [row.batch for row in rows] == [2, 4]  # 64 rows would take 1.3 s, twice
+    assert [row.batch for row in measure_speed(session, MODEL, (4, 64), runs=2, seconds=0.0)] == [4]
 
 
 def test_the_speed_up_is_float_over_int8_on_one_backend_and_batch() -> None:

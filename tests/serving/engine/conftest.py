@@ -67,7 +67,7 @@ def unet(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             root / f"{target}.onnx": emit(tiny.float_graph("labels").clone(), tiny.plan("labels"), target)
             for target in TARGETS
         }
-        save_with_shared_weights(graphs, root / "weights.bin")
+        save_with_shared_weights(graphs.items(), root / "weights.bin")
         save_graph(emit_float(tiny.float_graph("labels").clone()), root / "float.onnx", weights="float.data")
         _seal(writer, checkpoint.spec, dict(checkpoint.scheduler_config), float_below=300)
     return folder / "unet.qdm"
