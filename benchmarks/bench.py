@@ -11,14 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
-import torch
+from numpy.typing import NDArray
+from random_models import random_model
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
+from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
@@ -42,6 +45,7 @@ __all__ = [
     "parser",
     "print_table",
     "publish",
+    "random_states",
     "save_form",
     "say",
     "write_float",
@@ -49,23 +53,6 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
-
-# google/ddpm-cifar10-32: the U-Net of Ho et al. (2020) for CIFAR-10, 35.7 M parameters. Its weights are not shipped;
-# speed does not depend on them, so they are drawn at random here.
-_CIFAR10 = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [128, 256, 256, 256],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-06,
-}
 
 
 @dataclass(frozen=True)
@@ -101,31 +88,33 @@ class Case:
 
 
 def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
-    """Load, export and calibrate "fashion" (the embedded model) or "cifar10" (random weights)."""
+    """Load, export and calibrate "fashion" (the embedded model), or one of ``RANDOM_MODELS``."""
     say(f"{name}: loading, exporting, calibrating")
     if name == "fashion":
         checkpoint = load_checkpoint(EMBEDDED_MODEL)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = load_checkpoint(_random_cifar10(Path(folder)))
+            checkpoint = load_checkpoint(random_model(name, Path(folder)))
     graph = export_float_graph(checkpoint)
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
     table = step_table(schedule, "ddim", steps)
     calibration = collect_calibration_set(
-        checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed
-    )
+        checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed,
+        conditioning=random_states(checkpoint.spec, samples),
+    )  # fmt: skip
     topology = topology_of(graph)
     statistics = collect_statistics(checkpoint.unet, topology, calibration, checkpoint.spec.num_train_timesteps)
     return Case(name, checkpoint, graph, topology, statistics, schedule, calibration)
 
 
-def _random_cifar10(folder: Path) -> Path:
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    UNet2DModel(**_CIFAR10).save_pretrained(folder / "unet")
-    DDPMScheduler(clip_sample=True).save_pretrained(folder / "scheduler")
-    return folder
+def random_states(spec: ModelSpec, count: int) -> dict[str, NDArray[np.float32]]:
+    """Text states [N, L, D] for a model that takes them, else nothing."""
+    generator = np.random.default_rng(0)
+    return {
+        item.name: generator.standard_normal((count, *item.shape), np.float32)
+        for item in spec.conditioning
+        if item.name == "encoder_hidden_states"
+    }
 
 
 def write_graph(case: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Milliseconds per denoising step: ours beside what a user would run instead, timed in turn in one process.
 
-The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16. Ratios within
+The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16; LDM-4 (274 M)
+and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`. Ratios within
 one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced against the float model, on a few
 unseen seeds. `of peak` is the share of the integer (or float) peak that this machine showed on one large matrix product
 if nothing but the multiplications of the U-Net were to be done.
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from ablation import FIRST_SEED
-from bench import Case, case, finish, parser, say, write_float, write_graph
+from bench import Case, case, finish, parser, random_states, say, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing
 
@@ -33,6 +34,8 @@ from qdm_deploy.runtime.timing import timed_in_turn
 from qdm_deploy.samplers import step_table
 
 BASELINE = "onnxruntime FP32"
+# The searches that run a large model for every layer: their result changes no time.
+_LARGE = {"channel_scales": "none", "keep_fp": "none"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def contenders(model: Case, folder: Path) -> dict[str, Contender]:
     # Planned when it is first opened: a run of few contenders need not wait for the plans of others.
     @cache
     def plan(step_bins: int | str) -> QuantizationPlan:
-        return model.built(step_bins=step_bins)
+        return model.built(step_bins=step_bins, **(_LARGE if model.name in ("ldm4", "sd15") else {}))
 
     def ours(target: Target, step_bins: int | str) -> Path:
         return write_graph(model, plan(step_bins), target, folder / f"{target}-{step_bins}")
@@ -77,6 +80,7 @@ def main() -> None:
     arguments.add_argument("--models", default="fashion,cifar10")
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
+    arguments.add_argument("--seconds", type=float, default=300.0, help="what a batch size may take; fewer runs then")
     arguments.add_argument("--only", help="beginnings of names, separated by commas: time only these, and the baseline")
     given = arguments.parse_args()
     peaks = {True: integer_peak(), False: float_peak()}
@@ -100,7 +104,9 @@ def main() -> None:
             quality = {label: fmean(_sqnr(reference, session, model)) for label, session in opened.items()}
             for batch in map(int, given.batches.split(",")):
                 say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
-                times = timed_in_turn(opened, random_inputs(model.checkpoint.spec, batch), runs=given.runs)
+                times = timed_in_turn(
+                    opened, random_inputs(model.checkpoint.spec, batch), runs=given.runs, seconds=given.seconds
+                )
                 base = float(np.median(times[BASELINE]))
                 for label, values in times.items():
                     median = float(np.median(values))
@@ -133,7 +139,8 @@ def _reference(model: Case) -> ReferenceRun:
         spec = model.checkpoint.spec
         table = step_table(model.schedule, "ddim", 5, learned_variance=spec.learned_variance)
         seeds = range(FIRST_SEED, FIRST_SEED + 4)
-        return reference_run(session, table, seeds, spec, conditioning=conditioning_of(spec, 4), batch_size=4)
+        conditioning = conditioning_of(spec, 4, hidden_states=random_states(spec, 4))
+        return reference_run(session, table, seeds, spec, conditioning=conditioning, batch_size=4)
 
 
 def _sqnr(reference: ReferenceRun, session: StepSession, model: Case) -> tuple[float, ...]:

@@ -43,6 +43,10 @@ __all__ = ["Measured", "measure", "unseen_seeds"]
 # Far from any calibration seed, so that nobody is judged on what was calibrated.
 _UNSEEN = 2**40
 _SPEED_BATCHES = (4, 16)
+# What the activations of a timed batch may take, by the size of all layers' inputs and results.
+_SPEED_BYTES = 4 << 30
+# Float weights up to which the sessions of a backend are timed in turn, both open; larger ones one after the other.
+_TOGETHER_BYTES = 1 << 30
 _CHECK_ROWS = 6
 # A check holds the input and the result of every quantized layer.
 _CHECK_BYTES = 1 << 30
@@ -133,12 +137,13 @@ def measure(
     with stage("check"):
         checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, reference, progress)
     with stage("speed"):
+        batches = _timed_batches(float_graph, plan)
         speed: tuple[SpeedRow, ...] = ()
-        for backend in opened.backends:
-            with opened(backend, "float") as floating, opened(backend, "int8") as quantized:
-                pair: dict[Key, StepSession] = {(backend, "float"): floating, (backend, "int8"): quantized}
-                speed += measure_speed(pair, spec, _SPEED_BATCHES, progress=progress)
-    speedup = speedup_of(speed, default, _SPEED_BATCHES[0])
+        for group in opened.timed_together():
+            with ExitStack() as sessions:
+                timed = {key: sessions.enter_context(opened(*key)) for key in group}
+                speed += measure_speed(timed, spec, batches, progress=progress)
+    speedup = speedup_of(speed, default, batches[0])
     float_steps = None
     if options.float_steps != 0:
         shown = next(row for row in quality if row.backend == default)
@@ -154,6 +159,13 @@ class _Sessions:
         openvino = "openvino" in options.targets and find_spec("openvino") is not None
         self.backends = ("onnxruntime", "openvino") if openvino else ("onnxruntime",)
 
+    def timed_together(self) -> list[list[Key]]:
+        """What is timed in turn: float and INT8 of a backend, or each alone where both would take too much memory."""
+        files = [self._folder / name for name in ("float.onnx", "float.data")]
+        together = sum(path.stat().st_size for path in files if path.exists()) <= _TOGETHER_BYTES
+        pairs: list[list[Key]] = [[(backend, "float"), (backend, "int8")] for backend in self.backends]
+        return pairs if together else [[key] for pair in pairs for key in pair]
+
     def has(self, target: Target) -> bool:
         """Whether a target's own runtime is here."""
         return target in self.backends
@@ -163,6 +175,13 @@ class _Sessions:
         if backend == "onnxruntime":
             return OnnxRuntimeSession(graph, threads=self._threads)
         return OpenVinoSession(graph, threads=self._threads, precision="auto" if precision == "int8" else "f32")
+
+
+def _timed_batches(float_graph: "ir.Model", plan: QuantizationPlan) -> tuple[int, ...]:
+    from qdm_export.check import bytes_per_row
+
+    row = bytes_per_row(float_graph, plan)
+    return tuple(batch for batch in _SPEED_BATCHES if batch * row <= _SPEED_BYTES) or (1,)
 
 
 def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:
