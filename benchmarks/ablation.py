@@ -35,7 +35,7 @@ FULL: dict[str, Any] = {}
 # What each row asks of `build`; what it does not name has build's default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric min-max": PLAIN,
-    "symmetric, MSE range": {**PLAIN, "ranges": "mse"},
+    "symmetric, Lp 2.4 range": {**PLAIN, "ranges": "lp"},
     "+ zero offset z": {"concat_scales": "none", "channel_scales": "none", "step_bins": 1, "keep_fp": "none"},
     "+ free factors k": {"step_bins": 1, "keep_fp": "none"},
     "+ few layers in float (default)": FULL,
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default, k on every input": {"channel_scales": "auto"},
     "default, 4 step bins": {"step_bins": 4},
     "default, min-max range": {"ranges": "minmax"},
-    "default, Lp 2.4 range": {"ranges": "lp"},
+    "default, MSE range": {"ranges": "mse"},
     "default + bias correction": {"bias_correction": "auto"},
     "default, 10 % of the cost in float": {"keep_fp": "10%"},
 }

@@ -28,7 +28,8 @@ from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.report.distribution import frechet_distance, gaussian_of
-from qdm_deploy.runtime import OpenVinoSession, StepSession
+from qdm_deploy.report.metrics import psnr_per_image_db
+from qdm_deploy.runtime import OpenVinoSession, StepSession, denoise
 from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
@@ -37,13 +38,14 @@ from qdm_export.step_graph import StepGraph
 from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint
 
-__all__ = ["BATCH", "EPS", "FRECHET", "LAST", "OVER_FLOAT", "Laboratory", "Model", "Settings"]
+__all__ = ["BATCH", "EPS", "FRECHET", "LAST", "OVER_FLOAT", "PSNR", "Laboratory", "Model", "Settings"]
 
 T = TypeVar("T")
 
 BATCH = 32
 EPS, LAST = "eps SQNR dB", "last step"
 FRECHET, OVER_FLOAT = "Frechet distance", "over float"
+PSNR = "PSNR dB"
 # Statistics of one calibration set are some 100 MB; those of the set that most rows share, and of the row at hand.
 _KEPT_STATISTICS = 2
 
@@ -216,6 +218,22 @@ class Laboratory:
 
         found = self.shared(f"frechet {_rounding(plan)}", distance)
         return {FRECHET: found, OVER_FLOAT: found - self.model.shared("frechet of float", of_float)}
+
+    def finished(self, case: Case, plan: QuantizationPlan) -> dict[str, float]:
+        """PSNR of the finished images beside the float run's, mean over the seeds; the compiled graph on OpenVINO."""
+
+        def numbers() -> dict[str, float]:
+            reference = self.model.reference
+            with (
+                TemporaryDirectory(dir=self.settings.scratch) as folder,
+                OpenVinoSession(write_graph(case, plan, "openvino", Path(folder)), precision="f32") as session,
+            ):
+                samples = denoise(
+                    session, reference.table, reference.seeds, self.model.spec, conditioning=reference.conditioning
+                )
+            return {PSNR: fmean(psnr_per_image_db(reference.states[-1], samples))}
+
+        return self.shared(f"finished {_rounding(plan)}", numbers)
 
     def measured(self, session: StepSession) -> dict[str, float]:
         """Teacher-forced SQNR of the network's output: mean over the steps, and at the last."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from paper_rows.laboratory import BATCH, Laboratory
+from paper_rows.laboratory import BATCH, PSNR, Laboratory
 
 from qdm_calibration.ranges import activation_scale
 from qdm_calibration.statistics import TensorCollector
@@ -127,7 +127,7 @@ def operation_numbers(lab: Laboratory, quantized: Sequence[str]) -> dict[str, fl
     states = ancestral_run(unet, spec, table, model.seeds, {name: found[name] for name in quantized})
     images = psnr_per_image_db(reference[-1], states[-1])
     return {
-        "PSNR dB": fmean(images),
+        PSNR: fmean(images),
         "worst PSNR": min(images),
         "x_t SQNR dB": fmean(sqnr_per_step_db(reference, states)),
     }

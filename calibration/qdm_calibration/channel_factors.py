@@ -83,7 +83,7 @@ def search_channel_factors(
     statistics: ActivationStatistics,
     calibration: CalibrationSet,
     *,
-    ranges: RangeMethod = "mse",
+    ranges: RangeMethod = "lp",
     zero_offset: bool = True,
     weight_bits: int = 8,
     branch_fold: bool = True,

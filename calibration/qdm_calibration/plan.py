@@ -52,7 +52,7 @@ class PlanOptions:
             Runtime makes of a convolution's output keeps 8.
     """
 
-    ranges: RangeMethod = "mse"
+    ranges: RangeMethod = "lp"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
     step_bins: int | Literal["auto"] = 4

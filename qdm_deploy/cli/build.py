@@ -92,9 +92,9 @@ _FILE = click.Path(path_type=Path)
 @option(
     "--ranges",
     type=click.Choice(["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"]),
-    default="mse",
+    default="lp",
     section=_QUANTIZATION,
-    help="How the scale of an input follows from its histogram.",
+    help="How the scale of an input follows from its histogram; lp (p = 2.4) and mse search, mse clips more.",
 )
 @option(
     "--no-zero-offset",

@@ -79,7 +79,7 @@ class BuildOptions:
     calibration_file: Path | None = None
     save_calibration: Path | None = None
     conditioning_file: Path | None = None
-    ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "mse"
+    ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "lp"
     zero_offset: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
     channel_scales: Literal["none", "free", "auto"] = "free"
