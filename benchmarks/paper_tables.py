@@ -57,8 +57,8 @@ def measuring_sources() -> list[Path]:
 def main() -> None:
     given = _arguments()
     if given.document is not None:
-        result = json.loads(given.document.read_text(encoding="utf-8"))
-        DOCUMENT.write_text(page.document(result, COMMENTS, given.document.name), encoding="utf-8")
+        results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in given.document}
+        DOCUMENT.write_text(page.document(page.merged(list(results.values())), COMMENTS, tuple(results)), "utf-8")
         say(f"wrote {DOCUMENT}")
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,7 +169,12 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--reconstruct-iterations", type=int, default=300, help="of (e), for each block or layer")
     arguments.add_argument("--frechet-images", type=int, default=1000, help="of (e) and (f) in W4A8")
     arguments.add_argument("--frechet-steps", type=int, default=10)
-    arguments.add_argument("--document", type=Path, help="only write docs/paper-tables.md from this result")
+    arguments.add_argument(
+        "--document",
+        type=Path,
+        nargs="+",
+        help="only write docs/paper-tables.md from this result; letters of further ones replace its own",
+    )
     given = arguments.parse_args()
     given.only = given.only.split(",")
     for letter in given.only:

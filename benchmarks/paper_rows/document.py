@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from paper_rows.papers import FINDINGS, Finding
 
-__all__ = ["Spread", "document", "spreads", "verdict"]
+__all__ = ["Spread", "document", "merged", "spreads", "verdict"]
 
 _HEAD = """# The papers' tables on the demo model
 
-Made by `python benchmarks/paper_tables.py --document` from `benchmarks/results/{name}`; do not edit it here.
+Made by `python benchmarks/paper_tables.py --document` from {names}; do not edit it here.
 
 The papers measured other models, and judged by the distribution of many images (FID, sFID: lower is better; IS: higher
 is better). Here one small model is measured against its own float run, so what can be compared is the order of the
@@ -77,9 +77,19 @@ def verdict(finding: Finding, found: Mapping[str, Mapping[str, Spread]]) -> str:
     return " ".join(parts)
 
 
-def document(result: Mapping[str, Any], comments: Mapping[str, str], name: str) -> str:
-    """The page in Markdown; ``name`` is the result's file."""
-    lines = [_HEAD.format(name=name), "", _setting(result)]
+def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results as one: the first, with those letters replaced that a later one has."""
+    rows = list(results[0]["rows"])
+    for result in results[1:]:
+        letters = {row["letter"] for row in result["rows"]}
+        rows = [row for row in rows if row["letter"] not in letters] + list(result["rows"])
+    return {**results[0], "rows": rows}
+
+
+def document(result: Mapping[str, Any], comments: Mapping[str, str], names: Sequence[str]) -> str:
+    """The page in Markdown; ``names`` are the files of the result."""
+    files = ", ".join(f"`benchmarks/results/{name}`" for name in names)
+    lines = [_HEAD.format(names=files), "", _setting(result)]
     for letter, finding in FINDINGS.items():
         found = spreads(result["rows"], letter)
         lines += ["", f"## ({letter}) {finding.title}", ""]
@@ -123,8 +133,9 @@ states with the float run on the same noise. `Frechet distance` is that of {resu
 ones in the features of the shipped classifier, DDIM with {result["frechet_steps"]} steps, made by the compiled INT8
 graph on OpenVINO under calibration seed 0, and `over float` what the float graph on the same seeds has less.
 Numbers are medians over the calibration seeds {seeds}
-((e): {slow}), with the smallest and the largest behind them. Where a table does not say otherwise, plans have the
-defaults of `build` with static scales."""
+((e): {slow}), with the smallest and the largest behind them. Where a table does not say otherwise, plans have
+static scales, ranges by the squared error, and else what `make_plan` does by itself: no searched factors per channel
+and no layers kept in float but those that always are."""
 
 
 def _paper_cell(cell: str | float) -> str:

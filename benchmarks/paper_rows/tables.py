@@ -1,7 +1,7 @@
 """The rows of every letter.
 
-Where a letter does not ask for something else, plans have the defaults of `build` with static scales (one step bin), as
-the papers have them.
+Where a letter does not ask for something else, plans have ranges by the squared error and static scales (one step bin),
+as the papers have them.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from paper_rows.document import Spread, document, spreads, verdict
+from paper_rows.document import Spread, document, merged, spreads, verdict
 from paper_rows.laboratory import EPS, FRECHET, LAST, OVER_FLOAT, Laboratory, Model, Settings
 from paper_rows.operations import (
     MU,
@@ -334,6 +334,14 @@ def test_a_verdict_may_ask_for_a_level() -> None:
     assert verdict(finding, spreads(rows("d", mu=[31.0], Sigma=[29.0]), "d")).endswith("no.** Below it: Sigma.")
 
 
+def test_letters_of_a_later_result_replace_those_of_the_first() -> None:
+    first = {"weights": "w", "rows": [*rows("c", KL=[1.0]), *rows("f", split=[2.0])]}
+    both = merged([first, {"weights": "x", "rows": rows("c", KL=[3.0, 4.0])}])
+    assert both["weights"] == "w"
+    assert spreads(both["rows"], "c")["KL"][EPS].median == 3.5
+    assert spreads(both["rows"], "f")["split"][EPS].median == 2.0
+
+
 def test_the_document_has_every_letter_its_source_and_its_verdict() -> None:
     result = {
         "weights": "0123456789abcdef", "seeds": 64, "steps": 20, "calibration_samples": 16, "calibration_steps": 50,
@@ -344,7 +352,7 @@ def test_the_document_has_every_letter_its_source_and_its_verdict() -> None:
             *rows("f", first=[44.0, 45.0]), {**rows("f", second=[41.0])[0], FRECHET: 12.5},
         ],
     }  # fmt: skip
-    text = document(result, {"c": "Because of the tails."}, "2026-01-01-paper-tables.json")
+    text = document(result, {"c": "Because of the tails."}, ["2026-01-01-paper-tables.json"])
     for letter, finding in FINDINGS.items():
         assert f"\n## ({letter}) {finding.title}\n" in text
         assert finding.source in text

@@ -1,4 +1,4 @@
-"""What a build does where memory is short for the model's size: fewer rows, fewer sessions at a time, the same report."""
+"""What a build does where memory is short for the model's size: fewer rows and sessions at a time, the same report."""
 
 from pathlib import Path
 from typing import Any
