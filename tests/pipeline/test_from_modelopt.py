@@ -13,7 +13,7 @@ from qdm_deploy.errors import EnvironmentProblem, InputError
 
 # The defaults: the quick builds' own choices would contradict it.
 OURS: dict[str, Any] = {
-    "ranges": "mse", "step_bins": "auto", "channel_scales": "free", "keep_fp": None, "targets": ("onnxruntime",)
+    "ranges": "lp", "step_bins": "auto", "channel_scales": "free", "keep_fp": None, "targets": ("onnxruntime",)
 }  # fmt: skip
 
 
