@@ -45,7 +45,7 @@ BAD = float("nan")
         ({"reconstruct_iterations": 0}, r"reconstruct iterations is 0; it must be from 1 to 100000"),
         ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
         (
-            {"from_modelopt": "INT8_DIFFUSERS", "ranges": "lp", "step_bins": 1},
+            {"from_modelopt": "INT8_DIFFUSERS", "ranges": "mse", "step_bins": 1},
             r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with ranges, step bins, which choose",
         ),
         (
