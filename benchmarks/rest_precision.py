@@ -47,10 +47,12 @@ def rows_of(model: Case, seeds: int, steps: int) -> dict[str, NDArray[Any]]:
 
 def output(path: Path, inputs: dict[str, NDArray[Any]], precision: str) -> NDArray[np.float32]:
     """The network's output on OpenVINO."""
-    parts = [
-        run_graph("openvino", path, {k: v[i : i + _BATCH] for k, v in inputs.items()}, precision=precision)["x0"]
-        for i in range(0, len(inputs["sample"]), _BATCH)
-    ]
+    parts = []
+    for start in range(0, len(inputs["sample"]), _BATCH):
+        batch = {name: value[start : start + _BATCH] for name, value in inputs.items()}
+        # Rows of this batch, not of all.
+        batch["unconditional_row"] = batch["owner_row"] = np.arange(len(batch["sample"]), dtype=np.int64)
+        parts.append(run_graph("openvino", path, batch, precision=precision)["x0"])
     return np.concatenate(parts)
 
 

@@ -43,6 +43,8 @@ _MARGIN_DB = 15.0
 # Float16 adds about -66 dB of rounding per operation, and two runs of one plan differ by chaos; a wrong type or a lost
 # scale costs far more.
 _HALF_DB = 2.0
+# Bfloat16 also rounds the plan's scales and offsets, by up to 0.2 %.
+_BFLOAT16_DB = 4.0
 
 
 def check_float_graph(outputs: Arrays, checkpoint: "Checkpoint", inputs: Arrays) -> CheckRow:
@@ -158,7 +160,7 @@ def check_half_graph(
     """
     got = run_graph("openvino", path, inputs)["x0"]
     wanted = fmean(sqnr_per_step_db(expected, simulated))
-    return _half_row("float16", expected, got, wanted, f"its simulation {wanted:.1f} dB")
+    return _half_row("float16", expected, got, wanted - _HALF_DB, f"its simulation {wanted:.1f} dB")
 
 
 def check_bfloat16_graph(
@@ -194,15 +196,14 @@ def check_bfloat16_graph(
     # Noise powers add.
     both = [-10 * math.log10(10 ** (-a / 10) + 10 ** (-b / 10)) for a, b in zip(plan_db, rest_db, strict=True)]
     detail = f"its simulation {fmean(plan_db):.1f} dB and bfloat16 without INT8 {fmean(rest_db):.1f} dB"
-    return _half_row("bfloat16", expected, got, fmean(both), detail)
+    return _half_row("bfloat16", expected, got, fmean(both) - _BFLOAT16_DB, detail)
 
 
 def _half_row(
-    half: str, expected: NDArray[np.float32], got: NDArray[np.float32], wanted: float, beside: str
+    half: str, expected: NDArray[np.float32], got: NDArray[np.float32], needed: float, beside: str
 ) -> CheckRow:
     # Row by row: the last step's error would drown the others' in one sum.
     reached = fmean(sqnr_per_step_db(expected, got))
-    needed = wanted - _HALF_DB
     detail = f"{reached:.1f} dB from the float model, {beside} (needed: {needed:.1f} dB)"
     return CheckRow(name=f"tensorrt graph in {half} is as good as its plan", ok=reached >= needed, detail=detail)
 
