@@ -18,6 +18,7 @@ from qdm_export.topology import LayerNode, layer_nodes
 __all__ = [
     "INTEGER_OPERATORS",
     "Endpoints",
+    "bytes_per_row",
     "check_onnx",
     "integer_kernels",
     "layer_endpoints",

@@ -101,7 +101,7 @@ def open_side(
         "guidance": options.guidance,
         "conditioning": None if states is None else hashlib.sha256(states.read_bytes()).hexdigest(),
     }
-    card = Side(bundle=str(bundle.path), bundle_id=bundle.id, precision=precision, backend=backend)
+    card = Side(bundle=bundle.path.name, bundle_id=bundle.id, precision=precision, backend=backend)
     name = f"{name} ({backend['backend']} {precision})"
     return EvaluatedSide(name, session, identity, SampleCache(identity, options.cache), card)
 

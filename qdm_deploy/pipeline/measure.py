@@ -96,6 +96,8 @@ def measure(
 
     No more sessions are open at a time than one of its comparisons needs: each holds the weights once or twice.
     """
+    from qdm_export.check import bytes_per_row
+
     spec = checkpoint.spec
     opened = _Sessions(options, folder)
     default = automatic_backend(tuple(options.targets))
@@ -134,10 +136,12 @@ def measure(
                     reference, session, spec, target=target, backend=judge, progress=progress
                 )
             quality.append(row)
+    row_bytes = max(bytes_per_row(float_graph, plan), 1)
     with stage("check"):
-        checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, reference, progress)
+        inputs = trajectory_inputs(spec, reference, min(max(_CHECK_BYTES // row_bytes, 1), _CHECK_ROWS))
+        checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, inputs, progress)
     with stage("speed"):
-        batches = _timed_batches(float_graph, plan)
+        batches = tuple(batch for batch in _SPEED_BATCHES if batch * row_bytes <= _SPEED_BYTES) or (1,)
         speed: tuple[SpeedRow, ...] = ()
         for group in opened.timed_together():
             with ExitStack() as sessions:
@@ -177,13 +181,6 @@ class _Sessions:
         return OpenVinoSession(graph, threads=self._threads, precision="auto" if precision == "int8" else "f32")
 
 
-def _timed_batches(float_graph: "ir.Model", plan: QuantizationPlan) -> tuple[int, ...]:
-    from qdm_export.check import bytes_per_row
-
-    row = bytes_per_row(float_graph, plan)
-    return tuple(batch for batch in _SPEED_BATCHES if batch * row <= _SPEED_BYTES) or (1,)
-
-
 def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:
     """The steps of the sampler that the bundle is built for."""
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
@@ -205,16 +202,12 @@ def _checks(
     float_graph: "ir.Model",
     folder: Path,
     scratch: Path,
-    reference: ReferenceRun,
+    inputs: Mapping[str, NDArray[Any]],
     progress: Progress,
 ) -> tuple[CheckRow, ...]:
-    from qdm_export.check import bytes_per_row
-
-    fitting = _CHECK_BYTES // max(bytes_per_row(float_graph, plan), 1)
-    targets, inputs = options.targets, trajectory_inputs(checkpoint.spec, reference, min(max(fitting, 1), _CHECK_ROWS))
-    checks = []
+    targets, checks = options.targets, []
     with progress.task("Checking graphs", len(targets) + 2) as advance:
-        random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=reference.seeds[0])
+        random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=_UNSEEN + options.seed)
         checks.append(check_float_graph(run_graph("onnxruntime", folder / "float.onnx", random), checkpoint, random))
         optimized = scratch / "optimized.onnx"
         run_graph("onnxruntime", folder / "onnxruntime.onnx", inputs, optimized=optimized)

@@ -13,7 +13,7 @@ class _Value(BaseModel):
 
 
 class Side(_Value):
-    """One of the two models: the bundle, which of its graphs, and ``StepSession.describe``."""
+    """One of the two models: the bundle's name and id, which of its graphs, and ``StepSession.describe``."""
 
     bundle: str
     bundle_id: str
