@@ -74,6 +74,7 @@ def main() -> None:
             "openvino FP32": OpenVinoSession(float_graph, precision="f32"),
             "onnxruntime INT8": OnnxRuntimeSession(write_graph(model, plan, "onnxruntime", folder / "ort")),
             "openvino INT8": OpenVinoSession(write_graph(model, plan, "openvino", folder / "ov")),
+            "openvino INT8, throughput": OpenVinoSession(folder / "ov" / "openvino.onnx", mode="throughput"),
         }
         timed = {name: Timed(stack.enter_context(session)) for name, session in sessions.items()}
         conditioning = conditioning_of(spec, given.batch)

@@ -87,6 +87,9 @@ def main() -> None:
             wide = folder / f"{rest}.wide.onnx"
             save_graph(widened(path), wide, weights=f"{rest}.wide.data")
             counts = engine.kernels or {}
+            if rest == "bf16":
+                # What its constants cost alone: biases, factors and scales of 8 bits, float32 arithmetic.
+                rows.append(row("INT8, bf16 constants", wide, "f32"))
             rows.append(
                 row(f"INT8, {rest} rest", wide, precision)
                 | {"planned": engine.planned, "INT8": engine.int8}

@@ -140,7 +140,7 @@ def measure_sensitivity(
 
     # One twin that shares every weight; only one of its modules is another at a time.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    twin = Simulation(copy.deepcopy(network, memo).eval(), plan.bin_of_timestep()).eval()
+    twin = Simulation(copy.deepcopy(network, memo).eval(), plan).eval()
     paths = [submodule_prefix + layer.name for layer in plan.quantized]
     macs = np.zeros(len(paths), dtype=np.int64)
     handles = [_count_macs(twin.network.get_submodule(path), macs, i) for i, path in enumerate(paths)]

@@ -26,12 +26,15 @@ class Simulation(nn.Module):
     """A network whose INT8 layers run the plan: same signature and output as the network it was made from."""
 
     bin_of_timestep: Tensor
+    output_correction: Tensor | None
 
-    def __init__(self, network: nn.Module, bin_of_timestep: NDArray[np.int64]) -> None:
-        """Wrap a network whose layers are already replaced."""
+    def __init__(self, network: nn.Module, plan: QuantizationPlan) -> None:
+        """Wrap a network whose layers are already replaced by those of ``plan``."""
         super().__init__()
         self.network = network
-        self.register_buffer("bin_of_timestep", torch.from_numpy(bin_of_timestep))
+        self.register_buffer("bin_of_timestep", torch.from_numpy(plan.bin_of_timestep()))
+        correction = None if plan.output_correction is None else torch.from_numpy(plan.output_correction)
+        self.register_buffer("output_correction", correction)
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
         """Output [B, C, H, W] for ``sample`` and ``timestep`` [B]; each row uses the gains of its own timestep."""
@@ -40,7 +43,7 @@ class Simulation(nn.Module):
             if isinstance(module, _QuantizedLayer):
                 module.time_bin = rows
         output: Tensor = self.network(sample, timestep, **conditioning)
-        return output
+        return output if self.output_correction is None else output - self.output_correction[timestep][:, :, None, None]
 
 
 def simulate(
@@ -71,7 +74,7 @@ def simulate(
         path = submodule_prefix + layer.name
         parent, _, leaf = path.rpartition(".")
         setattr(twin.get_submodule(parent), leaf, quantized_layer(twin.get_submodule(path), layer, target, dtype=dtype))
-    return Simulation(twin.eval(), plan.bin_of_timestep()).eval()
+    return Simulation(twin.eval(), plan).eval()
 
 
 def quantized_layer(

@@ -29,6 +29,7 @@ from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
+from qdm_export.passes.output_correction import OutputCorrection
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
@@ -129,6 +130,7 @@ def emit(
         plan = absorb(model, plan, target).plan(plan)
     passes: list[ir.passes.PassBase] = [
         BiasCorrections(plan),
+        OutputCorrection(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
         QuantizeWeights(plan, packed=packed_weights and form.packed_weights),

@@ -152,12 +152,14 @@ class QuantizationPlan:
         timestep_edges: [K + 1] int64; gain bin j covers timesteps edges[j] .. edges[j + 1] - 1, from 0 to T.
         options: the options it was made with (JSON values).
         provenance: what it was made from (JSON values).
+        output_correction: [T, outputs] float32, taken from the network's output at each timestep; None for nothing.
     """
 
     layers: tuple[LayerPlan, ...]
     timestep_edges: NDArray[np.int64]
     options: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    output_correction: NDArray[np.float32] | None = None
 
     @property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -202,6 +204,8 @@ class QuantizationPlan:
         """Write ``plan.json`` (readable) and ``plan.safetensors`` (codes, factors, the same document)."""
         document = self._document()
         arrays: dict[str, NDArray[Any]] = {"timestep_edges": self.timestep_edges}
+        if self.output_correction is not None:
+            arrays["output_correction"] = self.output_correction
         for plan in self.layers:
             for name in _ARRAYS:
                 value = getattr(plan, name)
@@ -234,7 +238,13 @@ class QuantizationPlan:
                 key: tuple(value) if isinstance(value, list) else value for key, value in entry.pop("layer").items()
             }
             layers.append(LayerPlan(layer=Layer(**place), **entry, **values))
-        return cls(tuple(layers), arrays["timestep_edges"], readable["options"], readable["provenance"])
+        return cls(
+            tuple(layers),
+            arrays["timestep_edges"],
+            readable["options"],
+            readable["provenance"],
+            arrays.get("output_correction"),
+        )
 
     def _document(self) -> dict[str, Any]:
         layers = []

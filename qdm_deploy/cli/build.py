@@ -184,6 +184,13 @@ _FILE = click.Path(path_type=Path)
     help="Take each layer's mean error from its bias, where the layer then errs less on other calibration samples.",
 )
 @option(
+    "--output-correction",
+    type=click.Choice(["none", "auto"]),
+    default="none",
+    section=_QUANTIZATION,
+    help="Take the mean error of the model's output at each timestep from it, where that helps on other samples.",
+)
+@option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",

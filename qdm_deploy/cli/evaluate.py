@@ -64,7 +64,13 @@ __all__ = ["evaluate"]
 )
 @option("--sampler", default="ddim", metavar="NAME", section="Sampling", help="ddpm, ddim, dpmpp-2m or euler.")
 @option("--steps", type=int, default=20, section="Sampling", help="Denoising steps.")
-@option("--seed", type=int, default=0, section="Sampling", help="Seed of the first image; the others count up.")
+@option(
+    "--seed",
+    type=int,
+    default=2**41,
+    section="Sampling",
+    help="Seed of the first image; the others count up. The default is far from those that builds use.",
+)
 @option("--guidance", type=float, default=1.0, section="Sampling", help="Classifier-free guidance; 1 is none.")
 @option(
     "--conditioning",

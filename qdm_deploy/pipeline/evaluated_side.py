@@ -86,7 +86,9 @@ def open_side(
     Raises:
         QdmError: what ``open_session`` raises.
     """
-    session = stack.enter_context(open_session(bundle, options.backend, precision=precision, threads=options.threads))
+    session = stack.enter_context(
+        open_session(bundle, options.backend, precision=precision, threads=options.threads, mode="throughput")
+    )
     backend = dict(session.describe())
     states = options.conditioning_file
     identity: dict[str, object] = {
@@ -94,7 +96,8 @@ def open_side(
         "model": bundle.model.model_dump(mode="json", exclude={"name", "labels"}),
         "scheduler": bundle.scheduler_config(),
         "precision": precision,
-        "backend": {key: str(value) for key, value in backend.items() if key != "threads"},
+        # As little as the batch size do threads and mode decide what is computed.
+        "backend": {key: str(value) for key, value in backend.items() if key not in ("threads", "mode")},
         "sampler": options.sampler,
         "steps": options.steps,
         "seed": options.seed,

@@ -66,7 +66,9 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
         chosen, precision = choose_backend(
             bundle, options.backend, options.precision, threads=options.threads, progress=progress
         )
-        with open_session(bundle, chosen, precision=precision, threads=options.threads, progress=progress) as session:
+        with open_session(
+            bundle, chosen, precision=precision, threads=options.threads, mode="throughput", progress=progress
+        ) as session:
             backend = session.describe()
             progress.say(f"Denoising {options.count} samples in {options.steps} steps on {backend['backend']}")
             start = time.perf_counter()

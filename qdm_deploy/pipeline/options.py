@@ -50,6 +50,8 @@ class BuildOptions:
         reconstruct_iterations: training steps per block, at most.
         bias_correction: "auto" takes each layer's mean error on the calibration rows from its bias, where that lowers
             the layer's error on other rows; "none" leaves biases as they are.
+        output_correction: "auto" takes the mean error of the network's output at each timestep from it, where that
+            lowers the error on other rows; "none" leaves it.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         rest: type of what the ``tensorrt`` graph keeps in floating point: "fp16", or "bf16" for models that leave the
             range of float16 (its 8 significant bits cost about as much as INT8 itself).
@@ -91,6 +93,7 @@ class BuildOptions:
     reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300
     bias_correction: Literal["none", "auto"] = "none"
+    output_correction: Literal["none", "auto"] = "none"
     seed: int = 0
     rest: Literal["fp16", "bf16"] = "fp16"
     engines: tuple[str, ...] | None = None
@@ -137,6 +140,7 @@ class BuildOptions:
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
         one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
         one_of("bias correction", self.bias_correction, ("none", "auto"))
+        one_of("output correction", self.output_correction, ("none", "auto"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         one_of("rest", self.rest, ("fp16", "bf16"))
         if self.rest == "bf16" and "tensorrt" not in self.targets:

@@ -65,7 +65,14 @@ def planned(
             plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
             plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     with stage("sensitivity"):
-        return measured_and_kept(options, checkpoint, calibration, plan, progress)
+        budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress)
+    if options.output_correction == "none":
+        return budgeted
+    from qdm_calibration.output_correction import correct_output
+
+    with stage("output correction"):
+        plan = correct_output(checkpoint.unet, budgeted.plan, calibration, progress=progress)
+    return replace(budgeted, plan=replace(plan, options={**plan.options, "output_correction": "auto"}))
 
 
 def check_step_bins(options: BuildOptions, timesteps: NDArray[np.int64], num_train_timesteps: int) -> None:

@@ -92,6 +92,7 @@ def open_session(
     *,
     precision: Literal["auto", "int8", "float"] = "int8",
     threads: int | None = None,
+    mode: Literal["latency", "throughput"] = "latency",
     progress: Progress = SILENT,
     kept_batch_sizes: int = KEPT_BATCH_SIZES,
 ) -> StepSession:
@@ -104,6 +105,7 @@ def open_session(
             bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32; ``"auto"``:
             whichever is faster here.
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
+        mode: what matters: how soon a step ends, or how many images are made. Only openvino knows the difference.
         progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
             seconds to minutes.
         kept_batch_sizes: batch sizes that a backend which prepares each one (openvino compiles it, tensorrt records it)
@@ -118,10 +120,10 @@ def open_session(
     backend, precision = choose_backend(bundle, backend, precision, threads=threads, progress=progress)
     float_below = bundle.manifest.float_below
     if precision == "float" or float_below is None:
-        return _open_graph(bundle, backend, precision, threads, kept_batch_sizes, progress)
+        return _open_graph(bundle, backend, precision, threads, mode, kept_batch_sizes, progress)
     with ExitStack() as opened:
         parts = [
-            opened.enter_context(_open_graph(bundle, backend, kind, threads, kept_batch_sizes, progress))
+            opened.enter_context(_open_graph(bundle, backend, kind, threads, mode, kept_batch_sizes, progress))
             for kind in ("int8", "float")
         ]
         session = MixedSession(parts[0], parts[1], float_below)
@@ -134,6 +136,7 @@ def _open_graph(
     backend: str,
     precision: Literal["int8", "float"],
     threads: int | None,
+    mode: Literal["latency", "throughput"],
     kept_batch_sizes: int,
     progress: Progress,
 ) -> StepSession:
@@ -146,6 +149,7 @@ def _open_graph(
             graph,
             threads=threads,
             precision="auto" if precision == "int8" else "f32",
+            mode=mode,
             kept_batch_sizes=kept_batch_sizes,
             # The bundle's files were checked against its id when it was opened.
             identity=f"{bundle.id}/{graph.name}",

@@ -33,10 +33,10 @@ class _Entry:
 
 
 class CompiledGraphs:
-    """The compiled forms of one graph, by number of rows.
+    """The compiled forms of one graph, by number of rows and of streams.
 
     Args:
-        identity: what they depend on beside the rows (JSON values): graph and weights, library, machine, options.
+        identity: what they depend on beside these (JSON values): graph and weights, library, machine, options.
         root: the folder; None takes ``$QDM_CACHE_DIR/openvino``, else ``qdm-deploy/openvino`` in ``$XDG_CACHE_HOME``.
         max_bytes: what the folder may hold; after a write the least recently used files beyond it go.
     """
@@ -48,9 +48,9 @@ class CompiledGraphs:
         self._max_bytes = max_bytes
         self._root = _usable(root)
 
-    def load(self, rows: int) -> bytes | None:
-        """What ``store`` was given for that many rows; None where there is nothing, or nothing intact."""
-        path = self._path(rows)
+    def load(self, rows: int, streams: int) -> bytes | None:
+        """What ``store`` was given for that many rows and streams; None where there is nothing, or nothing intact."""
+        path = self._path(rows, streams)
         if path is None:
             return None
         with contextlib.suppress(OSError):
@@ -62,9 +62,9 @@ class CompiledGraphs:
             path.unlink()
         return None
 
-    def store(self, rows: int, blob: bytes) -> None:
+    def store(self, rows: int, streams: int, blob: bytes) -> None:
         """Keep a compiled graph; where that is impossible, nothing happens."""
-        path = self._path(rows)
+        path = self._path(rows, streams)
         if path is None:
             return
         with contextlib.suppress(OSError, QdmError):
@@ -73,10 +73,12 @@ class CompiledGraphs:
                 stream.write(blob)
             self._prune(path)
 
-    def _path(self, rows: int) -> Path | None:
+    def _path(self, rows: int, streams: int) -> Path | None:
         if self._root is None:
             return None
-        name = hashlib.sha256(canonical_json({"format": 1, "rows": rows, **self._identity})).hexdigest()
+        name = hashlib.sha256(
+            canonical_json({"format": 2, "rows": rows, "streams": streams, **self._identity})
+        ).hexdigest()
         return self._root / f"{name}{_SUFFIX}"
 
     def _prune(self, kept: Path) -> None:

@@ -3,6 +3,9 @@
 A graph of dynamic batch runs 1.4 to 2 times slower than the same graph reshaped to one batch size, so the session
 compiles the graph once for each batch size it meets (about a second each) and keeps the last few. A graph of a bundle
 is compiled once per machine: ``CompiledGraphs`` keeps the result on disk.
+
+Two modes: for latency all cores work on one batch; for throughput the batch is cut into parts, which run beside each
+other on a share of the cores each and wait for each other once per step instead of once per layer.
 """
 
 import contextlib
@@ -20,12 +23,16 @@ from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError, EnvironmentProblem
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
+from qdm_deploy.runtime.row_parts import part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
 __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision", "import_openvino"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
 KEPT_BATCH_SIZES = 4
+# Parts of a batch that run at once. More cores than this share a part: a part of one row would leave a core's vector
+# units little to reuse of a weight.
+_MOST_STREAMS = 4
 
 
 def import_openvino() -> ModuleType:
@@ -62,6 +69,8 @@ class OpenVinoSession:
         precision: precision of what is not INT8. ``"auto"`` takes bf16 where the CPU multiplies bf16 matrices (AMX) and
             the graph keeps the timestep exact in it; ``describe()`` says what was taken and why. The sampler's
             update stays float32 in both.
+        mode: ``"latency"``, or ``"throughput"``, which cuts a batch into parts where its rows allow that. Each part is
+            a batch of its own, so bits may differ between the modes as they do between batch sizes.
         kept_batch_sizes: compiled graphs that are kept, the last ones used; each holds its own copy of the weights.
         identity: names graph and weights, such as a bundle's id: compiled graphs are then kept on disk under it; None
             keeps none there.
@@ -79,6 +88,7 @@ class OpenVinoSession:
         *,
         threads: int | None = None,
         precision: Literal["bf16", "f32", "auto"] = "auto",
+        mode: Literal["latency", "throughput"] = "latency",
         kept_batch_sizes: int = KEPT_BATCH_SIZES,
         identity: str | None = None,
     ) -> None:
@@ -108,14 +118,15 @@ class OpenVinoSession:
             [item.any_name for item in self._model.outputs],
         )
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
-        self._requests: OrderedDict[int, Any] = OrderedDict()
+        self._streams = min(self._threads, _MOST_STREAMS) if mode == "throughput" else 1
+        self._mode = mode
+        self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes
         self._options = {
             "INFERENCE_PRECISION_HINT": self._precision,
-            # One batch at a time, all cores on it; the throughput hint would split the cores into streams.
+            # The hint does not matter where the number of streams is given.
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": self._threads,
             # Two pinned sessions on one machine would pin themselves to the same cores.
             "ENABLE_CPU_PINNING": False,
@@ -137,8 +148,8 @@ class OpenVinoSession:
         if self._closed:
             raise ValueError("this OpenVinoSession is closed")
         rows = check_inputs(self._specs, inputs, self.max_batch)
-        results = self._request(rows).infer(dict(inputs), share_inputs=True, share_outputs=True)
-        return StepOutput(results[OUTPUTS[0]], results[OUTPUTS[1]])
+        parts = row_parts(inputs, rows, self._streams)
+        return self._runner(rows, len(parts)).run(inputs, parts)
 
     def describe(self) -> dict[str, object]:
         """Backend, version, device, threads, precision of the float part with its reason, hash of the graph."""
@@ -147,6 +158,7 @@ class OpenVinoSession:
             "version": self._version,
             "device": "CPU",
             "threads": self._threads,
+            "mode": self._mode,
             "precision": self._precision,
             "precision_reason": self._reason,
             "graph_sha256": self._graph_sha256,
@@ -155,7 +167,7 @@ class OpenVinoSession:
     def close(self) -> None:
         """Give back the backend's memory."""
         self._closed = True
-        self._requests.clear()
+        self._runners.clear()
         self._model = None
 
     def __enter__(self) -> Self:
@@ -166,30 +178,32 @@ class OpenVinoSession:
     ) -> None:
         self.close()
 
-    def _request(self, rows: int) -> Any:
-        if rows in self._requests:
-            self._requests.move_to_end(rows)
-            return self._requests[rows]
+    def _runner(self, rows: int, streams: int) -> "_Runner":
+        key = rows, streams
+        if key in self._runners:
+            self._runners.move_to_end(key)
+            return self._runners[key]
         try:
-            request = self._compiled_for(rows).create_infer_request()
+            runner = _Runner(self._compiled_for(rows // streams, streams), streams)
         except Exception as error:
             raise self._load_error(error) from error
-        if len(self._requests) == self._kept_batch_sizes:
-            self._requests.popitem(last=False)
-        self._requests[rows] = request
-        return request
+        if len(self._runners) == self._kept_batch_sizes:
+            self._runners.popitem(last=False)
+        self._runners[key] = runner
+        return runner
 
-    def _compiled_for(self, rows: int) -> Any:
+    def _compiled_for(self, rows: int, streams: int) -> Any:
         """From the disk where it is there and still fits this OpenVINO, else compiled now."""
-        blob = self._compiled.load(rows) if self._compiled else None
+        options = {**self._options, "NUM_STREAMS": streams}
+        blob = self._compiled.load(rows, streams) if self._compiled else None
         if blob is not None:
             with contextlib.suppress(RuntimeError):
-                return self._core.import_model(blob, "CPU", self._options)
+                return self._core.import_model(blob, "CPU", options)
         model = self._model.clone()
         model.reshape({spec.name: [rows, *spec.shape] for spec in self._specs})
-        compiled = self._core.compile_model(model, "CPU", self._options)
+        compiled = self._core.compile_model(model, "CPU", options)
         if self._compiled:
-            self._compiled.store(rows, compiled.export_model().getvalue())
+            self._compiled.store(rows, streams, compiled.export_model().getvalue())
         return compiled
 
     def _compiled_identity(self, graph: str) -> dict[str, object]:
@@ -205,6 +219,34 @@ class OpenVinoSession:
             f"OpenVINO {self._version} cannot load {self._graph}: {error}. Verify the bundle; if it is intact, "
             "it needs another version of OpenVINO or was built for another target."
         )
+
+
+class _Runner:
+    """A graph compiled for one size of part, and a request for each part of a batch."""
+
+    def __init__(self, compiled: Any, streams: int) -> None:
+        self._requests = [compiled.create_infer_request() for _ in range(streams)]
+        self._joined: dict[str, NDArray[np.float32]] = {}
+        if streams > 1:  # the parts write their results side by side
+            tensor = import_openvino().Tensor
+            for name in OUTPUTS:
+                rows, *shape = compiled.output(name).shape
+                self._joined[name] = np.empty((streams * rows, *shape), dtype=np.float32)
+                for part, request in enumerate(self._requests):
+                    place = self._joined[name][part * rows : (part + 1) * rows]
+                    request.set_tensor(name, tensor(place, shared_memory=True))
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], parts: list[slice]) -> StepOutput:
+        """One step of the whole batch."""
+        if not self._joined:
+            results = self._requests[0].infer(dict(inputs), share_inputs=True, share_outputs=True)
+            return StepOutput(results[OUTPUTS[0]], results[OUTPUTS[1]])
+        held = [part_of(inputs, part) for part in parts]  # a request reads them until it is done
+        for request, own in zip(self._requests, held, strict=True):
+            request.start_async(own, share_inputs=True)
+        for request in self._requests:
+            request.wait()
+        return StepOutput(self._joined[OUTPUTS[0]], self._joined[OUTPUTS[1]])
 
 
 def choose_precision(asked: str, model: Any, flags: frozenset[str]) -> tuple[str, str]:

@@ -21,7 +21,7 @@ __all__ = ["StepInputs", "StepLoop", "StepOutput", "StepSession", "TensorSpec", 
 OUTPUTS = ("next_sample", "x0")
 _ALWAYS = ("sample", "timestep", "coefficients", "noise", "previous_x0")
 _GUIDED = ("guidance", "unconditional_row", "owner_row")
-_ROW_INPUTS = ("unconditional_row", "owner_row")
+ROW_INPUTS = ("unconditional_row", "owner_row")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]
                 f"{spec.name} is {given.dtype} {list(given.shape)}; the step graph takes {spec.dtype} "
                 f"{[rows, *spec.shape]}"
             )
-    for name in _ROW_INPUTS:
+    for name in ROW_INPUTS:
         # Backends differ in what a wrong row gathers: an error, zeros, or memory of another request.
         if name in inputs and (inputs[name].min() < 0 or inputs[name].max() >= rows):
             raise InputError(f"{name} holds {inputs[name].tolist()}; rows of this batch are 0 to {rows - 1}")

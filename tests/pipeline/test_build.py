@@ -221,6 +221,7 @@ def test_weights_of_4_bits_are_reconstructed_and_say_so(quick_build: Any, tmp_pa
         reconstruct="full",
         reconstruct_iterations=5,
         bias_correction="auto",
+        output_correction="auto",
         targets=("onnxruntime",),
     )
     plan = QuantizationPlan.load(built.bundle / "unet")
@@ -230,5 +231,7 @@ def test_weights_of_4_bits_are_reconstructed_and_say_so(quick_build: Any, tmp_pa
     assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) <= 7
     assert built.report.stage_seconds["reconstruct"] > 0
     assert plan.summary()["bias_corrections"] > 0
+    assert plan.options["output_correction"] == "auto"
+    assert "output correction" in built.report.stage_seconds
     assert all(check.ok for check in built.report.checks)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["four.qdm"]

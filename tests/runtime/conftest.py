@@ -189,13 +189,14 @@ def arithmetic(folder: Path) -> Tiny:
     return write_tiny(folder / "arithmetic.onnx", arithmetic_time=True)
 
 
-@pytest.fixture(params=[OnnxRuntimeSession, OpenVinoSession], ids=["onnxruntime", "openvino"])
+@pytest.fixture(params=["onnxruntime", "openvino", "openvino, throughput"])
 def open_on(request: pytest.FixtureRequest) -> Callable[[Path], OnnxRuntimeSession | OpenVinoSession]:
     """Opens a step graph on each backend in turn, in float32."""
 
     def open_(graph: Path) -> OnnxRuntimeSession | OpenVinoSession:
-        if request.param is OpenVinoSession:
-            return OpenVinoSession(graph, threads=2, precision="f32")
+        if request.param != "onnxruntime":
+            mode = "throughput" if request.param.endswith("throughput") else "latency"
+            return OpenVinoSession(graph, threads=2, precision="f32", mode=mode)
         return OnnxRuntimeSession(graph, threads=2)
 
     return open_

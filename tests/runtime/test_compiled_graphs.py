@@ -20,32 +20,32 @@ def files(root: Path) -> list[Path]:
 
 
 def test_what_was_stored_is_found_by_identity_and_rows(tmp_path: Path) -> None:
-    CompiledGraphs(IDENTITY, tmp_path).store(4, b"four")
+    CompiledGraphs(IDENTITY, tmp_path).store(4, 1, b"four")
     again = CompiledGraphs(IDENTITY, tmp_path)
-    assert again.load(4) == b"four"
-    assert again.load(5) is None
-    assert CompiledGraphs({**IDENTITY, "version": "2"}, tmp_path).load(4) is None
+    assert again.load(4, 1) == b"four"
+    assert again.load(5, 1) is None
+    assert CompiledGraphs({**IDENTITY, "version": "2"}, tmp_path).load(4, 1) is None
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"\0", lambda data: b""])
 def test_a_damaged_file_is_removed_and_not_returned(tmp_path: Path, damage: Any) -> None:
     graphs = CompiledGraphs(IDENTITY, tmp_path)
-    graphs.store(4, b"four")
+    graphs.store(4, 1, b"four")
     (path,) = files(tmp_path)
     path.write_bytes(damage(path.read_bytes()))
-    assert graphs.load(4) is None
+    assert graphs.load(4, 1) is None
     assert not path.exists()
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     graphs = CompiledGraphs(IDENTITY, tmp_path, max_bytes=2 * (32 + 100))
     for rows in (1, 2):
-        graphs.store(rows, bytes(100))
+        graphs.store(rows, 1, bytes(100))
     for age, rows in enumerate((1, 2)):
-        os.utime(graphs._path(rows), (1000 + age, 1000 + age))  # type: ignore[arg-type]
-    assert graphs.load(1) is not None  # used last now
-    graphs.store(3, bytes(100))
-    assert [graphs.load(rows) is not None for rows in (1, 2, 3)] == [True, False, True]
+        os.utime(graphs._path(rows, 1), (1000 + age, 1000 + age))  # type: ignore[arg-type]
+    assert graphs.load(1, 1) is not None  # used last now
+    graphs.store(3, 1, bytes(100))
+    assert [graphs.load(rows, 1) is not None for rows in (1, 2, 3)] == [True, False, True]
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
@@ -53,16 +53,16 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
     root.mkdir()
     root.chmod(0o777)
     graphs = CompiledGraphs(IDENTITY, root)
-    graphs.store(4, b"four")
-    assert graphs.load(4) is None
+    graphs.store(4, 1, b"four")
+    assert graphs.load(4, 1) is None
     assert files(root) == []
 
 
 def test_a_cache_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     graphs = CompiledGraphs(IDENTITY, tmp_path / "file" / "below")
-    graphs.store(4, b"four")
-    assert graphs.load(4) is None
+    graphs.store(4, 1, b"four")
+    assert graphs.load(4, 1) is None
 
 
 def test_a_second_session_does_not_compile_and_computes_the_same(
@@ -97,6 +97,6 @@ def test_a_stored_graph_that_openvino_refuses_is_compiled_again(
     assert not (tmp_path / "openvino").exists()  # without an identity nothing is kept
     with OpenVinoSession(labelled.graph, threads=1, identity="a bundle") as session:
         assert session._compiled is not None
-        session._compiled.store(3, b"of another version")
+        session._compiled.store(3, 1, b"of another version")
         np.testing.assert_array_equal(session.run(given).x0, expected)
-        assert session._compiled.load(3) != b"of another version"
+        assert session._compiled.load(3, 1) != b"of another version"
