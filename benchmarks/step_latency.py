@@ -76,6 +76,9 @@ def contenders(model: Case, folder: Path) -> dict[str, Contender]:
     found["openvino INT8, throughput"] = Contender(
         lambda: OpenVinoSession(ours("openvino", "auto"), mode="throughput"), integer=True
     )
+    found["openvino INT8, bf16 rest"] = Contender(
+        lambda: OpenVinoSession(ours("openvino", "auto"), precision="bf16"), integer=True
+    )
     return found
 
 

@@ -190,7 +190,7 @@ def _unet(name: str) -> Any:
     if name == "rgb":
         return UNet2DModel(
             sample_size=(8, 12), in_channels=3, out_channels=3, block_out_channels=(8, 16),
-            down_block_types=(down, down), up_block_types=(up, up), add_attention=False, **common,
+            down_block_types=(down, down), up_block_types=(up, up), add_attention=False, downsample_padding=0, **common,
         )  # fmt: skip
     if name == "text":
         return UNet2DConditionModel(

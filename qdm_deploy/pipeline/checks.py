@@ -23,6 +23,7 @@ from qdm_deploy.runtime.openvino_session import import_openvino
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from qdm_export.unet import Checkpoint
 
@@ -121,8 +122,8 @@ def check_layers(
     margins: dict[str, float] = {}
     for item in endpoints:
         module = checkpoint.unet.get_submodule("unet." + item.name)
-        data = torch.from_numpy(values[item.data])
         layer_plan = plan.layer(item.name)
+        data = _padded(torch.from_numpy(values[item.data]), layer_plan, module)
         whole = data
         if item.name in absorbed.inputs:  # the graph's tensor is x / k already
             layer_plan = replace(layer_plan, inverse_k=None)
@@ -145,6 +146,18 @@ def check_layers(
         f"{margins[worst]:.0f} dB below the layer's quantization error (needed: {_MARGIN_DB:.0f} dB; least at {worst})"
     )
     return CheckRow(name=name, ok=matching == len(margins), detail=detail)
+
+
+def _padded(data: "torch.Tensor", layer: LayerPlan, module: "torch.nn.Module") -> "torch.Tensor":
+    """The input that ``module`` gets: where the network pads before a convolution, the graph's Conv does so itself."""
+    import torch
+
+    if not isinstance(module, torch.nn.Conv2d) or isinstance(module.padding, str):
+        return data
+    top, left, bottom, right = layer.layer.pads
+    height, width = module.padding
+    before = (left - width, right - width, top - height, bottom - height)
+    return torch.nn.functional.pad(data, before) if any(before) else data
 
 
 def check_half_graph(
