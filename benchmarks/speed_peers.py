@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from bench import Case, write_float
 from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
@@ -14,6 +15,7 @@ from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
 from qdm_deploy.runtime.openvino_session import import_openvino
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
+from qdm_export.topology import MODULE_KEY
 
 __all__ = ["PEERS", "Missing", "Peer"]
 
@@ -59,6 +61,19 @@ def _static(model: Case, folder: Path) -> StepSession:
     return quantized_static(model, CalibrationMethod.MinMax, folder)
 
 
+def _sampler_nodes(model: Case) -> list[str]:
+    """Names of the step graph's nodes that are no part of the U-Net: those that its last layer does not depend on."""
+    inside: set[ir.Node] = set()
+    waiting = [[node for node in model.graph.graph if MODULE_KEY in node.metadata_props][-1]]
+    while waiting:
+        node = waiting.pop()
+        if node not in inside:
+            inside.add(node)
+            producers = [value.producer() for value in node.inputs if value is not None]
+            waiting += [producer for producer in producers if producer is not None]
+    return [node.name for node in model.graph.graph if node not in inside and node.name is not None]
+
+
 def _nncf(model: Case, folder: Path) -> StepSession:
     """NNCF's post-training quantization, mixed preset, on the calibration rows that ours has."""
     if find_spec("nncf") is None:
@@ -76,8 +91,8 @@ def _nncf(model: Case, folder: Path) -> StepSession:
         nncf.Dataset(list(batches)),
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(rows),
-        # The sampler's own products and sums stay float, as in the other peers.
-        ignored_scope=nncf.IgnoredScope(types=["Multiply", "Add", "Subtract"]),
+        # The sampler's update stays float, as in the other peers. Some of its nodes OpenVINO folds away as it reads.
+        ignored_scope=nncf.IgnoredScope(names=_sampler_nodes(model), validate=False),
     )
     session = OpenVinoSession(source)
     # The session reads ONNX only; NNCF's result is OpenVINO's own form of the same graph.
