@@ -282,6 +282,12 @@ def _model_spec(
         conditioning.append(ConditioningInput(name="class_labels", dtype="int64", shape=()))
         labels, num_classes, null_label = _labels(folder, int(config["num_class_embeds"]))
     if config["_class_name"] == "UNet2DConditionModel":
+        for name, allowed in _ONE_TEXT_INPUT.items():
+            if config.get(name, allowed) != allowed:
+                raise ModelError(
+                    f"{name} {config[name]!r} is not supported: it needs inputs beside sample, timestep and "
+                    f"encoder_hidden_states (of SDXL, for example); supported is {allowed!r}"
+                )
         width_of_states = config.get("cross_attention_dim") or 1280
         conditioning.append(
             ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(_TEXT_TOKENS, int(width_of_states)))
@@ -315,6 +321,14 @@ def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
 
 # CLIP's text length, which every Stable Diffusion text encoder uses; the token axis of the exported graph is static.
 _TEXT_TOKENS = 77
+# Options of a UNet2DConditionModel that add inputs or change what its states are, and the value without that.
+_ONE_TEXT_INPUT: Mapping[str, object] = {
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+}
 
 
 def _labels(folder: Path, embeddings: int) -> tuple[tuple[str, ...] | None, int, int | None]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from qdm_deploy.errors import ModelError
@@ -288,6 +289,36 @@ def test_another_kind_of_class_embedding_is_refused(copy: Any) -> None:
     reweight(folder, lambda state: state.pop("class_embedding.weight"))
     with pytest.raises(ModelError, match="class_embed_type 'identity' is not supported"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (
+            "addition_embed_type",
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8},  # SDXL
+        ),
+        ("dual_cross_attention", {"dual_cross_attention": True}),
+        ("encoder_hid_dim", {"encoder_hid_dim": 24}),
+        ("attention_type", {"attention_type": "gated"}),
+    ],
+)
+def test_models_with_more_inputs_than_text_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
+        norm_num_groups=4, attention_head_dim=8, projection_class_embeddings_input_dim=64, **changes,
+    )  # fmt: skip
+    unet.save_pretrained(tmp_path / "unet")
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    index = {
+        "_class_name": "P",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=f"{name} .* is not supported: it needs inputs beside"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
