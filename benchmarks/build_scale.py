@@ -106,7 +106,7 @@ def plot(result: Path) -> None:
     for stage in stages:
         time_axis.plot(sizes, [row[stage] for row in rows], marker="o", label=stage)
     time_axis.set(xscale="log", yscale="log", xlabel="parameters (millions)", ylabel="seconds")
-    time_axis.legend()
+    time_axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     for kind in ("peak GiB", "anonymous GiB"):
         memory_axis.plot(sizes, [row[kind] for row in rows], marker="o", label=kind.removesuffix(" GiB"))
     memory_axis.set(xscale="log", yscale="log", xlabel="parameters (millions)", ylabel="peak memory (GiB)")
