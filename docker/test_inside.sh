@@ -15,8 +15,8 @@ for backend in onnxruntime openvino; do
         fail "generate on $backend"
     inside test -s "images-$backend/00001.png" || fail "generate on $backend left no picture"
 done
-# The cache remembers which backend was the fastest; nothing else may stay.
-left() { inside find /tmp -type f -not -path '/tmp/qdm/choices/*.json'; }
+# The cache keeps which backend was the fastest and what OpenVINO compiled; nothing else may stay.
+left() { inside find /tmp -type f -not -path '/tmp/qdm/choices/*.json' -not -path '/tmp/qdm/openvino/*.compiled'; }
 [ -z "$(left)" ] || fail "something was left in /tmp: $(left)"
 
 mapfile -t command < "$IMAGE_WORK/command"
