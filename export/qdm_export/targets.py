@@ -4,7 +4,7 @@
 target       activation codes  outputs of convolutions  rest     zero offset               norms
 ===========  ================  =======================  =======  ========================  =====================
 onnxruntime  u8                quantized too            float32  the zero point, 128 - z   InstanceNormalization
-openvino     u8                not quantized            float32  the zero point, 128 - z   GroupNormalization
+openvino     u8                not quantized            float32  the zero point, 128 - z   their moments
 tensorrt     s8                not quantized            half     subtracted, constant map  GroupNormalization
 ===========  ================  =======================  =======  ========================  =====================
 
@@ -26,9 +26,11 @@ from qdm_deploy.errors import InputError, QdmError
 from qdm_export.absorb import Absorption, absorb_factors
 from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
+from qdm_export.passes.group_norm import GroupNormForm
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
+from qdm_export.passes.moments_norm import MomentsNormForm
 from qdm_export.passes.output_correction import OutputCorrection
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
@@ -53,7 +55,7 @@ class TargetForm:
     unsigned: bool
     quantized_outputs: bool
     half: bool
-    instance_norm: bool
+    norm: type[GroupNormForm] | None
     packed_weights: bool
     joint_heads: bool
 
@@ -63,7 +65,7 @@ FORMS: dict[Target, TargetForm] = {
         unsigned=True,
         quantized_outputs=True,
         half=False,
-        instance_norm=True,
+        norm=InstanceNormForm,
         packed_weights=True,
         joint_heads=False,
     ),
@@ -71,7 +73,7 @@ FORMS: dict[Target, TargetForm] = {
         unsigned=True,
         quantized_outputs=False,
         half=False,
-        instance_norm=False,
+        norm=MomentsNormForm,
         packed_weights=True,
         joint_heads=False,
     ),
@@ -79,7 +81,7 @@ FORMS: dict[Target, TargetForm] = {
         unsigned=False,
         quantized_outputs=False,
         half=True,
-        instance_norm=False,
+        norm=None,
         packed_weights=False,
         joint_heads=True,
     ),
@@ -140,8 +142,8 @@ def emit(
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
-    if form.instance_norm:
-        passes.append(InstanceNormForm())
+    if form.norm is not None:
+        passes.append(form.norm())
     if form.joint_heads and joint_heads:
         passes.append(JointHeads())
     if dtype != ir.DataType.FLOAT:

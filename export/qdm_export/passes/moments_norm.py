@@ -1,0 +1,78 @@
+"""GroupNormalization from its moments, in the layout of the convolutions, for OpenVINO's CPU plugin.
+
+The plugin computes the norm on tensors whose channels come first, and its convolutions want them last: each norm costs
+a reorder before and one behind. Here only sums over the positions touch the large tensor, in any layout; what belongs
+to groups happens on [B, groups, channels of a group]. Scale and shift then fuse with SiLU and the quantize that follow.
+
+The variance is that of the centred values, a second pass over the tensor: the mean of squares less the square of the
+mean needs one, and loses digits where a group's mean is large beside its spread (all of them in bfloat16).
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qdm_export.passes.group_norm import GroupNorm, GroupNormForm
+
+__all__ = ["MomentsNormForm"]
+
+
+class MomentsNormForm(GroupNormForm):
+    """Mean, centred values, variance, one multiply and one add.
+
+    What a residual block adds to every position of a channel alike, its time embedding, is added to the mean instead.
+    """
+
+    def rewritten(self, norm: GroupNorm) -> ir.Value:
+        """y = (x - mean) gamma / sqrt(variance + epsilon) + beta."""
+        data, shift = _without_shift(norm)
+        rows, size = (None if data.shape is None else data.shape[0]), norm.channels // norm.groups
+        whole, each = [rows, norm.groups, 1], [rows, norm.groups, size]
+        over_positions = norm.constant(f"positions_{len(norm.shape)}d", np.arange(2, len(norm.shape) + 1))
+        over_group = norm.constant("over_group", np.array([2]))
+        to_groups = norm.constant(f"groups_{norm.groups}", np.array([0, norm.groups, -1]))
+        to_channels = norm.constant(
+            f"channels_{norm.channels}_{len(norm.shape)}d", np.array([0, *norm.per_channel[1:]])
+        )
+
+        def summed(op_type: str, value: ir.Value, label: str) -> ir.Value:
+            flat = norm.add(op_type, [value, over_positions], label, [rows, norm.channels], keepdims=0)
+            return norm.add("Reshape", [flat, to_groups], f"{label}_in_groups", each)
+
+        def channelwise(value: ir.Value, label: str) -> ir.Value:
+            return norm.add("Reshape", [value, to_channels], label, [rows, *norm.per_channel[1:]])
+
+        mean = summed("ReduceMean", data, "mean")
+        if shift is None:
+            shift = norm.constant(f"zeros_{norm.groups}x{size}", np.zeros((1, norm.groups, size), dtype=np.float32))
+        else:
+            shift = norm.add("Reshape", [shift, to_groups], "shift", each)
+            mean = norm.add("Add", [mean, shift], "shifted_mean", each)
+        mean = norm.add("ReduceMean", [mean, over_group], "group_mean", whole, keepdims=1)
+        mean = norm.add("Sub", [mean, shift], "mean_of_data", each)
+        centred = norm.add("Sub", [data, channelwise(mean, "channel_mean")], "centred")
+
+        length = summed("ReduceL2", centred, "length")
+        square = norm.add("Mul", [length, length], "square", each)
+        variance = norm.add("ReduceMean", [square, over_group], "group_square", whole, keepdims=1)
+        positions = norm.constant(f"count_{norm.positions}", np.array(norm.positions, dtype=np.float32))
+        variance = norm.add("Div", [variance, positions], "variance", whole)
+        epsilon = norm.constant(f"epsilon_{norm.epsilon:g}", np.array(norm.epsilon, dtype=np.float32))
+        spread = norm.add("Sqrt", [norm.add("Add", [variance, epsilon], "epsilon", whole)], "spread", whole)
+        gamma = norm.constant(f"{norm.gamma}/groups", norm.scale.reshape(1, norm.groups, size))
+        scale = channelwise(norm.add("Div", [gamma, spread], "scale", each), "channel_scale")
+        beta = norm.constant(f"{norm.beta}/{len(norm.shape)}d", norm.bias.reshape(norm.per_channel))
+        return norm.add("Add", [norm.add("Mul", [centred, scale], "gamma"), beta], "beta")
+
+
+def _without_shift(norm: GroupNorm) -> tuple[ir.Value, ir.Value | None]:
+    """The data before a vector over the channels is added to it, and that vector, where nobody else reads the sum."""
+    total = norm.data
+    add = total.producer()
+    if add is None or add.op_type != "Add" or len(list(total.uses())) != 1 or total.is_graph_output():
+        return total, None
+    for data, shift in (add.inputs, reversed(add.inputs)):
+        if data is None or shift is None or data.shape != total.shape or shift.shape is None:
+            continue
+        if list(shift.shape)[1:] == list(norm.per_channel)[1:] and norm.positions > 1:
+            return data, shift
+    return total, None
