@@ -87,7 +87,7 @@ def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally,
     threads = threads_for(options, 1)
     # Not the one that is timed as the fastest: all workers must take the same one, on every machine.
     backend = automatic_backend(bundle.manifest.targets) if options.backend == "auto" else options.backend
-    with open_session(bundle, backend, precision=options.precision, threads=threads) as session:
+    with open_session(bundle, backend, precision=options.precision, threads=threads, mode="throughput") as session:
         engine = dict(session.describe())
         job = job_of(options, bundle, engine)
         source = PictureSource(session, bundle, job, states)

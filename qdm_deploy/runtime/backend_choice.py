@@ -127,7 +127,7 @@ def _key(bundle: Bundle, candidates: Sequence[Candidate], identity: Sequence[str
         "identity": list(identity),
     }
     document = {
-        "format": 1,
+        "format": 2,
         "bundle": bundle.id,
         "candidates": [_name(candidate) for candidate in candidates],
         "machine": machine,

@@ -78,7 +78,9 @@ def choose_backend(
     choice = choose(
         bundle,
         candidates,
-        lambda candidate: open_session(bundle, candidate[0], precision=candidate[1], threads=threads),
+        lambda candidate: open_session(
+            bundle, candidate[0], precision=candidate[1], threads=threads, mode="throughput"
+        ),
         [_versions(name) for name in backends],
         threads=threads,
         progress=progress,
@@ -105,7 +107,8 @@ def open_session(
             bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32; ``"auto"``:
             whichever is faster here.
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
-        mode: what matters: how soon a step ends, or how many images are made. Only openvino knows the difference.
+        mode: what matters: how soon a small batch's step ends, or how many images are made. The CPU backends know the
+            difference.
         progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
             seconds to minutes.
         kept_batch_sizes: batch sizes that a backend which prepares each one (openvino compiles it, tensorrt records it)
@@ -154,4 +157,5 @@ def _open_graph(
             # The bundle's files were checked against its id when it was opened.
             identity=f"{bundle.id}/{graph.name}",
         )
-    return OnnxRuntimeSession(bundle.graph("onnxruntime" if precision == "int8" else "float"), threads=threads)
+    graph = bundle.graph("onnxruntime" if precision == "int8" else "float")
+    return OnnxRuntimeSession(graph, threads=threads, mode=mode)

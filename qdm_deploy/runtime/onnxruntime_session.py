@@ -1,9 +1,15 @@
-"""The step graph on ONNX Runtime's CPU provider: the backend that is always there."""
+"""The step graph on ONNX Runtime's CPU provider: the backend that is always there.
 
-from collections.abc import Mapping
+Two modes: for latency all threads work on one layer after the other; for throughput a batch is cut into parts
+(``row_parts``), each thread takes its share of them, and what a layer leaves in a core's cache is read by that core.
+A row has the same bits in both.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +17,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError, EnvironmentProblem
 from qdm_deploy.runtime.cpu import available_cores
+from qdm_deploy.runtime.row_parts import part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
 __all__ = ["OnnxRuntimeSession"]
@@ -25,6 +32,7 @@ class OnnxRuntimeSession:
     Args:
         graph: ONNX file of the step graph; external data beside it.
         threads: threads of one operator; None takes the cores this process may use.
+        mode: ``"latency"``, or ``"throughput"``, where a batch with a row or more for every thread is run in parts.
 
     Raises:
         BundleError: the file is missing, damaged, not a step graph, or ONNX Runtime cannot load it.
@@ -33,7 +41,9 @@ class OnnxRuntimeSession:
 
     max_batch: int | None = None
 
-    def __init__(self, graph: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, graph: Path, *, threads: int | None = None, mode: Literal["latency", "throughput"] = "latency"
+    ) -> None:
         try:
             # Here, so that `doctor` and `--help` work without it and start fast.
             import onnxruntime as ort
@@ -44,22 +54,14 @@ class OnnxRuntimeSession:
             ) from error
         self._version: str = ort.__version__
         self._threads = threads or available_cores()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        # A U-Net is one chain of operators: a second pool for parallel branches only takes cores from the first.
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        # A failure arrives as an exception too; printing it once more would put two messages before the user.
-        options.log_severity_level = _LOG_FATAL_ONLY
         if not graph.is_file():
             raise BundleError(f"the step graph {graph} does not exist; verify the bundle or build it again")
-        try:
-            session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BundleError(
-                f"ONNX Runtime {self._version} cannot load {graph}: {error}. Verify the bundle; if it is intact, it "
-                "needs another version of ONNX Runtime or was built for another target."
-            ) from error
+        self._ort, self._graph, self._mode = ort, graph, mode
+        # By threads: a batch that is not cut needs a session with all of them, which a run of others never opens.
+        self._sessions: dict[int, Any] = {}
+        self._lanes = self._threads if mode == "throughput" else 1
+        self._pool = ThreadPoolExecutor(self._lanes, "onnxruntime-lane") if self._lanes > 1 else None
+        session = self._session(1 if self._lanes > 1 else self._threads)
         self._specs = step_graph_inputs(
             graph,
             [
@@ -68,8 +70,8 @@ class OnnxRuntimeSession:
             ],
             [item.name for item in session.get_outputs()],
         )
-        self._session: Any = session
         self._graph_sha256 = sha256_of(graph)
+        self._closed = False
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -78,11 +80,26 @@ class OnnxRuntimeSession:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """Run one step; ``StepSession.run`` says what it takes and raises. The result is in new arrays."""
-        if self._session is None:
+        if self._closed:
             raise ValueError("this OnnxRuntimeSession is closed")
-        check_inputs(self._specs, inputs, self.max_batch)
-        next_sample, x0 = self._session.run(OUTPUTS, dict(inputs))
-        return StepOutput(next_sample, x0)
+        rows = check_inputs(self._specs, inputs, self.max_batch)
+        parts = row_parts(inputs, rows, self._lanes)
+        if self._pool is None or len(parts) == 1:
+            return StepOutput(*self._session(self._threads).run(OUTPUTS, dict(inputs)))
+        session = self._session(1)
+        joined = [np.empty((rows, *inputs["sample"].shape[1:]), dtype=np.float32) for _ in OUTPUTS]
+
+        def lane(own: Sequence[slice]) -> None:
+            for part in own:
+                for place, values in zip(joined, session.run(OUTPUTS, part_of(inputs, part)), strict=True):
+                    place[part] = values
+
+        # All of them end before an error is raised: nothing may go on reading the inputs.
+        running = [self._pool.submit(lane, parts[number :: self._lanes]) for number in range(self._lanes)]
+        for error in [future.exception() for future in running]:
+            if error is not None:
+                raise error
+        return StepOutput(*joined)
 
     def describe(self) -> dict[str, object]:
         """Backend, version, provider, threads, precision of the float part, hash of the graph."""
@@ -91,13 +108,17 @@ class OnnxRuntimeSession:
             "version": self._version,
             "provider": "CPUExecutionProvider",
             "threads": self._threads,
+            "mode": self._mode,
             "precision": "f32",
             "graph_sha256": self._graph_sha256,
         }
 
     def close(self) -> None:
         """Give back the backend's memory."""
-        self._session = None
+        self._closed = True
+        self._sessions.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -106,3 +127,23 @@ class OnnxRuntimeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _session(self, threads: int) -> Any:
+        if threads not in self._sessions:
+            options = self._ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            # A U-Net is one chain of operators: a second pool for parallel branches only takes cores from the first.
+            options.inter_op_num_threads = 1
+            options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
+            # A failure arrives as an exception too; printing it once more would put two messages before the user.
+            options.log_severity_level = _LOG_FATAL_ONLY
+            try:
+                self._sessions[threads] = self._ort.InferenceSession(
+                    self._graph, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                raise BundleError(
+                    f"ONNX Runtime {self._version} cannot load {self._graph}: {error}. Verify the bundle; if it is "
+                    "intact, it needs another version of ONNX Runtime or was built for another target."
+                ) from error
+        return self._sessions[threads]

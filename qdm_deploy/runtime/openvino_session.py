@@ -4,8 +4,8 @@ A graph of dynamic batch runs 1.4 to 2 times slower than the same graph reshaped
 compiles the graph once for each batch size it meets (about a second each) and keeps the last few. A graph of a bundle
 is compiled once per machine: ``CompiledGraphs`` keeps the result on disk.
 
-Two modes: for latency all cores work on one batch; for throughput the batch is cut into parts, which run beside each
-other on a share of the cores each and wait for each other once per step instead of once per layer.
+Two modes: for latency all cores work on one batch; for throughput the batch is cut into parts (``row_parts``), which
+run beside each other on a share of the cores each and wait for each other once per step instead of once per layer.
 """
 
 import contextlib
@@ -30,8 +30,7 @@ __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision", "import_op
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
 KEPT_BATCH_SIZES = 4
-# Parts of a batch that run at once. More cores than this share a part: a part of one row would leave a core's vector
-# units little to reuse of a weight.
+# Parts of a batch that run at once. More cores than this share a part.
 _MOST_STREAMS = 4
 
 
@@ -120,7 +119,7 @@ class OpenVinoSession:
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
         self._streams = min(self._threads, _MOST_STREAMS) if mode == "throughput" else 1
         self._mode = mode
-        self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()
+        self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()  # by rows and parts
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes
         self._options = {
@@ -178,13 +177,13 @@ class OpenVinoSession:
     ) -> None:
         self.close()
 
-    def _runner(self, rows: int, streams: int) -> "_Runner":
-        key = rows, streams
+    def _runner(self, rows: int, parts: int) -> "_Runner":
+        key = rows, parts
         if key in self._runners:
             self._runners.move_to_end(key)
             return self._runners[key]
         try:
-            runner = _Runner(self._compiled_for(rows // streams, streams), streams)
+            runner = _Runner(self._compiled_for(rows // parts, min(self._streams, parts)), parts)
         except Exception as error:
             raise self._load_error(error) from error
         if len(self._runners) == self._kept_batch_sizes:
@@ -224,14 +223,14 @@ class OpenVinoSession:
 class _Runner:
     """A graph compiled for one size of part, and a request for each part of a batch."""
 
-    def __init__(self, compiled: Any, streams: int) -> None:
-        self._requests = [compiled.create_infer_request() for _ in range(streams)]
+    def __init__(self, compiled: Any, parts: int) -> None:
+        self._requests = [compiled.create_infer_request() for _ in range(parts)]
         self._joined: dict[str, NDArray[np.float32]] = {}
-        if streams > 1:  # the parts write their results side by side
+        if parts > 1:  # they write their results side by side
             tensor = import_openvino().Tensor
             for name in OUTPUTS:
                 rows, *shape = compiled.output(name).shape
-                self._joined[name] = np.empty((streams * rows, *shape), dtype=np.float32)
+                self._joined[name] = np.empty((parts * rows, *shape), dtype=np.float32)
                 for part, request in enumerate(self._requests):
                     place = self._joined[name][part * rows : (part + 1) * rows]
                     request.set_tensor(name, tensor(place, shared_memory=True))

@@ -10,19 +10,29 @@ from qdm_deploy.runtime.session import ROW_INPUTS
 
 __all__ = ["part_of", "row_parts"]
 
+# What a row costs beside one in a part of 2 to 4 rows: alone in its part, in a larger part, and where all lanes work on
+# the whole batch and wait for each other at every layer. Two U-Nets of 7 and 36 M parameters, 2 cores, both runtimes.
+_SMALL = 4
+_SINGLE, _LARGE, _WAITING = 1.08, 1.04, 1.12
 
-def row_parts(inputs: Mapping[str, NDArray[Any]], rows: int, most: int) -> list[slice]:
-    """As many equal parts as possible, at most ``most``; one, the whole, where the rows cannot be parted.
+
+def row_parts(inputs: Mapping[str, NDArray[Any]], rows: int, lanes: int) -> list[slice]:
+    """The equal parts that end soonest on so many lanes; one, the whole on all lanes together, where that is best.
+
+    Parts are small, so that what a lane passes from layer to layer stays in its core's cache, but not single rows,
+    which leave the cores' vector units little to reuse of a weight.
 
     Args:
         inputs: of a step, checked.
         rows: their number.
-        most: parts that can run at once.
+        lanes: parts that can run at once.
     """
-    for count in range(min(most, rows), 1, -1):
-        if rows % count == 0 and _inside(inputs, rows // count):
-            return [slice(first, first + rows // count) for first in range(0, rows, rows // count)]
-    return [slice(0, rows)]
+    best, soonest = rows, _WAITING * rows / lanes
+    for each in range(rows // 2 if lanes > 1 else 0, 0, -1):
+        end = -(-rows // each // lanes) * each * (_SINGLE if each == 1 else _LARGE if each > _SMALL else 1)
+        if rows % each == 0 and end < soonest and _inside(inputs, each):
+            best, soonest = each, end
+    return [slice(first, first + best) for first in range(0, rows, best)]
 
 
 def part_of(inputs: Mapping[str, NDArray[Any]], part: slice) -> dict[str, NDArray[Any]]:

@@ -1,10 +1,12 @@
 """Throughput mode: which batches are cut where, and that the parts together are the batch."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from tests.runtime.test_sessions import inputs_for
@@ -17,22 +19,29 @@ def links(*unconditional: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "most", "expected"),
+    ("inputs", "lanes", "expected"),
     [
         (links(0, 1, 2, 3), 1, [4]),
         (links(0, 1, 2, 3), 2, [2, 2]),
-        (links(0, 1, 2, 3), 9, [1, 1, 1, 1]),
-        (links(0, 1, 2), 2, [3]),  # no equal halves
-        (links(0, 1, 2), 4, [1, 1, 1]),
-        (links(0, 1, 2, 3, 4, 5), 4, [2, 2, 2]),
-        (links(1, 1, 3, 3), 4, [2, 2]),  # pairs stay together
+        (links(0, 1, 2, 3), 9, [4]),  # five of nine lanes would be idle
+        (links(0, 1, 2, 3), 4, [1, 1, 1, 1]),
+        (links(0, 1, 2), 2, [3]),  # two rows after each other on one lane take longer than three on both
+        (links(0, 1, 2), 4, [3]),  # a lane would be idle
+        (links(0, 1, 2), 3, [1, 1, 1]),
+        (links(0, 1, 2, 3, 4, 5), 4, [6]),
+        (links(0, 1, 2, 3, 4, 5), 3, [2, 2, 2]),
+        (links(*range(10)), 2, [5, 5]),  # 2 + 2 + 2 rows on one lane would end later
+        (links(*range(16)), 2, [4, 4, 4, 4]),  # small parts, as many on every lane
+        (links(*range(16)), 1, [16]),
+        (links(1, 1, 3, 3), 4, [4]),  # pairs stay together, and two of four lanes would be idle
+        (links(1, 1, 3, 3), 2, [2, 2]),
         (links(3, 1, 2, 3), 4, [4]),
         (links(0, 1, 2, 0), 2, [4]),
         ({"sample": np.zeros(4)}, 2, [2, 2]),  # unconditional
     ],
 )
-def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], most: int, expected: list[int]) -> None:
-    parts = row_parts(inputs, len(inputs["sample"]), most)
+def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], lanes: int, expected: list[int]) -> None:
+    parts = row_parts(inputs, len(inputs["sample"]), lanes)
     assert [part.stop - part.start for part in parts] == expected
     assert np.concatenate([inputs["sample"][part] for part in parts]).tolist() == inputs["sample"].tolist()
     for part in parts:
@@ -41,14 +50,15 @@ def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], most: int,
             np.testing.assert_array_equal(own["sample"][own[name]], inputs["sample"][inputs[name][part]])
 
 
-def test_guided_rows_come_out_as_in_one_batch(labelled: Any) -> None:
+@pytest.mark.parametrize("session", [OnnxRuntimeSession, partial(OpenVinoSession, precision="f32")])
+def test_guided_rows_come_out_as_in_one_batch(labelled: Any, session: Any) -> None:
     given = inputs_for(8, conditional=True)
     given["guidance"][:] = 3
     given["unconditional_row"] = np.array([1, 1, 3, 3, 5, 5, 7, 7])
     given["owner_row"] = np.array([0, 0, 2, 2, 4, 4, 6, 6])
     with (
-        OpenVinoSession(labelled.graph, threads=2, precision="f32") as whole,
-        OpenVinoSession(labelled.graph, threads=2, precision="f32", mode="throughput") as parted,
+        session(labelled.graph, threads=2) as whole,
+        session(labelled.graph, threads=2, mode="throughput") as parted,
     ):
         assert parted.describe()["mode"] == "throughput"
         for _ in range(2):  # the second run writes over the first one's memory
@@ -56,3 +66,24 @@ def test_guided_rows_come_out_as_in_one_batch(labelled: Any) -> None:
             np.testing.assert_allclose(found.next_sample, expected.next_sample, atol=1e-6)
             np.testing.assert_allclose(found.x0, expected.x0, atol=1e-6)
             given["sample"] = given["sample"][::-1].copy()
+
+
+def test_onnxruntime_gives_a_row_the_same_bits_in_both_modes(labelled: Any) -> None:
+    given = inputs_for(16, conditional=True)
+    with (
+        OnnxRuntimeSession(labelled.graph, threads=2) as whole,
+        OnnxRuntimeSession(labelled.graph, threads=2, mode="throughput") as parted,
+    ):
+        expected, found = whole.run(given), parted.run(given)
+    np.testing.assert_array_equal(found.next_sample, expected.next_sample)
+    np.testing.assert_array_equal(found.x0, expected.x0)
+
+
+def test_an_error_in_one_lane_arrives(labelled: Any) -> None:
+    given = inputs_for(4, conditional=True)
+    given["timestep"][3] = 10**6  # a row that the table of times does not have
+    with (
+        OnnxRuntimeSession(labelled.graph, threads=2, mode="throughput") as session,
+        pytest.raises(Exception, match="indices element out of data bounds"),
+    ):
+        session.run(given)
