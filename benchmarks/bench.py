@@ -41,6 +41,7 @@ __all__ = [
     "RESULTS",
     "Case",
     "case",
+    "checkpoint_of",
     "finish",
     "parser",
     "print_table",
@@ -48,6 +49,7 @@ __all__ = [
     "random_states",
     "save_form",
     "say",
+    "write_exported",
     "write_float",
     "write_graph",
 ]
@@ -88,13 +90,9 @@ class Case:
 
 
 def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
-    """Load, export and calibrate "fashion" (the embedded model), or one of ``RANDOM_MODELS``."""
+    """Load, export and calibrate a model by its name (``checkpoint_of``)."""
     say(f"{name}: loading, exporting, calibrating")
-    if name == "fashion":
-        checkpoint = load_checkpoint(EMBEDDED_MODEL)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = load_checkpoint(random_model(name, Path(folder)))
+    checkpoint = checkpoint_of(name)
     graph = export_float_graph(checkpoint)
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
     table = step_table(schedule, "ddim", steps)
@@ -105,6 +103,14 @@ def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
     topology = topology_of(graph)
     statistics = collect_statistics(checkpoint.unet, topology, calibration, checkpoint.spec.num_train_timesteps)
     return Case(name, checkpoint, graph, topology, statistics, schedule, calibration)
+
+
+def checkpoint_of(name: str) -> Checkpoint:
+    """The embedded model ("fashion"), or one of ``RANDOM_MODELS``."""
+    if name == "fashion":
+        return load_checkpoint(EMBEDDED_MODEL)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_checkpoint(random_model(name, Path(folder)))
 
 
 def random_states(spec: ModelSpec, count: int) -> dict[str, NDArray[np.float32]]:
@@ -130,8 +136,15 @@ def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Pat
     return path
 
 
+def write_exported(case: Case, folder: Path) -> Path:
+    """Write the float graph as the exporter leaves it, which is what another tool would be given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_graph(case.graph.clone(), folder / "float.onnx", weights="float.data")
+    return folder / "float.onnx"
+
+
 def write_float(case: Case, folder: Path) -> Path:
-    """Write the float graph into a folder."""
+    """Write the float graph as a bundle holds it into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_graph(emit_float(case.graph), folder / "float.onnx", weights="float.data")
     return folder / "float.onnx"

@@ -1,27 +1,30 @@
 """From seeds to images on the embedded model: ours beside the diffusers pipeline, in one run, in turn.
 
-Every contender makes the same number of images with DDIM in rounds of one batch, so that a machine that changes its
-speed changes it for all. diffusers runs its own loop and scheduler on PyTorch in FP32. `loop %` is what the timestep
-loop costs beside the session: noise, tables, copies.
+Every contender makes the same number of images with DDIM in rounds of one batch, each in its own process, so that a
+machine that changes its speed changes it for all. diffusers runs its own loop and scheduler on PyTorch in FP32.
+`loop %` is what the timestep loop costs beside the session: noise, tables, copies.
 
     python benchmarks/end_to_end.py --save
 """
 
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from bench import Case, case, finish, parser, say, write_float, write_graph
+from apart import Apart
+from bench import case, checkpoint_of, finish, parser, say, write_float, write_graph
 from diffusers import DDIMScheduler
+from speed_peers import Opened
 
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, denoise
 from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.samplers import step_table
+from qdm_deploy.samplers import NoiseSchedule, step_table
+from qdm_export.unet import Checkpoint
 
 BASELINE = "diffusers, torch FP32"
 
@@ -42,19 +45,45 @@ class Timed:
         return result
 
 
-def diffusers_images(model: Case, steps: int, seeds: range) -> None:
+class Ours:
+    """A session and our loop around it."""
+
+    def __init__(self, opened: Opened) -> None:
+        """Open the session."""
+        checkpoint = checkpoint_of("fashion")
+        self.spec, self.schedule = checkpoint.spec, NoiseSchedule.from_config(checkpoint.scheduler_config)
+        self.session = Timed(opened())  # type: ignore[arg-type]
+
+    def images(self, seeds: range, steps: int) -> tuple[float, float]:
+        """Make them; seconds in all and in the session."""
+        table, conditioning = step_table(self.schedule, "ddim", steps), conditioning_of(self.spec, len(seeds))
+        self.session.seconds = 0.0
+        start = time.perf_counter()
+        denoise(self.session, table, seeds, self.spec, conditioning=conditioning, batch_size=len(seeds))  # type: ignore[arg-type]
+        return time.perf_counter() - start, self.session.seconds
+
+
+class Diffusers:
     """What a diffusers user writes for a class-conditional U-Net."""
-    spec = model.checkpoint.spec
-    scheduler = DDIMScheduler.from_config(dict(model.checkpoint.scheduler_config))
-    scheduler.set_timesteps(steps)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    sample = torch.cat([torch.randn(1, *spec.sample_shape, generator=generator) for generator in generators])
-    labels = torch.arange(len(seeds)) % (spec.num_classes or 1)
-    unet = model.checkpoint.unet.unet
-    with torch.inference_mode():
-        for timestep in scheduler.timesteps:
-            output = unet(sample, timestep, class_labels=labels).sample
-            sample = scheduler.step(output, timestep, sample).prev_sample
+
+    def __init__(self) -> None:
+        """Load the model."""
+        self.checkpoint: Checkpoint = checkpoint_of("fashion")
+
+    def images(self, seeds: range, steps: int) -> tuple[float, None]:
+        """Make them; seconds in all."""
+        spec, start = self.checkpoint.spec, time.perf_counter()
+        scheduler = DDIMScheduler.from_config(dict(self.checkpoint.scheduler_config))
+        scheduler.set_timesteps(steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        sample = torch.cat([torch.randn(1, *spec.sample_shape, generator=generator) for generator in generators])
+        labels = torch.arange(len(seeds)) % (spec.num_classes or 1)
+        unet = self.checkpoint.unet.unet
+        with torch.inference_mode():
+            for timestep in scheduler.timesteps:
+                output = unet(sample, timestep, class_labels=labels).sample
+                sample = scheduler.step(output, timestep, sample).prev_sample
+        return time.perf_counter() - start, None
 
 
 def main() -> None:
@@ -64,52 +93,47 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=16)
     given = arguments.parse_args()
     model = case("fashion", samples=16)
-    spec, table = model.checkpoint.spec, step_table(model.schedule, "ddim", given.steps)
     rounds = [range(first, first + given.batch) for first in range(0, given.images, given.batch)]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         plan, folder = model.built(), Path(scratch)
         float_graph = write_float(model, folder)
-        sessions = {
-            "onnxruntime FP32": OnnxRuntimeSession(float_graph),
-            "openvino FP32": OpenVinoSession(float_graph, precision="f32"),
-            "onnxruntime INT8": OnnxRuntimeSession(write_graph(model, plan, "onnxruntime", folder / "ort")),
-            "openvino INT8": OpenVinoSession(write_graph(model, plan, "openvino", folder / "ov")),
-            "openvino INT8, throughput": OpenVinoSession(folder / "ov" / "openvino.onnx", mode="throughput"),
+        on_onnxruntime = write_graph(model, plan, "onnxruntime", folder / "ort")
+        on_openvino = write_graph(model, plan, "openvino", folder / "ov")
+        sessions: dict[str, Opened] = {
+            "onnxruntime FP32": partial(OnnxRuntimeSession, float_graph),
+            "openvino FP32": partial(OpenVinoSession, float_graph, precision="f32"),
+            "onnxruntime INT8": partial(OnnxRuntimeSession, on_onnxruntime),
+            "onnxruntime INT8, throughput": partial(OnnxRuntimeSession, on_onnxruntime, mode="throughput"),
+            "openvino INT8": partial(OpenVinoSession, on_openvino),
+            "openvino INT8, throughput": partial(OpenVinoSession, on_openvino, mode="throughput"),
         }
-        timed = {name: Timed(stack.enter_context(session)) for name, session in sessions.items()}
-        conditioning = conditioning_of(spec, given.batch)
-
-        def ours(name: str, table: Any, seeds: range) -> None:
-            denoise(timed[name], table, seeds, spec, conditioning=conditioning, batch_size=given.batch)  # type: ignore[arg-type]
-
-        runs: dict[str, Callable[[Any, range], object]] = {
-            BASELINE: lambda table, seeds: diffusers_images(model, table.steps, seeds),
-            **{name: partial(ours, name) for name in timed},
-        }
-        short = step_table(model.schedule, "ddim", 2)
-        for run in runs.values():  # compile, allocate
-            run(short, rounds[0])
-        seconds = dict.fromkeys(runs, 0.0)
-        for session in timed.values():
-            session.seconds = 0.0
+        makers = {BASELINE: stack.enter_context(Apart(Diffusers))}
+        makers |= {name: stack.enter_context(Apart(partial(Ours, opened))) for name, opened in sessions.items()}
+        for maker in makers.values():  # compile, allocate
+            maker.ask("images", rounds[0], 2)
+        seconds: dict[str, list[float]] = {name: [] for name in makers}
+        inside: dict[str, list[float]] = {name: [] for name in sessions}
         for number, seeds in enumerate(rounds):
             say(f"round {number + 1} of {len(rounds)}")
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run(table, seeds)
-                seconds[name] += time.perf_counter() - start
+            for name, maker in makers.items():
+                whole, session = maker.ask("images", seeds, given.steps)
+                seconds[name].append(whole)
+                if session is not None:
+                    inside[name].append(session)
     rows: list[dict[str, Any]] = [
         {
             "what": name,
-            "seconds": total,
-            "images/s": len(rounds) * given.batch / total,
-            "over diffusers": seconds[BASELINE] / total,
-            "loop %": None if name == BASELINE else 100 * (1 - timed[name].seconds / total),
+            "seconds": sum(values),
+            "images/s": len(rounds) * given.batch / sum(values),
+            "over diffusers": sum(seconds[BASELINE]) / sum(values),
+            "median round": median(values),
+            "loop %": None if name == BASELINE else 100 * (1 - sum(inside[name]) / sum(values)),
         }
-        for name, total in seconds.items()
+        for name, values in seconds.items()
     ]
     extra = {"images": len(rounds) * given.batch, "steps": given.steps, "sampler": "ddim", "batch": given.batch}
-    finish("end-to-end", ["what", "seconds", "images/s", "over diffusers", "loop %"], rows, extra, save=given.save)
+    columns = ["what", "seconds", "images/s", "over diffusers", "median round", "loop %"]
+    finish("end-to-end", columns, rows, extra, save=given.save)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 import torch
-from bench import Case, write_float
+from bench import Case, checkpoint_of, write_exported
 from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
 
 from qdm_deploy.pipeline.simulation import TorchSession
@@ -17,7 +19,9 @@ from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
 from qdm_export.topology import MODULE_KEY
 
-__all__ = ["PEERS", "Missing", "Peer"]
+__all__ = ["PEERS", "Missing", "Opened", "Peer"]
+
+Opened = Callable[[], StepSession]
 
 
 class Missing(Exception):
@@ -26,9 +30,12 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is opened for a model, with a folder of its own, and whether its products are integers."""
+    """How a peer is made ready for a model, in a folder of its own, and whether its products are integers.
 
-    opened: Callable[[Case, Path], StepSession]
+    What ``prepared`` returns opens the session, and can be sent to another process.
+    """
+
+    prepared: Callable[[Case, Path], Opened]
     integer: bool
 
 
@@ -42,23 +49,32 @@ class _Autocast(StepGraph):
         return next_sample.float(), x0.float()
 
 
-def _eager(model: Case, folder: Path) -> StepSession:
-    return TorchSession(StepGraph(model.checkpoint.unet, model.checkpoint.spec).eval(), "float")
+_Torch = Literal["eager FP32", "eager BF16", "compile FP32"]
 
 
-def _bf16(model: Case, folder: Path) -> StepSession:
-    return TorchSession(_Autocast(model.checkpoint.unet, model.checkpoint.spec).eval(), "bf16")
+def _torch_session(kind: _Torch, name: str) -> StepSession:
+    checkpoint = checkpoint_of(name)
+    step = (_Autocast if kind == "eager BF16" else StepGraph)(checkpoint.unet, checkpoint.spec).eval()
+    if kind == "compile FP32":
+        # In place: the session asks the module for its inputs.
+        step.compile()
+    return TorchSession(step, kind)
 
 
-def _compiled(model: Case, folder: Path) -> StepSession:
-    step = StepGraph(model.checkpoint.unet, model.checkpoint.spec).eval()
-    # In place: the session asks the module for its inputs.
-    step.compile()
-    return TorchSession(step, "compiled")
+def _torch(kind: _Torch) -> Peer:
+    return Peer(lambda model, folder: partial(_torch_session, kind, model.name), integer=False)
 
 
-def _static(model: Case, folder: Path) -> StepSession:
-    return quantized_static(model, CalibrationMethod.MinMax, folder)
+def _static(model: Case, folder: Path) -> Opened:
+    """`quantize_static` as its user calls it: on the graph as exported."""
+    quantized_static(model, CalibrationMethod.MinMax, folder, write_exported(model, folder)).close()
+    return partial(OnnxRuntimeSession, folder / "static.onnx")
+
+
+def _static_on_ours(model: Case, folder: Path) -> Opened:
+    """The same on the float graph of our bundle."""
+    quantized_static(model, CalibrationMethod.MinMax, folder).close()
+    return partial(OnnxRuntimeSession, folder / "static.onnx")
 
 
 def _sampler_nodes(model: Case) -> list[str]:
@@ -74,36 +90,50 @@ def _sampler_nodes(model: Case) -> list[str]:
     return [node.name for node in model.graph.graph if node not in inside and node.name is not None]
 
 
-def _nncf(model: Case, folder: Path) -> StepSession:
+def _nncf(model: Case, folder: Path, mode: Literal["latency", "throughput"] = "latency") -> Opened:
     """NNCF's post-training quantization, mixed preset, on the calibration rows that ours has."""
     if find_spec("nncf") is None:
         raise Missing("pip install nncf")
-    ov = import_openvino()
-    import nncf
+    source, result = folder / "float.onnx", folder / "nncf.xml"
+    if not result.exists():
+        ov = import_openvino()
+        import nncf
 
-    source = write_float(model, folder)
-    with OnnxRuntimeSession(source) as session:
-        names = session.input_names
-    rows = Rows(model.calibration, step_table(model.schedule, "ddim", CALIBRATION_STEPS), names)
-    batches = iter(rows.get_next, None)
-    quantized = nncf.quantize(
-        ov.Core().read_model(source),
-        nncf.Dataset(list(batches)),
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(rows),
-        # The sampler's update stays float, as in the other peers. Some of its nodes OpenVINO folds away as it reads.
-        ignored_scope=nncf.IgnoredScope(names=_sampler_nodes(model), validate=False),
-    )
-    session = OpenVinoSession(source)
-    # The session reads ONNX only; NNCF's result is OpenVINO's own form of the same graph.
-    session._model = quantized
+        with OnnxRuntimeSession(write_exported(model, folder)) as session:
+            names = session.input_names
+        rows = Rows(model.calibration, step_table(model.schedule, "ddim", CALIBRATION_STEPS), names)
+        batches = iter(rows.get_next, None)
+        quantized = nncf.quantize(
+            ov.Core().read_model(source),
+            nncf.Dataset(list(batches)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(rows),
+            # The sampler's update stays float, as in the other peers. Some of its nodes OpenVINO folds away as it
+            # reads.
+            ignored_scope=nncf.IgnoredScope(names=_sampler_nodes(model), validate=False),
+        )
+        ov.save_model(quantized, result, compress_to_fp16=False)
+    return partial(_openvino_form, source, result, mode)
+
+
+def _openvino_form(source: Path, form: Path, mode: Literal["latency", "throughput"]) -> StepSession:
+    """NNCF's result is OpenVINO's own form of the graph; our session reads ONNX only."""
+    session = OpenVinoSession(source, mode=mode)
+    session._model = import_openvino().Core().read_model(form)
     return session
 
 
+def _nncf_in_parts(model: Case, folder: Path) -> Opened:
+    """The same, its batches cut into parts as ours are."""
+    return _nncf(model, folder.with_name("NNCF-INT8"), "throughput")
+
+
 PEERS: Mapping[str, Peer] = {
-    "torch eager FP32": Peer(_eager, integer=False),
-    "torch eager BF16": Peer(_bf16, integer=False),
-    "torch.compile FP32": Peer(_compiled, integer=False),
+    "torch eager FP32": _torch("eager FP32"),
+    "torch eager BF16": _torch("eager BF16"),
+    "torch.compile FP32": _torch("compile FP32"),
     "quantize_static INT8": Peer(_static, integer=True),
+    "quantize_static INT8, our float graph": Peer(_static_on_ours, integer=True),
     "NNCF INT8": Peer(_nncf, integer=True),
+    "NNCF INT8, throughput": Peer(_nncf_in_parts, integer=True),
 }

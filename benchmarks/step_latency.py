@@ -1,4 +1,4 @@
-"""Milliseconds per denoising step: ours beside what a user would run instead, timed in turn in one process.
+"""Milliseconds per denoising step: ours beside what a user would run instead, each in its own process, in turn.
 
 The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16; LDM-4 (274 M)
 and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`. Ratios within
@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 from ablation import FIRST_SEED
-from bench import Case, case, finish, parser, random_states, say, write_float, write_graph
+from apart import Apart, ApartSession, Stepper, timed_apart
+from bench import Case, case, finish, parser, random_states, say, write_exported, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
-from speed_peers import PEERS, Missing
+from speed_peers import PEERS, Missing, Opened
 
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
+from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_deploy.runtime.timing import timed_in_turn
 from qdm_deploy.samplers import step_table
 
 BASELINE = "onnxruntime FP32"
@@ -40,45 +40,47 @@ _LARGE = {"channel_scales": "none", "keep_fp": "none"}
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: how it is opened, and whether its products are integers."""
+    """What is timed: how it is made ready, and whether its products are integers."""
 
-    opened: Callable[[], StepSession]
+    prepared: Callable[[], Opened]
     integer: bool
 
 
 def contenders(model: Case, folder: Path) -> dict[str, Contender]:
-    """Everything that is timed for one model; the peers that are not installed raise ``Missing`` when opened."""
-    float_graph = write_float(model, folder / "float")
-    found = {
-        BASELINE: Contender(partial(OnnxRuntimeSession, float_graph), integer=False),
-        "openvino FP32": Contender(partial(OpenVinoSession, float_graph, precision="f32"), integer=False),
-        "openvino BF16": Contender(partial(OpenVinoSession, float_graph, precision="bf16"), integer=False),
-    }
-    for name, peer in PEERS.items():
-        found[name] = Contender(partial(peer.opened, model, folder / name.replace(" ", "-")), peer.integer)
+    """Everything that is timed for one model; the peers that are not installed raise ``Missing`` when prepared."""
 
-    # Planned when it is first opened: a run of few contenders need not wait for the plans of others.
+    @cache
+    def exported() -> Path:
+        return write_exported(model, folder / "exported")
+
+    # Planned when it is first asked for: a run of few contenders need not wait for the plans of others.
     @cache
     def plan(step_bins: int | str) -> QuantizationPlan:
         return model.built(step_bins=step_bins, **(_LARGE if model.name in ("ldm4", "sd15") else {}))
 
-    @cache  # an open session may still read its file
+    @cache
     def ours(target: Target, step_bins: int | str) -> Path:
         return write_graph(model, plan(step_bins), target, folder / f"{target}-{step_bins}")
 
-    for name, bins in {"": "auto", ", 4 step bins": 4}.items():
-        found[f"onnxruntime INT8{name}"] = Contender(
-            lambda bins=bins: OnnxRuntimeSession(ours("onnxruntime", bins)), integer=True
-        )
-        found[f"openvino INT8{name}"] = Contender(
-            lambda bins=bins: OpenVinoSession(ours("openvino", bins)), integer=True
-        )
-    found["openvino INT8, throughput"] = Contender(
-        lambda: OpenVinoSession(ours("openvino", "auto"), mode="throughput"), integer=True
-    )
-    found["openvino INT8, bf16 rest"] = Contender(
-        lambda: OpenVinoSession(ours("openvino", "auto"), precision="bf16"), integer=True
-    )
+    def int8(target: Target, bins: int | str = "auto", **options: Any) -> Contender:
+        session = OnnxRuntimeSession if target == "onnxruntime" else OpenVinoSession
+        return Contender(lambda: partial(session, ours(target, bins), **options), integer=True)
+
+    float_graph = write_float(model, folder / "float")
+    found = {
+        BASELINE: Contender(lambda: partial(OnnxRuntimeSession, float_graph), integer=False),
+        f"{BASELINE}, as exported": Contender(lambda: partial(OnnxRuntimeSession, exported()), integer=False),
+        "openvino FP32": Contender(lambda: partial(OpenVinoSession, exported(), precision="f32"), integer=False),
+        "openvino BF16": Contender(lambda: partial(OpenVinoSession, exported(), precision="bf16"), integer=False),
+    }
+    for name, peer in PEERS.items():
+        own = folder / name.replace(" ", "-").replace(",", "")
+        found[name] = Contender(partial(peer.prepared, model, own), peer.integer)
+    for target in ("onnxruntime", "openvino"):
+        found[f"{target} INT8"] = int8(target)
+        found[f"{target} INT8, 4 step bins"] = int8(target, 4)
+        found[f"{target} INT8, throughput"] = int8(target, mode="throughput")
+    found["openvino INT8, bf16 rest"] = int8("openvino", precision="bf16")
     return found
 
 
@@ -101,19 +103,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             found = contenders(model, Path(scratch))
             wanted = found if given.only is None else _named(found, given.only.split(","))
-            opened: dict[str, StepSession] = {}
+            opened: dict[str, Apart] = {}
             for label, contender in wanted.items():
                 try:
-                    opened[label] = stack.enter_context(contender.opened())
+                    session = contender.prepared()
                 except Missing as why:
                     left_out[label] = str(why)
                     say(f"{label}: left out, {why}")
-            quality = {label: fmean(_sqnr(reference, session, model)) for label, session in opened.items()}
+                else:
+                    opened[label] = stack.enter_context(Apart(partial(_stepper, session)))
+            quality = {label: fmean(_sqnr(reference, ApartSession(one), model)) for label, one in opened.items()}
             for batch in map(int, given.batches.split(",")):
                 say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
-                times = timed_in_turn(
-                    opened, random_inputs(model.checkpoint.spec, batch), runs=given.runs, seconds=given.seconds
-                )
+                inputs = random_inputs(model.checkpoint.spec, batch)
+                times = timed_apart(opened, inputs, runs=given.runs, seconds=given.seconds)
                 base = float(np.median(times[BASELINE]))
                 for label, values in times.items():
                     median = float(np.median(values))
@@ -135,6 +138,10 @@ def main() -> None:
     finish("step-latency", columns, rows, extra, save=given.save)
 
 
+def _stepper(opened: Opened) -> Stepper:
+    return Stepper(opened())
+
+
 def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:
     """The contenders whose names begin with one of the parts, and the baseline."""
     return {name: item for name, item in found.items() if name == BASELINE or name.startswith(tuple(parts))}
@@ -150,8 +157,8 @@ def _reference(model: Case) -> ReferenceRun:
         return reference_run(session, table, seeds, spec, conditioning=conditioning, batch_size=4)
 
 
-def _sqnr(reference: ReferenceRun, session: StepSession, model: Case) -> tuple[float, ...]:
-    return tuple(output_sqnr_db(reference, session, model.checkpoint.spec, batch_size=4))
+def _sqnr(reference: ReferenceRun, session: ApartSession, model: Case) -> tuple[float, ...]:
+    return tuple(output_sqnr_db(reference, session, model.checkpoint.spec, batch_size=4))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def measure(
 
 
 class _Sessions:
-    """Opens what this machine can run of the graphs in a folder."""
+    """Opens what this machine can run of the graphs in a folder, as `generate` does: for throughput."""
 
     def __init__(self, options: BuildOptions, folder: Path) -> None:
         self._threads, self._folder = options.threads, folder
@@ -177,8 +177,9 @@ class _Sessions:
     def __call__(self, backend: str, precision: Literal["int8", "float"]) -> StepSession:
         graph = self._folder / f"{backend if precision == 'int8' else 'float'}.onnx"
         if backend == "onnxruntime":
-            return OnnxRuntimeSession(graph, threads=self._threads)
-        return OpenVinoSession(graph, threads=self._threads, precision="auto" if precision == "int8" else "f32")
+            return OnnxRuntimeSession(graph, threads=self._threads, mode="throughput")
+        rest: Literal["auto", "f32"] = "auto" if precision == "int8" else "f32"
+        return OpenVinoSession(graph, threads=self._threads, precision=rest, mode="throughput")
 
 
 def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:

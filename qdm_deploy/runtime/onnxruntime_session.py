@@ -57,8 +57,10 @@ class OnnxRuntimeSession:
         if not graph.is_file():
             raise BundleError(f"the step graph {graph} does not exist; verify the bundle or build it again")
         self._ort, self._graph, self._mode = ort, graph, mode
-        # By threads: a batch that is not cut needs a session with all of them, which a run of others never opens.
+        # By threads: parts share a session of one, a batch that is not cut needs one of all of them. Each holds the
+        # weights, so the second is opened when it is needed, and takes the place of a first that never ran.
         self._sessions: dict[int, Any] = {}
+        self._ran: set[int] = set()
         self._lanes = self._threads if mode == "throughput" else 1
         self._pool = ThreadPoolExecutor(self._lanes, "onnxruntime-lane") if self._lanes > 1 else None
         session = self._session(1 if self._lanes > 1 else self._threads)
@@ -85,8 +87,8 @@ class OnnxRuntimeSession:
         rows = check_inputs(self._specs, inputs, self.max_batch)
         parts = row_parts(inputs, rows, self._lanes)
         if self._pool is None or len(parts) == 1:
-            return StepOutput(*self._session(self._threads).run(OUTPUTS, dict(inputs)))
-        session = self._session(1)
+            return StepOutput(*self._to_run(self._threads).run(OUTPUTS, dict(inputs)))
+        session = self._to_run(1)
         joined = [np.empty((rows, *inputs["sample"].shape[1:]), dtype=np.float32) for _ in OUTPUTS]
 
         def lane(own: Sequence[slice]) -> None:
@@ -127,6 +129,12 @@ class OnnxRuntimeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _to_run(self, threads: int) -> Any:
+        for idle in self._sessions.keys() - self._ran - {threads}:
+            del self._sessions[idle]
+        self._ran.add(threads)
+        return self._session(threads)
 
     def _session(self, threads: int) -> Any:
         if threads not in self._sessions:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.runtime.session import StepSession
 
-__all__ = ["runs_in_all", "timed_in_turn"]
+__all__ = ["milliseconds", "runs_in_all", "timed_in_turn"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -48,27 +48,28 @@ def timed_in_turn(
     """
     for session in sessions.values():
         session.run(inputs)  # prepares this batch size
-    times = {key: [_milliseconds(session, inputs)] for key, session in sessions.items()}
+    times = {key: [milliseconds(session, inputs)] for key, session in sessions.items()}
     advance(_FIRST * len(sessions))
     round_s = sum(value for (value,) in times.values()) / 1000
     if round_s * (runs_in_all(runs) - _FIRST) > seconds:
         for _ in range(min(runs, int(seconds / round_s)) - 1):
             for key, session in sessions.items():
-                times[key].append(_milliseconds(session, inputs))
+                times[key].append(milliseconds(session, inputs))
         advance((runs_in_all(runs) - _FIRST) * len(sessions))
         return times
     times = {key: [] for key in sessions}
     for done in range(0, runs, _TURN):
         for key, session in sessions.items():
             for run in range(-_SETTLING, min(_TURN, runs - done)):
-                value = _milliseconds(session, inputs)
+                value = milliseconds(session, inputs)
                 if run >= 0:
                     times[key].append(value)
                 advance(1)
     return times
 
 
-def _milliseconds(session: StepSession, inputs: Mapping[str, NDArray[Any]]) -> float:
+def milliseconds(session: StepSession, inputs: Mapping[str, NDArray[Any]]) -> float:
+    """What one step takes."""
     start = time.perf_counter()
     session.run(inputs)
     return 1000 * (time.perf_counter() - start)
