@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from traceback import format_exc
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 
@@ -17,6 +17,8 @@ from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.runtime.timing import milliseconds
 
 __all__ = ["Apart", "ApartSession", "Stepper", "timed_apart"]
+
+K = TypeVar("K")
 
 _TURN = 5
 _SETTLING = 2
@@ -124,8 +126,8 @@ class ApartSession:
 
 
 def timed_apart(
-    steppers: Mapping[str, Apart], inputs: Mapping[str, NDArray[Any]], *, runs: int, seconds: float
-) -> dict[str, list[float]]:
+    steppers: Mapping[K, Apart], inputs: Mapping[str, NDArray[Any]], *, runs: int, seconds: float
+) -> dict[K, list[float]]:
     """Milliseconds of one step, ``runs`` times for each ``Stepper``, a few in a row, round after round.
 
     Args:
@@ -139,7 +141,7 @@ def timed_apart(
     round_s = sum(first.values()) / 1000
     fit = int(seconds / round_s)
     turns = _turns(runs) if fit >= runs * (1 + _SETTLING / _TURN) else [(1, 0)] * min(runs, max(fit, 1))
-    times: dict[str, list[float]] = {name: [] for name in steppers}
+    times: dict[K, list[float]] = {name: [] for name in steppers}
     for count, settling in turns:
         for name, stepper in steppers.items():
             times[name] += stepper.ask("turn", count, settling)

@@ -99,7 +99,7 @@ def main() -> None:
     for name in given.models.split(","):
         model = case(name, samples=16 if name == "fashion" else 2, steps=50 if name == "fashion" else 5)
         macs = multiply_accumulates(model)
-        reference = _reference(model)
+        reference = reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             found = contenders(model, Path(scratch))
             wanted = found if given.only is None else _named(found, given.only.split(","))
@@ -111,8 +111,8 @@ def main() -> None:
                     left_out[label] = str(why)
                     say(f"{label}: left out, {why}")
                 else:
-                    opened[label] = stack.enter_context(Apart(partial(_stepper, session)))
-            quality = {label: fmean(_sqnr(reference, ApartSession(one), model)) for label, one in opened.items()}
+                    opened[label] = stack.enter_context(Apart(partial(opened_stepper, session)))
+            quality = {label: fmean(sqnr_of(reference, ApartSession(one), model)) for label, one in opened.items()}
             for batch in map(int, given.batches.split(",")):
                 say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
                 inputs = random_inputs(model.checkpoint.spec, batch)
@@ -138,7 +138,7 @@ def main() -> None:
     finish("step-latency", columns, rows, extra, save=given.save)
 
 
-def _stepper(opened: Opened) -> Stepper:
+def opened_stepper(opened: Opened) -> Stepper:
     return Stepper(opened())
 
 
@@ -147,7 +147,7 @@ def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender
     return {name: item for name, item in found.items() if name == BASELINE or name.startswith(tuple(parts))}
 
 
-def _reference(model: Case) -> ReferenceRun:
+def reference_of(model: Case) -> ReferenceRun:
     """A short float run: what every contender's outputs are compared with."""
     with tempfile.TemporaryDirectory() as scratch, OnnxRuntimeSession(write_float(model, Path(scratch))) as session:
         spec = model.checkpoint.spec
@@ -157,7 +157,7 @@ def _reference(model: Case) -> ReferenceRun:
         return reference_run(session, table, seeds, spec, conditioning=conditioning, batch_size=4)
 
 
-def _sqnr(reference: ReferenceRun, session: ApartSession, model: Case) -> tuple[float, ...]:
+def sqnr_of(reference: ReferenceRun, session: ApartSession, model: Case) -> tuple[float, ...]:
     return tuple(output_sqnr_db(reference, session, model.checkpoint.spec, batch_size=4))  # type: ignore[arg-type]
 
 

@@ -43,7 +43,12 @@ class Simulation(nn.Module):
             if isinstance(module, _QuantizedLayer):
                 module.time_bin = rows
         output: Tensor = self.network(sample, timestep, **conditioning)
-        return output if self.output_correction is None else output - self.output_correction[timestep][:, :, None, None]
+        if self.output_correction is None:
+            return output
+        shift, gain, share = self.output_correction[timestep][..., None, None].unbind(1)
+        # A learned variance stands behind the predicted noise; nothing of the sample is in it.
+        known = torch.cat([sample] * (output.shape[1] // sample.shape[1]), dim=1)
+        return (output - shift - share * known) / (1 + gain)
 
 
 def simulate(

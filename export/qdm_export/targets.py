@@ -103,6 +103,7 @@ def emit(
     absorb_k: bool = True,
     packed_weights: bool = True,
     joint_heads: bool = True,
+    norms: bool = True,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -116,6 +117,7 @@ def emit(
         packed_weights: off stores codes of 4 bits as INT8 where the target takes INT4 too: graphs that share a file
             with one that does not would otherwise store both.
         joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
+        norms: off leaves every GroupNormalization as the exporter has it, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -142,7 +144,7 @@ def emit(
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
-    if form.norm is not None:
+    if form.norm is not None and norms:
         passes.append(form.norm())
     if form.joint_heads and joint_heads:
         passes.append(JointHeads())

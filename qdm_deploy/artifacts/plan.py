@@ -152,7 +152,8 @@ class QuantizationPlan:
         timestep_edges: [K + 1] int64; gain bin j covers timesteps edges[j] .. edges[j + 1] - 1, from 0 to T.
         options: the options it was made with (JSON values).
         provenance: what it was made from (JSON values).
-        output_correction: [T, outputs] float32, taken from the network's output at each timestep; None for nothing.
+        output_correction: [T, 3, outputs] float32: m, k and l of each timestep, where the network's output is
+            ``e (1 + k) + m + l x`` for the float output e and the sample x; None for nothing.
     """
 
     layers: tuple[LayerPlan, ...]

@@ -1,4 +1,4 @@
-"""Output correction: the mean error at each timestep is found, refused where others do not confirm it, and kept."""
+"""Output correction: the linear part of the error is found, refused where others do not confirm it, and kept."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from qdm_calibration import output_correction as module
 from qdm_calibration.output_correction import correct_output
 from qdm_calibration.rows import run_rows
 from qdm_calibration.simulate import simulate
-from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 
 
@@ -24,51 +24,89 @@ def shifted(tiny: Any, name: str) -> QuantizationPlan:
     return replace(plan, layers=layers)
 
 
-def mean_errors(tiny: Any, name: str, plan: QuantizationPlan) -> Any:
-    """Mean error of every row and channel, [N, C]."""
+def outputs_of(tiny: Any, name: str, plan: QuantizationPlan) -> tuple[Any, Any, Any]:
+    """Samples, float outputs and INT8 outputs of every row, without a learned variance."""
     network, calibration = tiny.checkpoint(name).unet, tiny.calibration(name)
-    rows = np.arange(len(calibration.timestep))
+    rows, channels = np.arange(len(calibration.timestep)), calibration.sample.shape[1]
     with torch.inference_mode():
-        error = run_rows(simulate(network, plan, "tensorrt"), calibration, rows) - run_rows(network, calibration, rows)
-    return error.double().flatten(2).mean(dim=2).numpy()
+        found = run_rows(simulate(network, plan, "tensorrt"), calibration, rows)[:, :channels]
+        expected = run_rows(network, calibration, rows)[:, :channels]
+    return calibration.sample, expected.double().numpy(), found.double().numpy()
+
+
+class Skewed(torch.nn.Module):
+    """A network whose output is off by what a correction describes."""
+
+    def __init__(self, network: torch.nn.Module, shift: float, gain: float, share: float) -> None:
+        super().__init__()
+        self.network, self.shift, self.gain, self.share = network, shift, gain, share
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        output = self.network(sample, timestep, **conditioning)
+        channels = sample.shape[1]
+        output[:, :channels] *= 1 + self.gain
+        output[:, :channels] += self.shift + self.share * sample
+        return output
+
+
+@pytest.mark.parametrize("name", ["labels", "variance"])
+def test_what_is_linear_in_output_and_sample_is_found(tiny: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calibration = tiny.checkpoint(name).unet, tiny.calibration(name)
+    skewed = Skewed(network, 0.01, -0.02, 0.03)
+    monkeypatch.setattr(module, "simulate", lambda *arguments, **options: skewed)
+    table = correct_output(network, tiny.plan(name), calibration).output_correction
+    assert table is not None
+    outputs, channels = network.unet.conv_out.out_channels, calibration.sample.shape[1]
+    assert (table.shape, table.dtype) == ((tiny.plan(name).timestep_edges[-1], 3, outputs), np.float32)
+    assert (outputs > channels) == (name == "variance")
+    assert not table[:, :, channels:].any()  # a learned variance is left alone
+    np.testing.assert_allclose(table[:, 0, :channels], 0.01, atol=1e-4)
+    np.testing.assert_allclose(table[:, 1, :channels], -0.02, atol=1e-4)
+    np.testing.assert_allclose(table[:, 2, :channels], 0.03, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["labels", "variance"])
 def test_a_shift_of_every_step_goes(tiny: Any, name: str) -> None:
     plan = shifted(tiny, name)
     corrected = correct_output(tiny.checkpoint(name).unet, plan, tiny.calibration(name))
-    table = corrected.output_correction
-    assert table is not None
-    assert table.dtype == np.float32
-    network, channels = tiny.checkpoint(name).unet, tiny.calibration(name).sample.shape[1]
-    outputs = network.unet.conv_out.out_channels
-    assert table.shape == (plan.timestep_edges[-1], outputs)
-    assert (outputs > channels) == (name == "variance")
-    assert not table[:, channels:].any()  # a learned variance is left alone
+    assert corrected.output_correction is not None
     timestep = tiny.calibration(name).timestep
-    at = [timestep == each for each in np.unique(timestep)]
-    errors = (mean_errors(tiny, name, p)[:, :channels] for p in (plan, corrected))
-    before, after = ([error[rows].mean() for rows in at] for error in errors)
-    assert np.linalg.norm(after) < 0.3 * np.linalg.norm(before)
+    means = []
+    for each in (plan, corrected):
+        _, expected, found = outputs_of(tiny, name, each)
+        errors = (found - expected).mean(axis=(1, 2, 3))
+        means.append(np.linalg.norm([errors[timestep == t].mean() for t in np.unique(timestep)]))
+    assert means[1] < 0.3 * means[0]
 
 
-def test_a_table_that_other_rows_do_not_confirm_is_left_out(tiny: Any) -> None:
-    # Of two rows the earlier timestep measures and the later one judges.
-    plan, whole = tiny.plan("labels"), tiny.calibration("labels")
-    errors = mean_errors(tiny, "labels", plan)
-    left = {}
-    for measured, judge in np.argwhere(whole.timestep[:, None] < whole.timestep[None, :]):
-        worth = (errors[judge] ** 2).sum() - ((errors[judge] - errors[measured]) ** 2).sum()
-        left.setdefault(bool(worth > 0), (measured, judge))
-    assert set(left) == {True, False}
-    for confirmed, pair in left.items():
-        rows = np.array(pair)
-        conditioning = {name: value[rows] for name, value in whole.conditioning.items()}
-        two = CalibrationSet(whole.sample[rows], whole.timestep[rows], whole.seed[rows], whole.step[rows], conditioning)
-        table = correct_output(tiny.checkpoint("labels").unet, plan, two).output_correction
-        assert (table is not None) == confirmed
-        if table is not None:
-            np.testing.assert_allclose(table, np.broadcast_to(errors[pair[0]], table.shape), atol=1e-6)
+def test_noise_in_the_output_is_not_taken_for_a_gain(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A fit on the noisy output would shrink it by the share of the noise, here a fifth.
+    network, calibration = tiny.checkpoint("labels").unet, tiny.calibration("labels")
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(sample: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        output = network(sample, timestep, **conditioning)
+        return output * 1.1 + output.std() * torch.randn(output.shape, generator=generator) / 2
+
+    monkeypatch.setattr(module, "simulate", lambda *arguments, **options: noisy)
+    table = correct_output(network, tiny.plan("labels"), calibration).output_correction
+    assert table is not None
+    sample, expected, _ = outputs_of(tiny, "labels", tiny.plan("labels"))
+    gain, share = table[calibration.timestep][:, 1:, :, None, None].swapaxes(0, 1)
+    effect = ((gain * expected + share * sample) * expected).mean() / (expected**2).mean()
+    assert 0.07 < effect < 0.13
+
+
+def test_a_table_that_other_rows_do_not_confirm_is_left_out(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calibration = tiny.checkpoint("labels").unet, tiny.calibration("labels")
+    signs = iter([1.0, -1.0, 1.0, 1.0, 1.0] * len(calibration.timestep))  # every fifth row judges, the second first
+
+    def turning(sample: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
+        output = network(sample, timestep, **conditioning)
+        return output + torch.tensor([next(signs) for _ in sample])[:, None, None, None] * 0.1
+
+    monkeypatch.setattr(module, "simulate", lambda *arguments, **options: turning)
+    assert correct_output(network, tiny.plan("labels"), calibration, rows=10).output_correction is None
 
 
 def test_measured_twice_is_the_same(tiny: Any) -> None:

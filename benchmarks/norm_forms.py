@@ -1,0 +1,67 @@
+"""What the openvino target gains by computing normalizations from their moments, in the layout of the convolutions.
+
+One plan, emitted with GroupNormalization as the exporter has it and with moments; in float32 and, where the CPU has
+it, with the rest in bfloat16. Every graph runs in a process of its own, in turn. `eps SQNR dB` is teacher-forced
+against the float model.
+
+    python benchmarks/norm_forms.py --save
+"""
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from apart import Apart, ApartSession, timed_apart
+from bench import case, finish, parser, save_form, say
+from step_latency import opened_stepper, reference_of, sqnr_of
+
+from qdm_deploy.runtime import OpenVinoSession
+from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.targets import emit
+
+
+def main() -> None:
+    arguments = parser("Forms of GroupNormalization on OpenVINO.")
+    arguments.add_argument("--models", default="fashion,cifar10")
+    arguments.add_argument("--batches", default="4,16")
+    arguments.add_argument("--runs", type=int, default=25)
+    given = arguments.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in given.models.split(","):
+        model = case(name, samples=16 if name == "fashion" else 2, steps=50 if name == "fashion" else 5)
+        plan, reference = model.built(), reference_of(model)
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+            opened: dict[tuple[str, str, str], Apart] = {}
+            for form, norms in {"GroupNormalization": False, "moments": True}.items():
+                graph = save_form(emit(model.graph, plan, "openvino", norms=norms), Path(scratch) / form, "openvino")
+                for rest in ("f32", "bf16"):
+                    for mode in ("latency", "throughput"):
+                        session = partial(OpenVinoSession, graph, precision=rest, mode=mode)
+                        opened[form, rest, mode] = stack.enter_context(Apart(partial(opened_stepper, session)))
+            quality = {key: fmean(sqnr_of(reference, ApartSession(one), model)) for key, one in opened.items()}
+            for batch in map(int, given.batches.split(",")):
+                say(f"{name}, batch {batch}: timing {len(opened)} graphs in turn")
+                inputs = random_inputs(model.checkpoint.spec, batch)
+                for (form, rest, mode), values in timed_apart(opened, inputs, runs=given.runs, seconds=300).items():
+                    rows.append(
+                        {
+                            "model": name,
+                            "batch": batch,
+                            "form": form,
+                            "rest": rest,
+                            "mode": mode,
+                            "median ms": float(np.median(values)),
+                            "least ms": float(np.min(values)),
+                            "eps SQNR dB": quality[form, rest, mode],
+                        }
+                    )
+    columns = ["model", "batch", "form", "rest", "mode", "median ms", "least ms", "eps SQNR dB"]
+    finish("norm-forms", columns, rows, {"runs": given.runs}, save=given.save)
+
+
+if __name__ == "__main__":
+    main()
