@@ -29,16 +29,25 @@ from qdm_export.step_graph import StepGraph
 
 PLAIN: dict[str, Any] = {
     "ranges": "minmax", "zero_offset": False, "concat_scales": "none", "channel_scales": "none", "step_bins": 1,
-    "keep_fp": "none",
+    "keep_fp": "none", "output_correction": "none",
 }  # fmt: skip
+# What came before the last step to the default.
+_BEFORE = {"output_correction": "none"}
 FULL: dict[str, Any] = {}
 # What each row asks of `build`; what it does not name has build's default.
 VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric min-max": PLAIN,
     "symmetric, Lp 2.4 range": {**PLAIN, "ranges": "lp"},
-    "+ zero offset z": {"concat_scales": "none", "channel_scales": "none", "step_bins": 1, "keep_fp": "none"},
-    "+ free factors k": {"step_bins": 1, "keep_fp": "none"},
-    "+ few layers in float (default)": FULL,
+    "+ zero offset z": {
+        "concat_scales": "none",
+        "channel_scales": "none",
+        "step_bins": 1,
+        "keep_fp": "none",
+        **_BEFORE,
+    },
+    "+ free factors k": {"step_bins": 1, "keep_fp": "none", **_BEFORE},
+    "+ few layers in float": _BEFORE,
+    "+ output correction (default)": FULL,
     "default without z": {"zero_offset": False},
     "default without k": {"concat_scales": "none", "channel_scales": "none"},
     "default, only branch factors": {"channel_scales": "none"},

@@ -32,15 +32,17 @@ from qdm_export.float_graph import export_float_graph
 # Seeds that no calibration uses.
 FIRST_SEED = 2**40
 WEIGHTS_ALONE = "weights alone"
+_UNCORRECTED = {"output_correction": "none"}
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
-    WEIGHTS_ALONE: {},
-    "output correction": {"output_correction": "auto"},
+    "no output correction": _UNCORRECTED,
+    WEIGHTS_ALONE: _UNCORRECTED,
     "bias correction": {"bias_correction": "auto"},
+    "bias correction, no output correction": {"bias_correction": "auto", **_UNCORRECTED},
     "squared-error ranges": {"ranges": "mse"},
-    "squared-error ranges + output correction": {"ranges": "mse", "output_correction": "auto"},
+    "squared-error ranges, no output correction": {"ranges": "mse", **_UNCORRECTED},
     "W4": {"weight_bits": 4},
-    "W4 + output correction": {"weight_bits": 4, "output_correction": "auto"},
+    "W4, no output correction": {"weight_bits": 4, **_UNCORRECTED},
 }
 
 

@@ -186,9 +186,10 @@ _FILE = click.Path(path_type=Path)
 @option(
     "--output-correction",
     type=click.Choice(["none", "auto"]),
-    default="none",
+    show_default="auto; with --from-modelopt none",
     section=_QUANTIZATION,
-    help="Take the mean error of the model's output at each timestep from it, where that helps on other samples.",
+    help="Take away what of the model's error follows its output and its input at each timestep, where that helps on "
+    "other samples.",
 )
 @option(
     "--targets",

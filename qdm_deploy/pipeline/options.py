@@ -50,8 +50,9 @@ class BuildOptions:
         reconstruct_iterations: training steps per block, at most.
         bias_correction: "auto" takes each layer's mean error on the calibration rows from its bias, where that lowers
             the layer's error on other rows; "none" leaves biases as they are.
-        output_correction: "auto" takes the mean error of the network's output at each timestep from it, where that
-            lowers the error on other rows; "none" leaves it.
+        output_correction: "auto" takes the part of the output's error that is linear in output and sample away, at each
+            timestep, where that lowers the error on other rows; "none" leaves it; None is "auto", but "none" with
+            scales of ModelOpt.
         seed: first seed of the calibration; the verdict uses seeds far from it.
         rest: type of what the ``tensorrt`` graph keeps in floating point: "fp16", or "bf16" for models that leave the
             range of float16 (its 8 significant bits cost about as much as INT8 itself).
@@ -93,7 +94,7 @@ class BuildOptions:
     reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300
     bias_correction: Literal["none", "auto"] = "none"
-    output_correction: Literal["none", "auto"] = "none"
+    output_correction: Literal["none", "auto"] | None = None
     seed: int = 0
     rest: Literal["fp16", "bf16"] = "fp16"
     engines: tuple[str, ...] | None = None
@@ -140,7 +141,7 @@ class BuildOptions:
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
         one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
         one_of("bias correction", self.bias_correction, ("none", "auto"))
-        one_of("output correction", self.output_correction, ("none", "auto"))
+        one_of("output correction", self.corrected_output, ("none", "auto"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         one_of("rest", self.rest, ("fp16", "bf16"))
         if self.rest == "bf16" and "tensorrt" not in self.targets:
@@ -167,6 +168,11 @@ class BuildOptions:
     def float_choice(self) -> str:
         """``keep_fp``, or what stands for None."""
         return self.keep_fp or ("auto" if self.from_modelopt is None else "none")
+
+    @property
+    def corrected_output(self) -> str:
+        """``output_correction``, or what stands for None."""
+        return self.output_correction or ("auto" if self.from_modelopt is None else "none")
 
     def _check_step_bins(self) -> None:
         if isinstance(self.step_bins, str):

@@ -66,7 +66,7 @@ def planned(
             plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     with stage("sensitivity"):
         budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress)
-    if options.output_correction == "none":
+    if options.corrected_output == "none":
         return budgeted
     from qdm_calibration.output_correction import correct_output
 

@@ -1,5 +1,6 @@
 """What cannot be done is refused when the options are made, with the value and what is allowed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,11 @@ def test_a_calibration_set_is_saved_where_it_can_be_and_replaces_nothing(tmp_pat
     assert BuildOptions(out=tmp_path / "x", save_calibration=taken, force=True).save_calibration == taken
     with pytest.raises(InputError, match=r"cannot be saved as .*nowhere/c: there is no such folder"):
         BuildOptions(out=tmp_path / "x", save_calibration=tmp_path / "nowhere" / "c")
+
+
+def test_scales_of_modelopt_are_left_as_they_are_unless_asked_otherwise() -> None:
+    ours, theirs = BuildOptions(out=Path("x")), BuildOptions(out=Path("x"), from_modelopt="INT8_DEFAULT_CFG")
+    assert (ours.float_choice, ours.corrected_output) == ("auto", "auto")
+    assert (theirs.float_choice, theirs.corrected_output) == ("none", "none")
+    asked = replace(theirs, keep_fp="5%", output_correction="auto")
+    assert (asked.float_choice, asked.corrected_output) == ("5%", "auto")
