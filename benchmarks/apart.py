@@ -14,14 +14,11 @@ from typing import Any, Self, TypeVar
 from numpy.typing import NDArray
 
 from qdm_deploy.runtime.session import StepOutput, StepSession
-from qdm_deploy.runtime.timing import milliseconds
+from qdm_deploy.runtime.timing import SETTLING, TURN, milliseconds
 
 __all__ = ["Apart", "ApartSession", "Stepper", "timed_apart"]
 
 K = TypeVar("K")
-
-_TURN = 5
-_SETTLING = 2
 
 
 class Stepper:
@@ -140,7 +137,7 @@ def timed_apart(
     first = {name: stepper.ask("prepare", wanted[name]) for name, stepper in steppers.items()}
     round_s = sum(first.values()) / 1000
     fit = int(seconds / round_s)
-    turns = _turns(runs) if fit >= runs * (1 + _SETTLING / _TURN) else [(1, 0)] * min(runs, max(fit, 1))
+    turns = _turns(runs) if fit >= runs * (1 + SETTLING / TURN) else [(1, 0)] * min(runs, max(fit, 1))
     times: dict[K, list[float]] = {name: [] for name in steppers}
     for count, settling in turns:
         for name, stepper in steppers.items():
@@ -149,4 +146,4 @@ def timed_apart(
 
 
 def _turns(runs: int) -> Sequence[tuple[int, int]]:
-    return [(min(_TURN, runs - done), _SETTLING) for done in range(0, runs, _TURN)]
+    return [(min(TURN, runs - done), SETTLING) for done in range(0, runs, TURN)]

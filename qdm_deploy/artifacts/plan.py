@@ -239,12 +239,18 @@ class QuantizationPlan:
                 key: tuple(value) if isinstance(value, list) else value for key, value in entry.pop("layer").items()
             }
             layers.append(LayerPlan(layer=Layer(**place), **entry, **values))
+        correction = arrays.get("output_correction")
+        if correction is not None and (correction.ndim != 3 or correction.shape[1] != 3):
+            raise InputError(
+                f"the output correction in {folder / 'plan.safetensors'} has the shape {list(correction.shape)}, not "
+                "[timesteps, 3, outputs]: an earlier version made it; build the bundle again"
+            )
         return cls(
             tuple(layers),
             arrays["timestep_edges"],
             readable["options"],
             readable["provenance"],
-            arrays.get("output_correction"),
+            correction,
         )
 
     def _document(self) -> dict[str, Any]:

@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 
 from qdm_deploy.runtime.session import StepSession
 
-__all__ = ["milliseconds", "runs_in_all", "timed_in_turn"]
+__all__ = ["SETTLING", "TURN", "milliseconds", "runs_in_all", "timed_in_turn"]
 
 K = TypeVar("K", bound=Hashable)
 
-_TURN = 5
-_SETTLING = 2
+TURN = 5
+SETTLING = 2
 _FIRST = 2
 
 
 def runs_in_all(runs: int) -> int:
     """How often ``timed_in_turn`` runs each session, those that do not count among them."""
-    return _FIRST + runs + _SETTLING * math.ceil(runs / _TURN)
+    return _FIRST + runs + SETTLING * math.ceil(runs / TURN)
 
 
 def timed_in_turn(
@@ -36,7 +36,7 @@ def timed_in_turn(
     seconds: float = math.inf,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[K, list[float]]:
-    """Milliseconds of one step, ``runs`` times for every session, at most ``_TURN`` of them in a row.
+    """Milliseconds of one step, ``runs`` times for every session, at most ``TURN`` of them in a row.
 
     Args:
         sessions: what to time.
@@ -58,9 +58,9 @@ def timed_in_turn(
         advance((runs_in_all(runs) - _FIRST) * len(sessions))
         return times
     times = {key: [] for key in sessions}
-    for done in range(0, runs, _TURN):
+    for done in range(0, runs, TURN):
         for key, session in sessions.items():
-            for run in range(-_SETTLING, min(_TURN, runs - done)):
+            for run in range(-SETTLING, min(TURN, runs - done)):
                 value = milliseconds(session, inputs)
                 if run >= 0:
                     times[key].append(value)

@@ -13,6 +13,7 @@ from qdm_calibration.output_correction import correct_output
 from qdm_calibration.rows import run_rows
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.errors import InputError
 
 
 def shifted(tiny: Any, name: str) -> QuantizationPlan:
@@ -128,3 +129,9 @@ def test_a_plan_without_int8_or_one_row_has_nothing_to_correct(tiny: Any) -> Non
     everything_float = replace(plan, layers=tuple(replace(layer, precision="float") for layer in plan.layers))
     assert correct_output(network, everything_float, whole).output_correction is None
     assert correct_output(network, shifted(tiny, "labels"), whole, rows=1).output_correction is None
+
+
+def test_a_table_of_another_shape_is_refused(tiny: Any, tmp_path: Path) -> None:
+    replace(tiny.plan("labels"), output_correction=np.zeros((1000, 1), dtype=np.float32)).save(tmp_path)
+    with pytest.raises(InputError, match=r"has the shape \[1000, 1\], not \[timesteps, 3, outputs\]"):
+        QuantizationPlan.load(tmp_path)
