@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.runtime.timing import SETTLING, TURN, milliseconds
 
-__all__ = ["Apart", "ApartSession", "Stepper", "timed_apart"]
+__all__ = ["Apart", "ApartSession", "Stepper", "opened_stepper", "timed_apart"]
 
 K = TypeVar("K")
 
@@ -47,6 +47,11 @@ class Stepper:
     def turn(self, runs: int, settling: int) -> list[float]:
         """Milliseconds of each of ``runs`` steps in a row, after some that do not count."""
         return [milliseconds(self.session, self.inputs) for _ in range(settling + runs)][settling:]
+
+
+def opened_stepper(opened: Callable[[], StepSession]) -> Stepper:
+    """A stepper of the session that ``opened`` opens."""
+    return Stepper(opened())
 
 
 class Apart:

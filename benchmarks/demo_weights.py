@@ -1,7 +1,7 @@
 """Which of two sets of weights of the demo model makes pictures closer to real ones.
 
-Both float models denoise the same seeds (DDIM, on OpenVINO); the Frechet distance is taken in the features of the
-shipped Fashion-MNIST classifier, its difference resampled over the seeds.
+Both float models denoise the same seeds (DDIM, on OpenVINO, or in PyTorch on a GPU); the Frechet distance is taken in
+the features of the shipped Fashion-MNIST classifier, its difference resampled over the seeds.
 
     python benchmarks/demo_weights.py OLD_MODEL_FOLDER --save
 """
@@ -15,24 +15,29 @@ from bench import finish, parser, say
 from made_pictures import features_of_made
 
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.report.distribution import frechet_distance, gaussian_of
 from qdm_deploy.report.paired_distribution import frechet_difference
 from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
+from qdm_export.step_graph import StepGraph
 from qdm_export.targets import emit_float
 from qdm_export.unet import load_checkpoint
 
 
-def made_by(model: Path, count: int, steps: int, classifier: FeatureClassifier) -> tuple[Features, str]:
+def made_by(model: Path, count: int, steps: int, classifier: FeatureClassifier, device: str) -> tuple[Features, str]:
     """The classifier's view of ``count`` pictures, and the digest of the weights."""
     checkpoint = load_checkpoint(model)
     table = step_table(NoiseSchedule.from_config(checkpoint.scheduler_config), "ddim", steps)
+    if device != "cpu":
+        with TorchSession(StepGraph(checkpoint.unet, checkpoint.spec).eval(), "float", device=device) as session:
+            return features_of_made(session, table, checkpoint.spec, count, classifier, 500), checkpoint.weights_sha256
     with tempfile.TemporaryDirectory() as folder:
         save_graph(emit_float(export_float_graph(checkpoint)), Path(folder) / "float.onnx", weights="float.data")
-        with OpenVinoSession(Path(folder) / "float.onnx", precision="f32") as session:
-            return features_of_made(session, table, checkpoint.spec, count, classifier), checkpoint.weights_sha256
+        with OpenVinoSession(Path(folder) / "float.onnx", precision="f32", mode="throughput") as compiled:
+            return features_of_made(compiled, table, checkpoint.spec, count, classifier), checkpoint.weights_sha256
 
 
 def main() -> None:
@@ -40,6 +45,7 @@ def main() -> None:
     arguments.add_argument("other", type=Path, help="diffusers folder of the weights to compare with")
     arguments.add_argument("--images", type=int, default=2000)
     arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--device", default="cpu", help="cpu or cuda")
     given = arguments.parse_args()
     classifier = FeatureClassifier(SHIPPED)
     real = gaussian_of(classifier.reference.features)
@@ -48,7 +54,7 @@ def main() -> None:
     features = {}
     for name, model in (("other", given.other), ("embedded", EMBEDDED_MODEL)):
         say(f"{name}: denoising {given.images} seeds")
-        found, digest = made_by(model, given.images, given.steps, classifier)
+        found, digest = made_by(model, given.images, given.steps, classifier, given.device)
         features[name] = found.features
         rows.append(
             {

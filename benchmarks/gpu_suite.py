@@ -13,13 +13,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnxruntime
 from gpu_graphs import calibrated_graphs, plan_graphs
+from gpu_onnxruntime import measure_provider, offered_providers
 from gpu_timing import loop_ms, mixed_rows, run_ms
 
 from qdm_deploy.artifacts.bundle import Bundle
@@ -44,6 +45,7 @@ def main() -> None:
     arguments.add_argument("bundle", type=Path, help="a bundle of the embedded model, with the target tensorrt")
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--backends", default=",".join(FLAVOURS))
+    arguments.add_argument("--graphs", help="measure only these, separated by commas")
     arguments.add_argument("--batches", default="1,4,16")
     arguments.add_argument("--runs", type=int, default=50)
     arguments.add_argument("--no-calibration", action="store_true", help="leave out what calibrates anew")
@@ -65,7 +67,9 @@ def main() -> None:
         document["graphs"] = guarded(lambda: _graphs(bundle, Path(scratch), calibrate=not given.no_calibration))
         graphs: dict[str, Path] = {"bundle": bundle.graph("tensorrt"), "float32": bundle.graph("float")}
         graphs |= {name: Path(path) for name, path in document["graphs"].items() if name != "error"}
-        for backend in given.backends.split(","):
+        if given.graphs is not None:
+            graphs = {name: path for name, path in graphs.items() if name in given.graphs.split(",")}
+        for backend in filter(None, given.backends.split(",")):
             say(backend)
             document[backend] = {}
             for name, graph in graphs.items():
@@ -74,7 +78,15 @@ def main() -> None:
                 )
                 _write(given.out, document)
         say("onnxruntime-gpu")
-        document["onnxruntime-gpu"] = guarded(lambda: _onnxruntime_gpu(graphs, bundle.model, batches, given.runs))
+        document["onnxruntime-gpu"] = guarded(lambda: {provider: {} for provider in offered_providers()})
+        for provider in tuple(name for name in document["onnxruntime-gpu"] if name != "error"):
+            document["onnxruntime-gpu version"] = onnxruntime.__version__
+            for name, graph in graphs.items():
+                say(f"  {provider}, {name}")
+                document["onnxruntime-gpu"][provider][name] = guarded(
+                    lambda: measure_provider(graph, provider, bundle.model, batches, given.runs)  # noqa: B023  # as above
+                )
+                _write(given.out, document)
         document["graphs"] = sorted(graphs)
     _write(given.out, document)
     print(json.dumps(document, default=str))
@@ -145,42 +157,6 @@ def _one_stream(backend: str, graph: Path, model: ModelSpec, profile: BatchProfi
     options = BuildOptions(auxiliary_streams=0)
     with open_tensorrt(graph, backend, profile=profile, options=options) as session:
         return {"loop, cuda graphs, batch 4": loop_ms(session, model, 4, runs)}
-
-
-def _onnxruntime_gpu(graphs: dict[str, Path], model: ModelSpec, batches: tuple[int, ...], runs: int) -> Document:
-    import onnxruntime as ort
-
-    offered = [
-        name for name in ("CUDAExecutionProvider", "TensorrtExecutionProvider") if name in ort.get_available_providers()
-    ]
-    if not offered:
-        raise EnvironmentProblem("this onnxruntime has no GPU provider; install onnxruntime-gpu in its place")
-    return {
-        f"{name}, {provider}": guarded(lambda: _timed_provider(graph, provider, model, batches, runs))  # noqa: B023  # as above
-        for name, graph in graphs.items()
-        for provider in offered
-    }
-
-
-def _timed_provider(graph: Path, provider: str, model: ModelSpec, batches: tuple[int, ...], runs: int) -> Document:
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(graph, providers=[provider, "CPUExecutionProvider"])
-    if provider not in session.get_providers():
-        raise EnvironmentProblem(f"onnxruntime fell back to {', '.join(session.get_providers())}")
-    return {str(batch): {"run": list(_times(session, random_inputs(model, batch), runs))} for batch in batches}
-
-
-def _times(session: Any, inputs: dict[str, Any], runs: int) -> Iterator[float]:
-    import time
-
-    times = []
-    for run in range(runs + 5):
-        start = time.perf_counter()
-        session.run(["next_sample", "x0"], inputs)
-        if run >= 5:
-            times.append(1000 * (time.perf_counter() - start))
-    yield from (float(np.median(times)), float(np.percentile(times, 95)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.pipeline.speed import random_inputs
 from qdm_deploy.runtime.session import StepInputs, StepLoop, StepSession
 
-__all__ = ["loop_ms", "mixed_rows", "run_ms"]
+__all__ = ["loop_ms", "mixed_rows", "run_ms", "summary", "timed"]
 
 _WARM_UP = 5
 _STEPS = 50
@@ -19,15 +19,15 @@ _STEPS = 50
 def run_ms(session: StepSession, model: ModelSpec, batch: int, runs: int) -> dict[str, float]:
     """One step with everything copied to the GPU and back: median and 95th percentile in milliseconds."""
     inputs = random_inputs(model, batch)
-    return _summary(_timed(lambda: session.run(inputs), runs))
+    return summary(timed(lambda: session.run(inputs), runs))
 
 
 def loop_ms(session: StepLoop, model: ModelSpec, batch: int, runs: int) -> dict[str, float]:
     """One step of a 50-step loop whose state stays on the GPU; ``runs`` steps or more are timed."""
     inputs = random_inputs(model, batch)
     loops = max(3, runs // _STEPS)
-    times = _timed(lambda: session.run_steps(inputs, _steps(inputs)), loops, warm_up=1)
-    return _summary([value / _STEPS for value in times])
+    times = timed(lambda: session.run_steps(inputs, _steps(inputs)), loops, warm_up=1)
+    return summary([value / _STEPS for value in times])
 
 
 def mixed_rows(session: StepSession, model: ModelSpec, batch: int, runs: int) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def mixed_rows(session: StepSession, model: ModelSpec, batch: int, runs: int) ->
         worst = max(worst, float(np.abs(session.run(alike).next_sample[row] - together[row]).max()))
     same = {**mixed, "timestep": np.full_like(mixed["timestep"], model.num_train_timesteps // 2)}
     return {
-        "mixed": _summary(_timed(lambda: session.run(mixed), runs)),
-        "same": _summary(_timed(lambda: session.run(same), runs)),
+        "mixed": summary(timed(lambda: session.run(mixed), runs)),
+        "same": summary(timed(lambda: session.run(same), runs)),
         "largest_difference": worst / float(np.abs(together).max()),
     }
 
@@ -56,7 +56,8 @@ def _steps(inputs: dict[str, Any]) -> Iterator[StepInputs]:
         yield StepInputs(inputs["timestep"], inputs["coefficients"], None)
 
 
-def _timed(work: Callable[[], object], runs: int, warm_up: int = _WARM_UP) -> list[float]:
+def timed(work: Callable[[], object], runs: int, warm_up: int = _WARM_UP) -> list[float]:
+    """Milliseconds of each of ``runs`` runs of ``work``, after some that do not count."""
     times = []
     for run in range(runs + warm_up):
         start = time.perf_counter()
@@ -66,5 +67,6 @@ def _timed(work: Callable[[], object], runs: int, warm_up: int = _WARM_UP) -> li
     return times
 
 
-def _summary(times: list[float]) -> dict[str, float]:
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, 95th percentile and number of some times."""
     return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": len(times)}

@@ -13,8 +13,15 @@ __all__ = ["features_of_made"]
 
 
 def features_of_made(
-    session: StepSession, table: StepTable, spec: ModelSpec, count: int, classifier: FeatureClassifier
+    session: StepSession,
+    table: StepTable,
+    spec: ModelSpec,
+    count: int,
+    classifier: FeatureClassifier,
+    batch_size: int = 16,
 ) -> Features:
     """Of the pictures of seeds 0 .. count - 1, all classes in turn."""
-    samples = denoise(session, table, range(count), spec, conditioning=conditioning_of(spec, count))
+    samples = denoise(
+        session, table, range(count), spec, conditioning=conditioning_of(spec, count), batch_size=batch_size
+    )
     return classifier.run(to_pictures(samples, spec)[:, None].astype(np.float32) / 127.5 - 1.0)

@@ -15,9 +15,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from apart import Apart, ApartSession, timed_apart
+from apart import Apart, ApartSession, opened_stepper, timed_apart
 from bench import case, finish, parser, save_form, say
-from step_latency import opened_stepper, reference_of, sqnr_of
+from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs

@@ -10,10 +10,11 @@ from typing import Literal
 import onnx_ir as ir
 import torch
 from bench import Case, checkpoint_of, write_exported
+from nncf_form import openvino_form
 from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
 
 from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
+from qdm_deploy.runtime import OnnxRuntimeSession, StepSession
 from qdm_deploy.runtime.openvino_session import import_openvino
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
@@ -113,14 +114,7 @@ def _nncf(model: Case, folder: Path, mode: Literal["latency", "throughput"] = "l
             ignored_scope=nncf.IgnoredScope(names=_sampler_nodes(model), validate=False),
         )
         ov.save_model(quantized, result, compress_to_fp16=False)
-    return partial(_openvino_form, source, result, mode)
-
-
-def _openvino_form(source: Path, form: Path, mode: Literal["latency", "throughput"]) -> StepSession:
-    """NNCF's result is OpenVINO's own form of the graph; our session reads ONNX only."""
-    session = OpenVinoSession(source, mode=mode)
-    session._model = import_openvino().Core().read_model(form)
-    return session
+    return partial(openvino_form, source, result, mode)
 
 
 def _nncf_in_parts(model: Case, folder: Path) -> Opened:

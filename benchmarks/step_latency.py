@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from ablation import FIRST_SEED
-from apart import Apart, ApartSession, Stepper, timed_apart
+from apart import Apart, ApartSession, opened_stepper, timed_apart
 from bench import Case, case, finish, parser, random_states, say, write_exported, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing, Opened
@@ -136,10 +136,6 @@ def main() -> None:
     columns = ["model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %"]
     extra = {"runs": given.runs, "left_out": left_out, "integer_peak": peaks[True], "float_peak": peaks[False]}
     finish("step-latency", columns, rows, extra, save=given.save)
-
-
-def opened_stepper(opened: Opened) -> Stepper:
-    return Stepper(opened())
 
 
 def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:

@@ -80,7 +80,7 @@ FLAVOURS = {
         "tensorrt-rtx",
         "tensorrt_rtx",
         "tensorrt-rtx",
-        ("7.5", "8.0", "8.6", "8.9", "12.0"),
+        ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
         "8.9",
         timing_cache=False,
         inspects=False,

@@ -18,10 +18,11 @@ __all__ = ["TorchSession"]
 class TorchSession:
     """Runs a ``StepGraph`` module, float or simulated, behind the interface of the compiled backends."""
 
-    def __init__(self, step: "StepGraph", name: str) -> None:
-        """``step`` in eval mode; ``name`` says what it computes."""
-        self._step = step
+    def __init__(self, step: "StepGraph", name: str, *, device: str = "cpu") -> None:
+        """``step`` in eval mode, moved to ``device``; ``name`` says what it computes."""
+        self._step = step.to(device)
         self._name = name
+        self._device = device
 
     @property
     def max_batch(self) -> int | None:
@@ -39,9 +40,9 @@ class TorchSession:
 
         with torch.inference_mode():
             next_sample, x0 = self._step(
-                *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.input_names)
+                *(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self.input_names)
             )
-        return StepOutput(next_sample.numpy(), x0.numpy())
+        return StepOutput(next_sample.cpu().numpy(), x0.cpu().numpy())
 
     def describe(self) -> dict[str, object]:
         """What runs."""
@@ -51,6 +52,7 @@ class TorchSession:
             "backend": "simulation",
             "graph": self._name,
             "version": torch.__version__,
+            "device": self._device,
             "threads": torch.get_num_threads(),
         }
 

@@ -313,7 +313,7 @@ def test_truncated_graph_is_refused(blocks: Blocks, cache: EngineCache) -> None:
 
 @pytest.mark.parametrize("sm", ["9.0", "8.7", "sm_89", ""])
 def test_unknown_capability_lists_the_allowed_ones(blocks: Blocks, cache: EngineCache, sm: str) -> None:
-    with pytest.raises(InputError, match=f"compute capability '{sm}'; it builds for 7.5, 8.0, 8.6, 8.9, 12.0"):
+    with pytest.raises(InputError, match=f"compute capability '{sm}'; it builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"):
         engine_from_onnx(blocks("int8"), cache=cache, sm=sm)
 
 

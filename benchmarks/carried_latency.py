@@ -1,0 +1,162 @@
+"""`step_latency.py` in two halves, for a machine that cannot make the graphs: make them here, time them there.
+
+    python benchmarks/carried_latency.py prepare FOLDER --models cifar10 --light
+    python benchmarks/carried_latency.py time FOLDER --save
+
+The folder must have the same path on both machines. With `--light` the graphs' large tensors repeat a short piece of
+themselves, so that the folder compresses to little: times do not depend on the values, and `eps SQNR dB` is measured
+before. The peers that run in PyTorch are left out, since they are no graphs.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import onnx
+from apart import Apart, ApartSession, opened_stepper, timed_apart
+from bench import case, finish, parser, say
+from machine_peak import float_peak, integer_peak, multiply_accumulates
+from nncf_form import openvino_form
+from speed_peers import Missing, Opened
+from step_latency import BASELINE, contenders, reference_of, sqnr_of
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.runtime.random_inputs import random_inputs
+
+_SESSIONS = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession, "nncf": openvino_form}
+_ALIKE = 4096
+_LARGE = 16 * _ALIKE
+
+
+def prepare(folder: Path, models: list[str], *, light: bool) -> None:
+    """Every contender's graph, and contenders.json that says how each is opened."""
+    for name in models:
+        model, place = case(name, samples=2, steps=5), folder / name
+        reference = reference_of(model)
+        found: dict[str, Any] = {}
+        for label, contender in contenders(model, place).items():
+            if label.startswith("torch") or "step bins" in label:
+                continue
+            try:
+                opened = contender.prepared()
+            except Missing as why:
+                say(f"{label}: left out, {why}")
+                continue
+            with Apart(partial(opened_stepper, opened)) as one:
+                quality = fmean(sqnr_of(reference, ApartSession(one), model))
+            found[label] = {"opened": _written(opened), "integer": contender.integer, "eps SQNR dB": quality}
+            say(f"{label}: {quality:.2f} dB")
+        card = {
+            "spec": model.checkpoint.spec.model_dump(mode="json"),
+            "multiply_accumulates": multiply_accumulates(model),
+            "contenders": found,
+        }
+        (place / "contenders.json").write_text(json.dumps(card, indent=1))
+        if light:
+            _lighten(place)
+
+
+def _written(opened: Opened) -> dict[str, Any]:
+    """A partial of one of ``_SESSIONS`` as JSON."""
+    assert isinstance(opened, partial)  # noqa: S101  # every contender but those in PyTorch is one
+    kind = next(name for name, session in _SESSIONS.items() if session is opened.func)
+    arguments = [str(value) for value in opened.args]
+    return {"kind": kind, "arguments": arguments, "options": opened.keywords}
+
+
+def _read(card: dict[str, Any]) -> Opened:
+    arguments = [Path(value) if "/" in value else value for value in card["arguments"]]
+    return partial(_SESSIONS[card["kind"]], *arguments, **card["options"])
+
+
+def _lighten(folder: Path) -> None:
+    """Large tensors in the files beside the graphs repeat their first values."""
+    for path in folder.rglob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False)
+        for tensor in graph.graph.initializer:
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            if where:
+                _repeat(path.parent / where["location"], int(where.get("offset", 0)), int(where["length"]))
+            elif len(tensor.raw_data) >= _LARGE:
+                held = np.frombuffer(tensor.raw_data, np.uint8)
+                tensor.raw_data = np.resize(held[:_ALIKE], len(held)).tobytes()
+        path.write_bytes(graph.SerializeToString())
+    for path in folder.rglob("*.xml"):
+        for offset, size in re.findall(r'<data [^>]*\boffset="(\d+)"[^>]* size="(\d+)"', path.read_text()):
+            _repeat(path.with_suffix(".bin"), int(offset), int(size))
+
+
+def _repeat(path: Path, offset: int, length: int) -> None:
+    if length >= _LARGE:
+        held = np.memmap(path, np.uint8, "r+", offset, (length,))
+        held[:] = np.resize(held[:_ALIKE].copy(), length)
+        held.flush()
+
+
+def time_them(folder: Path, given: argparse.Namespace) -> None:
+    """The table of `step_latency.py`, of the graphs in ``folder``."""
+    peaks = {True: integer_peak(), False: float_peak()}
+    say(f"peak: {peaks[True] / 1e9:.0f} G integer and {peaks[False] / 1e9:.0f} G float multiply-accumulates a second")
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*/contenders.json")):
+        card = json.loads(path.read_text())
+        spec = ModelSpec.model_validate(card["spec"])
+        with ExitStack() as stack:
+            opened = {
+                label: stack.enter_context(Apart(partial(opened_stepper, _read(item["opened"]))))
+                for label, item in card["contenders"].items()
+            }
+            for batch in map(int, given.batches.split(",")):
+                say(f"{path.parent.name}, batch {batch}: timing {len(opened)} sessions in turn")
+                times = timed_apart(opened, random_inputs(spec, batch), runs=given.runs, seconds=given.seconds)
+                base = float(np.median(times[BASELINE]))
+                for label, values in times.items():
+                    item, median = card["contenders"][label], float(np.median(values))
+                    done = card["multiply_accumulates"] * batch / (median / 1000)
+                    # At once: a lent machine may be gone before the table is.
+                    say(f"{label}: {median:.2f} ms, {base / median:.2f}x")
+                    rows.append(
+                        {
+                            "model": path.parent.name,
+                            "batch": batch,
+                            "what": label,
+                            "median ms": median,
+                            "p95 ms": float(np.percentile(values, 95)),
+                            "over ORT FP32": base / median,
+                            "eps SQNR dB": min(item["eps SQNR dB"], 199.0),
+                            "of peak %": 100 * done / peaks[item["integer"]],
+                        }
+                    )
+    columns = ["model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %"]
+    extra = {"runs": given.runs, "integer_peak": peaks[True], "float_peak": peaks[False]}
+    finish("carried-latency", columns, rows, extra, save=given.save)
+
+
+def main() -> None:
+    arguments = parser("Time per denoising step on a machine that did not make the graphs.")
+    arguments.add_argument("what", choices=("prepare", "time"))
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--models", default="cifar10")
+    arguments.add_argument("--light", action="store_true", help="make the folder compressible; the values are lost")
+    arguments.add_argument("--batches", default="4,16")
+    arguments.add_argument("--runs", type=int, default=15)
+    arguments.add_argument("--seconds", type=float, default=300.0, help="what a batch size may take")
+    given = arguments.parse_args()
+    folder = given.folder.absolute()
+    if given.what == "prepare":
+        shutil.rmtree(folder, ignore_errors=True)
+        prepare(folder, given.models.split(","), light=given.light)
+    else:
+        time_them(folder, given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""ONNX Runtime's own GPU providers on the graphs of the GPU suite: what a user would run in place of an engine."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_timing import summary, timed
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.errors import EnvironmentProblem
+from qdm_deploy.pipeline.speed import random_inputs
+from qdm_deploy.report.metrics import sqnr_db
+
+__all__ = ["measure_provider", "offered_providers"]
+
+PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+_OUTPUTS = ["next_sample", "x0"]
+_DEVICE = ("cuda", 0)
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+def offered_providers() -> list[str]:
+    """The GPU providers of this onnxruntime, ready to be used.
+
+    Raises:
+        EnvironmentProblem: It has none.
+    """
+    import onnxruntime as ort
+
+    offered = [name for name in PROVIDERS if name in ort.get_available_providers()]
+    if not offered:
+        raise EnvironmentProblem("this onnxruntime has no GPU provider; install onnxruntime-gpu in its place")
+    ort.preload_dlls()  # CUDA and cuDNN of the nvidia-* packages, where PyTorch did not load them already
+    return offered
+
+
+def measure_provider(
+    graph: Path, provider: str, model: ModelSpec, batches: tuple[int, ...], runs: int
+) -> dict[str, Any]:
+    """Distance from the CPU, and the times of a step whose tensors travel and of one where all stay on the GPU."""
+    inputs = random_inputs(model, 4)
+    expected = _session(graph, "CPUExecutionProvider").run(_OUTPUTS, dict(inputs))
+    session = _session(graph, provider)
+    found = session.run(_OUTPUTS, dict(inputs))
+    result: dict[str, Any] = {
+        "sqnr_db_against_cpu": {name: sqnr_db(a, b) for name, a, b in zip(_OUTPUTS, expected, found, strict=True)},
+        "ms": {},
+    }
+    for batch in batches:
+        inputs = random_inputs(model, batch)
+        times = {
+            "run": summary(timed(lambda: session.run(_OUTPUTS, dict(inputs)), runs)),  # noqa: B023  # called at once
+            "on the GPU": _bound(session, inputs, runs),
+        }
+        if provider == "CUDAExecutionProvider":
+            try:
+                recorded = _session(graph, provider, {"enable_cuda_graph": "1"})
+                times["on the GPU, cuda graph"] = _bound(recorded, inputs, runs)
+            except Exception as error:  # noqa: BLE001  # nodes left on the CPU forbid it, and no base class is shared
+                times["on the GPU, cuda graph"] = {"error": str(error)}
+        result["ms"][str(batch)] = times
+    return result
+
+
+def _session(graph: Path, provider: str, options: dict[str, str] | None = None) -> Any:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(graph, providers=[(provider, options or {}), "CPUExecutionProvider"])
+    if provider not in session.get_providers():
+        raise EnvironmentProblem(f"onnxruntime fell back to {', '.join(session.get_providers())}")
+    return session
+
+
+def _bound(session: Any, inputs: Inputs, runs: int) -> dict[str, float]:
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    held = {
+        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *_DEVICE) for name, value in inputs.items()
+    }
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in _OUTPUTS:
+        value = ort.OrtValue.ortvalue_from_shape_and_type(list(inputs["sample"].shape), np.float32, *_DEVICE)
+        held[f"output {name}"] = value
+        binding.bind_ortvalue_output(name, value)
+    return summary(timed(lambda: session.run_with_iobinding(binding), runs))
