@@ -153,18 +153,22 @@ def _config(library: Any, builder: Any, flavour: Flavour, request: BuildRequest,
     if request.options.auxiliary_streams is not None:
         config.max_aux_streams = request.options.auxiliary_streams
     if request.sm is not None:
-        known = library.ComputeCapability.__members__
-        name = "SM" + request.sm.replace(".", "")
-        if name not in known:
-            raise EnvironmentProblem(
-                f"{flavour.backend} {library.__version__} cannot build for compute capability '{request.sm}' yet; "
-                f"pip install --upgrade 'qdm-deploy[{flavour.extra}]'"
-            )
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(known[name], 0)
+        _set_capability(library, config, flavour, request.sm)
     if flavour.timing_cache and request.timing_cache is not None:
         _set_timing_cache(config, request.timing_cache)
     return config
+
+
+def _set_capability(library: Any, config: Any, flavour: Flavour, sm: str) -> None:
+    known = library.ComputeCapability.__members__
+    name = "SM" + sm.replace(".", "")
+    if name not in known:
+        raise EnvironmentProblem(
+            f"{flavour.backend} {library.__version__} cannot build for compute capability '{sm}' yet; "
+            f"pip install --upgrade 'qdm-deploy[{flavour.extra}]'"
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(known[name], 0)
 
 
 def _set_timing_cache(config: Any, path: Path) -> None:
