@@ -61,6 +61,12 @@ class Sensitivity:
         whole = self.noise.sum(axis=0)
         return self.weighted(np.eye(len(whole))[int(np.argmax(whole / self.signal))]).shares()
 
+    def without(self, kept: Set[str]) -> Self:
+        """The same measurement without the layers ``kept`` in float."""
+        left = [i for i, name in enumerate(self.layers) if name not in kept]
+        layers = tuple(self.layers[i] for i in left)
+        return replace(self, layers=layers, noise=self.noise[left], macs=self.macs[left])
+
     def ranked(self) -> tuple[str, ...]:
         """The layers, the one that adds most noise first."""
         return tuple(self.layers[i] for i in np.argsort(-self.mean_noise, kind="stable"))

@@ -37,7 +37,8 @@ class BuildOptions:
             or "auto": as many of 1, 2, 4, 8 as pay for themselves.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "free" does so only for inputs where it costs no operation on any
-            of ``targets``; "none" leaves only the factors of skip branches.
+            of ``targets``, and where ``keep_fp`` measures for the one layer that makes most of the noise of the worst
+            timestep, if there is one; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (few, cheap and noisy ones, and what it takes to reach

@@ -28,12 +28,15 @@ class Budgeted:
         plan: the plan.
         noise: for the report; None where nothing was measured.
         shares: part of the noise that each layer adds, by layer.
+        worst_shares: part of the noise at the worst timestep that each layer left in INT8 adds, by layer; empty where
+            the choice of layers needed no measurement.
         warnings: what was asked for and not reached.
     """
 
     plan: QuantizationPlan
     noise: NoiseBlock | None = None
     shares: dict[str, float] = field(default_factory=dict)
+    worst_shares: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -71,7 +74,8 @@ def measured_and_kept(
     kept = frozenset(name for name in found.layers if name not in left)
     noise = _noise_block(found, kept, min(rows, len(calibration)))
     warnings = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
-    return Budgeted(chosen, noise, found.shares(), warnings)
+    worst = found.without(kept).worst_shares() if decides and left else {}
+    return Budgeted(chosen, noise, found.shares(), worst, warnings)
 
 
 def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int) -> NoiseBlock:

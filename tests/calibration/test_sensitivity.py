@@ -94,6 +94,10 @@ def test_means_shares_and_ranks_by_hand() -> None:
     assert found.shares() == pytest.approx({"a": 1 / 6, "b": 0.5, "c": 1 / 3})
     first = found.weighted(np.array([1.0, 0.0]))
     assert first.ranked() == ("a", "c", "b")
+    # At the worst timestep, the first, a makes half of the noise; without a and b, c makes all of it everywhere.
+    assert found.worst_shares() == pytest.approx({"a": 0.5, "b": 0.0, "c": 0.5})
+    assert found.without({"a"}).worst_shares() == pytest.approx({"b": 0.0, "c": 1.0})
+    assert found.without({"a", "b"}).macs.tolist() == [70]
     # Relative to a signal of 1 and 100, the noise of the first timestep counts a hundredfold.
     assert found.relative().ranked() == ("c", "a", "b")
     # Relative to all the noise, 2 and 4, both timesteps count alike: 1/2, 3/4 and 1/2 + 1/4 of it.
