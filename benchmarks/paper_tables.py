@@ -65,7 +65,7 @@ def main() -> None:
         settings = Settings(
             seeds=given.seeds, steps=given.steps, samples=given.calibration_samples, images=given.images,
             cache=given.cache, iterations=given.reconstruct_iterations, scratch=Path(scratch),
-            frechet_images=given.frechet_images, frechet_steps=given.frechet_steps,
+            frechet_images=given.frechet_images, frechet_steps=given.frechet_steps, device=given.device,
         )  # fmt: skip
         rows, skipped, weights = _measure(given, settings)
     for letter in given.only:
@@ -169,6 +169,7 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--reconstruct-iterations", type=int, default=300, help="of (e), for each block or layer")
     arguments.add_argument("--frechet-images", type=int, default=1000, help="of (e) and (f) in W4A8")
     arguments.add_argument("--frechet-steps", type=int, default=10)
+    arguments.add_argument("--device", default="cpu", help="where simulations run: cpu or cuda")
     arguments.add_argument(
         "--document",
         type=Path,

@@ -15,6 +15,7 @@ import torch
 from bench import finish, parser, say
 from numpy.typing import NDArray
 
+from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
@@ -42,10 +43,6 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=500)
     arguments.add_argument("--device", default="cpu", help="cpu or cuda")
     given = arguments.parse_args()
-    # An integer product of 8-bit codes would survive TF32; what stays float in the plan would not.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    from qdm_calibration.simulate import simulate
-
     checkpoint = load_checkpoint(EMBEDDED_MODEL)
     spec, plan = checkpoint.spec, QuantizationPlan.load(Bundle.open(given.bundle).file("unet/plan.json").parent)
     table = step_table(NoiseSchedule.from_config(checkpoint.scheduler_config), "ddim", given.steps)
@@ -68,7 +65,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"what": "float", "Frechet distance": distance, "seconds": seconds}]
     targets: list[Target] = given.targets.split(",")
     for target in targets:
-        found, seconds = images(simulate(checkpoint.unet.cpu(), plan, target), target)
+        found, seconds = images(simulate(checkpoint.unet, plan, target), target)
         seen = classifier.run(found).features
         apart = frechet_difference(real, features, seen, resamples=500)
         psnr = float(np.mean(psnr_per_image_db(expected, found)))

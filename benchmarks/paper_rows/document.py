@@ -78,12 +78,18 @@ def verdict(finding: Finding, found: Mapping[str, Mapping[str, Spread]]) -> str:
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several results as one: the first, with those letters replaced that a later one has."""
-    rows = list(results[0]["rows"])
+    """Several results as one: the first, with those letters replaced that a later one has.
+
+    ``other_weights`` are those of the letters that were measured with others than the first result's.
+    """
+    rows, weights = list(results[0]["rows"]), results[0]["weights"]
+    others: dict[str, str] = {}
     for result in results[1:]:
         letters = {row["letter"] for row in result["rows"]}
         rows = [row for row in rows if row["letter"] not in letters] + list(result["rows"])
-    return {**results[0], "rows": rows}
+        others = {letter: digest for letter, digest in others.items() if letter not in letters}
+        others |= dict.fromkeys(sorted(letters), result["weights"]) if result["weights"] != weights else {}
+    return {**results[0], "rows": rows, "other_weights": others}
 
 
 def document(result: Mapping[str, Any], comments: Mapping[str, str], names: Sequence[str]) -> str:
@@ -123,7 +129,10 @@ def document(result: Mapping[str, Any], comments: Mapping[str, str], names: Sequ
 def _setting(result: Mapping[str, Any]) -> str:
     """How ours were measured."""
     seeds, slow = (", ".join(map(str, result[name])) for name in ("calibration_seeds", "reconstruct_seeds"))
-    return f"""Ours: the embedded model (weights `{result["weights"][:12]}`), DDIM with {result["steps"]} steps,
+    weights = f"weights `{result['weights'][:12]}`"
+    for letter, digest in result.get("other_weights", {}).items():
+        weights += f"; in ({letter}) `{digest[:12]}`"
+    return f"""Ours: the embedded model as it was then ({weights}), DDIM with {result["steps"]} steps,
 {result["seeds"]} unseen seeds, {result["calibration_samples"]} calibration trajectories of
 {result["calibration_steps"]} steps. `eps SQNR dB` is the teacher-forced signal-to-noise ratio of the network's output,
 the mean over the steps; `last step` is that of the last step. INT8 is the simulation of the target `tensorrt`; in (h)

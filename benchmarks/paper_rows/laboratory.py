@@ -64,6 +64,7 @@ class Settings:
         frechet_images, frechet_steps: pictures of a Frechet distance, and their denoising steps; it is taken under
             calibration seed 0 alone.
         scratch: a folder for graphs, removed with the run.
+        device: where the simulations run, "cpu" or "cuda"; it decides no number beyond float32's rounding.
     """
 
     seeds: int
@@ -75,6 +76,7 @@ class Settings:
     scratch: Path
     frechet_images: int = 1000
     frechet_steps: int = 10
+    device: str = "cpu"
 
 
 class Model:
@@ -101,7 +103,9 @@ class Model:
 
         def run() -> ReferenceRun:
             say("float reference")
-            session = TorchSession(StepGraph(self.checkpoint.unet, self.spec).eval(), "float")
+            session = TorchSession(
+                StepGraph(self.checkpoint.unet, self.spec).eval(), "float", device=self.settings.device
+            )
             table = step_table(self.schedule, "ddim", self.settings.steps)
             return reference_run(
                 session, table, self.seeds, self.spec, conditioning=self.conditioning, batch_size=BATCH
@@ -199,7 +203,7 @@ class Laboratory:
 
         def numbers() -> dict[str, float]:
             step = StepGraph(simulate(checkpoint.unet, plan, "tensorrt"), checkpoint.spec).eval()
-            return self.measured(TorchSession(step, "tensorrt"))
+            return self.measured(TorchSession(step, "tensorrt", device=self.settings.device))
 
         return self.shared(f"simulated {_rounding(plan)}", numbers)
 

@@ -1,5 +1,6 @@
 """A step session that runs the plan in PyTorch: what a target without a runtime on this machine would compute."""
 
+import copy
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,8 +20,15 @@ class TorchSession:
     """Runs a ``StepGraph`` module, float or simulated, behind the interface of the compiled backends."""
 
     def __init__(self, step: "StepGraph", name: str, *, device: str = "cpu") -> None:
-        """``step`` in eval mode, moved to ``device``; ``name`` says what it computes."""
-        self._step = step.to(device)
+        """``step`` in eval mode, which runs on ``device``; ``name`` says what it computes."""
+        self._step = step
+        if device != "cpu":
+            import torch
+
+            # An integer product of 8-bit codes would survive TF32; what stays float in the plan would not.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            # A copy: its weights are often those of the network that it was made from.
+            self._step = copy.deepcopy(step).to(device)
         self._name = name
         self._device = device
 

@@ -337,7 +337,11 @@ def test_a_verdict_may_ask_for_a_level() -> None:
 def test_letters_of_a_later_result_replace_those_of_the_first() -> None:
     first = {"weights": "w", "rows": [*rows("c", KL=[1.0]), *rows("f", split=[2.0])]}
     both = merged([first, {"weights": "x", "rows": rows("c", KL=[3.0, 4.0])}])
-    assert both["weights"] == "w"
+    assert (both["weights"], both["other_weights"]) == ("w", {"c": "x"})
+    again = merged(
+        [first, {"weights": "x", "rows": rows("c", KL=[3.0])}, {"weights": "w", "rows": rows("c", KL=[5.0])}]
+    )
+    assert again["other_weights"] == {}
     assert spreads(both["rows"], "c")["KL"][EPS].median == 3.5
     assert spreads(both["rows"], "f")["split"][EPS].median == 2.0
 
@@ -352,7 +356,9 @@ def test_the_document_has_every_letter_its_source_and_its_verdict() -> None:
             *rows("f", first=[44.0, 45.0]), {**rows("f", second=[41.0])[0], FRECHET: 12.5},
         ],
     }  # fmt: skip
+    result["other_weights"] = {"c": "fedcba9876543210"}
     text = document(result, {"c": "Because of the tails."}, ["2026-01-01-paper-tables.json"])
+    assert "(weights `0123456789ab`; in (c) `fedcba987654`)" in text
     for letter, finding in FINDINGS.items():
         assert f"\n## ({letter}) {finding.title}\n" in text
         assert finding.source in text
