@@ -119,7 +119,7 @@ _FILE = click.Path(path_type=Path)
     default="free",
     section=_QUANTIZATION,
     help="Scales per input channel: none, or kept where the layer then errs less; free: only where they cost no "
-    "operation on any target.",
+    "operation, and for the one layer, if any, that makes most of the noise of the worst timestep.",
 )
 @option(
     "--step-bins",
