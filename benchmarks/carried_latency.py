@@ -121,7 +121,7 @@ def time_them(folder: Path, given: argparse.Namespace) -> None:
                 for label, values in times.items():
                     item, median = card["contenders"][label], float(np.median(values))
                     done = card["multiply_accumulates"] * batch / (median / 1000)
-                    # At once: a lent machine may be gone before the table is.
+                    # At once: a machine of somebody else may be gone before the table is.
                     say(f"{label}: {median:.2f} ms, {base / median:.2f}x")
                     rows.append(
                         {
