@@ -25,7 +25,7 @@ from bench import case, finish, parser, say
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
 from speed_peers import Missing, Opened
-from step_latency import BASELINE, contenders, reference_of, sqnr_of
+from step_latency import COLUMNS, contenders, reference_of, sqnr_of, timed_rows
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
@@ -109,6 +109,8 @@ def time_them(folder: Path, given: argparse.Namespace) -> None:
     for path in sorted(folder.glob("*/contenders.json")):
         card = json.loads(path.read_text())
         spec = ModelSpec.model_validate(card["spec"])
+        quality = {label: item["eps SQNR dB"] for label, item in card["contenders"].items()}
+        integer = {label: item["integer"] for label, item in card["contenders"].items()}
         with ExitStack() as stack:
             opened = {
                 label: stack.enter_context(Apart(partial(opened_stepper, _read(item["opened"]))))
@@ -117,27 +119,15 @@ def time_them(folder: Path, given: argparse.Namespace) -> None:
             for batch in map(int, given.batches.split(",")):
                 say(f"{path.parent.name}, batch {batch}: timing {len(opened)} sessions in turn")
                 times = timed_apart(opened, random_inputs(spec, batch), runs=given.runs, seconds=given.seconds)
-                base = float(np.median(times[BASELINE]))
-                for label, values in times.items():
-                    item, median = card["contenders"][label], float(np.median(values))
-                    done = card["multiply_accumulates"] * batch / (median / 1000)
-                    # At once: a machine of somebody else may be gone before the table is.
-                    say(f"{label}: {median:.2f} ms, {base / median:.2f}x")
-                    rows.append(
-                        {
-                            "model": path.parent.name,
-                            "batch": batch,
-                            "what": label,
-                            "median ms": median,
-                            "p95 ms": float(np.percentile(values, 95)),
-                            "over ORT FP32": base / median,
-                            "eps SQNR dB": min(item["eps SQNR dB"], 199.0),
-                            "of peak %": 100 * done / peaks[item["integer"]],
-                        }
-                    )
-    columns = ["model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %"]
+                found = timed_rows(
+                    path.parent.name, batch, times, card["multiply_accumulates"], quality, integer, peaks
+                )
+                # At once: a machine of somebody else may be gone before the table is.
+                for row in found:
+                    say(f"{row['what']}: {row['median ms']:.2f} ms, {row['over ORT FP32']:.2f}x")
+                rows += found
     extra = {"runs": given.runs, "integer_peak": peaks[True], "float_peak": peaks[False]}
-    finish("carried-latency", columns, rows, extra, save=given.save)
+    finish("carried-latency", COLUMNS, rows, extra, save=given.save)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ if nothing but the multiplications of the U-Net were to be done.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +34,7 @@ from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
 
 BASELINE = "onnxruntime FP32"
+COLUMNS = ("model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %")
 # The searches that run a large model for every layer: their result changes no time.
 _LARGE = {"channel_scales": "none", "keep_fp": "none"}
 
@@ -117,25 +118,39 @@ def main() -> None:
                 say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
                 inputs = random_inputs(model.checkpoint.spec, batch)
                 times = timed_apart(opened, inputs, runs=given.runs, seconds=given.seconds)
-                base = float(np.median(times[BASELINE]))
-                for label, values in times.items():
-                    median = float(np.median(values))
-                    done = macs * batch / (median / 1000)
-                    rows.append(
-                        {
-                            "model": name,
-                            "batch": batch,
-                            "what": label,
-                            "median ms": median,
-                            "p95 ms": float(np.percentile(values, 95)),
-                            "over ORT FP32": base / median,
-                            "eps SQNR dB": min(quality[label], 199.0),
-                            "of peak %": 100 * done / peaks[wanted[label].integer],
-                        }
-                    )
-    columns = ["model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %"]
+                integer = {label: item.integer for label, item in wanted.items()}
+                rows += timed_rows(name, batch, times, macs, quality, integer, peaks)
     extra = {"runs": given.runs, "left_out": left_out, "integer_peak": peaks[True], "float_peak": peaks[False]}
-    finish("step-latency", columns, rows, extra, save=given.save)
+    finish("step-latency", COLUMNS, rows, extra, save=given.save)
+
+
+def timed_rows(
+    model: str,
+    batch: int,
+    times: Mapping[str, Sequence[float]],
+    macs: int,
+    quality: Mapping[str, float],
+    integer: Mapping[str, bool],
+    peaks: Mapping[bool, float],
+) -> list[dict[str, Any]]:
+    """One row for each contender of ``times`` (milliseconds); ``macs`` are of one row of the batch."""
+    base = float(np.median(times[BASELINE]))
+    rows = []
+    for label, values in times.items():
+        median = float(np.median(values))
+        rows.append(
+            {
+                "model": model,
+                "batch": batch,
+                "what": label,
+                "median ms": median,
+                "p95 ms": float(np.percentile(values, 95)),
+                "over ORT FP32": base / median,
+                "eps SQNR dB": min(quality[label], 199.0),
+                "of peak %": 100 * macs * batch / (median / 1000) / peaks[integer[label]],
+            }
+        )
+    return rows
 
 
 def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:

@@ -164,7 +164,7 @@ def _loudest_scaled(
     ``--channel-scales free`` leaves out the inputs where a factor costs an operation. One operation more is a small
     price where it stills the layer that decides a whole timestep; that cannot be said of more than one layer.
     """
-    from qdm_calibration.channel_factors import search_channel_factors
+    from qdm_calibration.channel_factors import free_inputs, search_channel_factors
     from qdm_calibration.plan import make_plan
     from qdm_calibration.statistics import collect_scaled_inputs
 
@@ -174,11 +174,14 @@ def _loudest_scaled(
         return plan
     name = max(shares, key=lambda layer: shares[layer])
     group = next(layers for layers in topology.groups().values() if name in {layer.name for layer in layers})
-    # Elsewhere factors were searched already.
-    if shares[name] < _LOUD or not group[0].normalized or group[0].absorber is not None:
+    # What is free was searched already; where no normalization stands before, gains may, which a plan of its own loses.
+    if (
+        shares[name] < _LOUD
+        or not group[0].normalized
+        or group[0].input_group in free_inputs(topology, options.targets)
+    ):
         return plan
-    only = Topology(group)
-    (key,) = only.groups()
+    only, key = Topology(group), group[0].input_group
     found = search_channel_factors(
         checkpoint.unet, only, statistics, calibration, ranges=options.ranges, zero_offset=options.zero_offset,
         weight_bits=options.weight_bits, branch_fold=options.concat_scales == "branch", progress=progress,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ import pytest
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.engines.audit import PlannedLayer
+from qdm_deploy.engines.builder import _set_capability
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.engine import engine_from_onnx
+from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import EngineError, EnvironmentProblem, InputError, ResourceProblem
 from qdm_deploy.progress import Advance
@@ -341,3 +344,9 @@ def test_engine_reports_a_missing_library(blocks: Blocks, cache: EngineCache, mo
         EnvironmentProblem, match=r"needs the Python module 'tensorrt'.*pip install 'qdm-deploy\[tensorrt\]'"
     ):
         engine_from_onnx(blocks("int8"), cache=cache, backend="tensorrt")
+
+
+def test_a_capability_that_this_version_does_not_know_is_said_with_what_to_do() -> None:
+    library = SimpleNamespace(__version__="1.2.0", ComputeCapability=SimpleNamespace(__members__={"SM89": 1}))
+    with pytest.raises(EnvironmentProblem, match=r"1\.2\.0 cannot build for compute capability '12\.1' yet"):
+        _set_capability(library, None, FLAVOURS["tensorrt-rtx"], "12.1")
