@@ -160,18 +160,21 @@ searches with 2.4 ([0005](adr/0005-ranges-by-lp.md)).""",
 All are well above 30 dB, and quantizing all three costs 5.7 dB of the final image beside Sigma alone. The state x_{t-1}
 is the one to leave alone: it carries every later step. Sigma costs the state nothing that can be seen.""",
     "e": """
-Block-wise gains 8.2 dB over nearest and 1.5 dB over layer-wise. By the pictures both learned forms are as good as the
-float model: their Frechet distance is within 0.7 of its own, nearest is 4.6 away.""",
+Block-wise gains 7.8 dB over nearest and 0.7 dB over layer-wise, whose spread it touches. By the pictures block-wise is
+as good as the float model (its Frechet distance is 0.4 below the float model's 4.7), layer-wise costs 0.6, nearest 4.3.""",
     "f": """
-By decibels the forms are close, for a reason that can be seen in the plans: the two branches of a concatenation differ
-at most 1.7-fold in range on this model. By the pictures the paper is right: at W4A8 one shared scale costs 8.8 of
-Frechet distance and split convolutions cost nothing that can be seen. The fold lies between, because it moves the ratio
-of the branches into weight columns that have only 15 codes; at W8A8 it is as good as splitting and costs no kernel.""",
+With 8-bit weights splitting is 0.8 dB ahead of one shared scale and 0.3 dB ahead of the fold, which costs no kernel:
+the two branches of a concatenation differ at most 2.3-fold in range on this model. With 4-bit weights the order says
+little about concatenations. Rounding to nearest decides there, and the calibration seeds share it: split weights are
+more precise than whole ones in every layer, and yet the output is 1.5 dB worse and the pictures are further away. With
+the weights of before, trained for less long, the split form was the best of the three by both measures. Rounding that
+is learned, (e), is 7 dB above all of them.""",
     "g": """
-Gains do nothing here, at 8 bits or at 6. Of 72 INT8 layers 52 read what a normalization has just scaled, so their range
-does not follow the timestep; the other 20 move at most 1.7-fold from one bin to another, less than one bit. A scale per
-bin then trades a little range for nothing. `build` sees this by itself: its default, `--step-bins auto`, chose one bin
-for this model.""",
+Gains do next to nothing here: eight bins are 0.1 dB ahead of one at 8 bits, less than the spread, and not at all at 6.
+Most INT8 layers read what a normalization has just scaled, so their range does not follow the timestep. Four of the
+others, three output projections of attention and one upsampler, move 1.4 to 1.9-fold; because of them `build` takes
+two bins for this model ([0006](adr/0006-gains-where-the-range-moves.md)). On CPUs that costs no more than timings
+differ from run to run, and it gains as little.""",
     "h": """
 Part of the distance is what is quantized: ModelOpt's default and `quantize_static` take every layer, the time
 embedding, the first and the last convolution included, which costs almost 9 dB (the diffusers filter leaves them out).
