@@ -146,7 +146,7 @@ are behind noise, which at every t gives late steps a range that they never use.
 nothing at the last step: only there is the network's input nearly an image.""",
     "b": """
 NDTC and uniform differ by no more than their spread: where the samples lie matters less than that every part of the
-trajectory has some. A single timestep in the middle loses 0.5 dB, the first 3 and the last 7: ranges of nearly finished
+trajectory has some. A single timestep in the middle loses 0.6 dB, the first 3 and the last 7: ranges of nearly finished
 images clip the early steps, and the mean counts those as much. At the last step the three differ by 0.3 dB. FID, by
 which the paper judges, sees what the last steps do to details.""",
     "c": """
