@@ -146,12 +146,18 @@ class _TimeLeft:
     def __init__(self, missing: Sequence[tuple[int, Row]]) -> None:
         """Start the clock."""
         self.left = sum(row.cost for _, row in missing)
-        self.rows, self.spent, self.start = len(missing), 0, time.perf_counter()
+        self.rows, self.spent = len(missing), 0
+        self.start: float | None = None
         say(f"{self.rows} rows to measure, some {self.left} network evaluations")
 
     def done(self, row: Row) -> None:
         """A row is finished."""
-        self.left, self.spent, self.rows = self.left - row.cost, self.spent + row.cost, self.rows - 1
+        self.left, self.rows = self.left - row.cost, self.rows - 1
+        if self.start is None:  # the first row also paid for what all rows share, and says nothing of the others
+            self.start = time.perf_counter()
+            say(f"    {self.rows} rows left")
+            return
+        self.spent += row.cost
         minutes = (time.perf_counter() - self.start) / self.spent * self.left / 60
         say(f"    {self.rows} rows left, about {minutes:.0f} minutes")
 
