@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import Case, case, finish, parser, say, write_float, write_graph
+from bench import FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
 
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
@@ -58,8 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default + bias correction": {"bias_correction": "auto"},
     "default, 10 % of the cost in float": {"keep_fp": "10%"},
 }
-# Seeds that no calibration uses.
-FIRST_SEED = 2**40
 
 
 def session_for(model: Case, plan: QuantizationPlan, target: Target, folder: Path) -> tuple[str, StepSession]:

@@ -30,6 +30,7 @@ from qdm_deploy.pipeline.importance import StepImportance, importance_table, mea
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.planning import planned
 from qdm_deploy.report.machine import library_versions, machine_card
+from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
 from qdm_export.shared_weights import save_with_shared_weights
@@ -38,6 +39,8 @@ from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint, load_checkpoint
 
 __all__ = [
+    "CPU_SESSIONS",
+    "FIRST_SEED",
     "RESULTS",
     "Case",
     "case",
@@ -55,6 +58,12 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
+# Seeds that no calibration uses.
+FIRST_SEED = 2**40
+CPU_SESSIONS: dict[Target, type[OnnxRuntimeSession | OpenVinoSession]] = {
+    "onnxruntime": OnnxRuntimeSession,
+    "openvino": OpenVinoSession,
+}
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,16 @@ from typing import Any
 import numpy as np
 import onnx
 from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import case, finish, parser, say
+from bench import CPU_SESSIONS, case, finish, parser, say
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
 from speed_peers import Missing, Opened
 from step_latency import COLUMNS, contenders, reference_of, sqnr_of, timed_rows
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 
-_SESSIONS = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession, "nncf": openvino_form}
+_SESSIONS = {**CPU_SESSIONS, "nncf": openvino_form}
 _ALIKE = 4096
 _LARGE = 16 * _ALIKE
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from bench import Case, case, finish, parser, say, write_float
+from bench import FIRST_SEED, Case, case, finish, parser, say, write_float
 
 from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan
@@ -35,8 +35,6 @@ from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.step_graph import StepGraph
 from qdm_export.targets import emit
 
-# Seeds that no calibration uses.
-FIRST_SEED = 2**40
 # Name of the variant: the inputs that are offered factors, and whether constants take up what they can.
 VARIANTS = {
     "none": ("none", True),

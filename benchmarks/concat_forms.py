@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from ablation import FIRST_SEED, session_for
+from ablation import session_for
 from apart import Apart, opened_stepper, timed_apart
-from bench import Case, case, finish, parser, say, write_float, write_graph
+from bench import CPU_SESSIONS, FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.pipeline.engine import audit_row
 from qdm_deploy.pipeline.quality import ReferenceRun, compare_with, reference_run
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.runtime import OnnxRuntimeSession
 from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
@@ -34,7 +34,6 @@ from qdm_export.split_concat import split_checkpoint
 from qdm_export.topology import topology_of
 
 FORMS: tuple[Literal["none", "branch", "split"], ...] = ("none", "branch", "split")
-_SESSIONS = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
 
 
 def split_case(model: Case) -> Case:
@@ -94,8 +93,8 @@ def main() -> None:
             say(form)
             plan = models[form].plan(PlanOptions(concat_scales=form))
             rows += measured(models[form], form, plan, reference, scratch, given.sm)
-            for target, session_class in _SESSIONS.items():
-                graph = write_graph(models[form], plan, target, scratch / f"{form}-{target}-timed")  # type: ignore[arg-type]
+            for target, session_class in CPU_SESSIONS.items():
+                graph = write_graph(models[form], plan, target, scratch / f"{form}-{target}-timed")
                 made = partial(session_class, graph, mode="throughput")
                 opened[form, target] = stack.enter_context(Apart(partial(opened_stepper, made)))
         for batch in map(int, given.batches.split(",")):

@@ -14,18 +14,15 @@ from typing import Any
 
 import numpy as np
 from apart import Apart, opened_stepper, timed_apart
-from bench import finish, parser, save_form
+from bench import CPU_SESSIONS, finish, parser, save_form
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.float_graph import export_float_graph
 from qdm_export.targets import emit
 from qdm_export.unet import load_checkpoint
-
-_SESSIONS = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
 
 
 def main() -> None:
@@ -41,14 +38,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         opened: dict[tuple[str, str], Apart] = {}
-        for target, session in _SESSIONS.items():
+        for target, session in CPU_SESSIONS.items():
             for name, form in (("gains", plan), ("static", static)):
-                path = save_form(emit(graph, form, target), Path(scratch) / f"{target}-{name}", target)  # type: ignore[arg-type]
+                path = save_form(emit(graph, form, target), Path(scratch) / f"{target}-{name}", target)
                 made = partial(session, path, mode="throughput")
                 opened[target, name] = stack.enter_context(Apart(partial(opened_stepper, made)))
         for batch in map(int, given.batches.split(",")):
             times = timed_apart(opened, random_inputs(checkpoint.spec, batch), runs=given.runs, seconds=120)
-            for target in _SESSIONS:
+            for target in CPU_SESSIONS:
                 gains, without = (float(np.median(times[target, name])) for name in ("gains", "static"))
                 rows.append(
                     {

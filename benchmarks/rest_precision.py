@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from bench import Case, case, finish, parser, say, write_float
+from bench import FIRST_SEED, Case, case, finish, parser, say, write_float
 from numpy.typing import NDArray
 
 from qdm_calibration.collect import collect_calibration_set
@@ -28,7 +28,6 @@ from qdm_export.check import widened
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import Rest, emit
 
-FIRST_SEED = 2**40
 _BATCH = 64
 
 

@@ -20,9 +20,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from ablation import FIRST_SEED
 from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import Case, case, finish, parser, random_states, say, write_exported, write_float, write_graph
+from bench import FIRST_SEED, Case, case, finish, parser, random_states, say, write_exported, write_float, write_graph
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing, Opened
 

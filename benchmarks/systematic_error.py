@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import Case, case, finish, parser, say, write_float, write_graph
+from bench import FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import QuantizationPlan
@@ -29,8 +29,6 @@ from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.samplers import step_table
 from qdm_export.float_graph import export_float_graph
 
-# Seeds that no calibration uses.
-FIRST_SEED = 2**40
 WEIGHTS_ALONE = "weights alone"
 _UNCORRECTED = {"output_correction": "none"}
 PLANS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from ablation import FIRST_SEED
-from bench import Case, say, write_float, write_graph
+from bench import FIRST_SEED, Case, say, write_float, write_graph
 from concat_forms import split_case
 from made_pictures import features_of_made
 from peer_models import CALIBRATION_STEPS
