@@ -12,7 +12,15 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 
-__all__ = ["MAX_FLOAT_SHARE", "FrontierPoint", "check_choice", "frontier", "keep_float", "needs_sensitivity"]
+__all__ = [
+    "MAX_FLOAT_SHARE",
+    "FrontierPoint",
+    "check_choice",
+    "frontier",
+    "keep_float",
+    "needs_sensitivity",
+    "needs_times",
+]
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
 MAX_FLOAT_SHARE = 0.1
@@ -20,7 +28,7 @@ MAX_FLOAT_SHARE = 0.1
 # at least six times their part of the cost, up to this part of the cost. In U-Nets these are shortcuts, which are cheap
 # and read what nothing normalizes, and the first block's convolution, which makes half the noise of the last step.
 BARGAIN_SHARE, BARGAIN = 0.04, 6.0
-_PERCENT = re.compile(r"([^,]*)%")
+_PERCENT, _TIME = re.compile(r"([^,]*)%"), re.compile(r"([^,]*)%time")
 
 
 @dataclass(frozen=True)
@@ -32,17 +40,24 @@ class FrontierPoint:
         int8_share: part of the planned INT8 cost that still runs in INT8, 0 to 1.
         noise: predicted noise power of the output, in the sensitivity's weighting.
         sqnr_db: predicted SQNR of the output in dB, mean over the timesteps.
+        step_ms: predicted time of a step in milliseconds; None where no times were given.
     """
 
     layer: str | None
     int8_share: float
     noise: float
     sqnr_db: float
+    step_ms: float | None = None
 
 
 def needs_sensitivity(choice: str) -> bool:
-    """Whether a choice needs a measurement: "auto" and "N%" do, "none" and names do not."""
-    return choice == "auto" or _PERCENT.fullmatch(choice) is not None
+    """Whether a choice needs the noise of the layers: "auto", "N%" and "N%time" do, "none" and names do not."""
+    return choice == "auto" or _PERCENT.fullmatch(choice) is not None or needs_times(choice)
+
+
+def needs_times(choice: str) -> bool:
+    """Whether a choice needs the measured times of the layers: "N%time" does."""
+    return _TIME.fullmatch(choice) is not None
 
 
 def check_choice(choice: str, topology: Topology) -> None:
@@ -65,6 +80,8 @@ def keep_float(
     sensitivity: Sensitivity | None = None,
     cost: Mapping[str, float] | None = None,
     *,
+    step_ms: float | None = None,
+    extra_ms: Mapping[str, float] | None = None,
     min_sqnr_db: float = 25.0,
     max_float_share: float = MAX_FLOAT_SHARE,
 ) -> QuantizationPlan:
@@ -73,15 +90,18 @@ def keep_float(
     Args:
         plan: every layer that may be INT8 is.
         choice: "auto" (bargains, and what it takes to reach ``min_sqnr_db``), "N%" (as much noise as N percent of the
-            cost can remove), "none", or names and patterns (``*``, ``?``, ``[...]``) separated by commas.
-        sensitivity: of this plan; needed for "auto" and "N%".
+            cost can remove), "N%time" (as much as it can while a step takes at most N percent longer), "none", or names
+            and patterns (``*``, ``?``, ``[...]``) separated by commas.
+        sensitivity: of this plan; needed for "auto", "N%" and "N%time".
         cost: of each layer in INT8, in any unit; None takes its multiply-accumulates.
+        step_ms: milliseconds of a step of this plan; needed for "N%time".
+        extra_ms: milliseconds that a layer adds to a step in float, by layer; needed for "N%time".
         min_sqnr_db: "auto" goes on until the predicted SQNR of the output reaches this.
         max_float_share: "auto" keeps no more than this part of the cost in float.
 
     Raises:
         InputError: a name that fits no INT8 layer, a percentage outside 0 to 100.
-        ValueError: no sensitivity where the choice needs one.
+        ValueError: no sensitivity, or no times, where the choice needs them.
     """
     names = [layer.name for layer in plan.quantized]
     if choice == "none":
@@ -96,15 +116,27 @@ def keep_float(
         largest = {name: max(shares[name], worst[name]) for name in sensitivity.layers}
         bargains = _within(sensitivity, costs, min(BARGAIN_SHARE, max_float_share), noise=largest, least_ratio=BARGAIN)
         kept = _within(sensitivity, costs, max_float_share, bargains, min_sqnr_db=min_sqnr_db)
+    elif needs_times(choice):
+        if step_ms is None or extra_ms is None:
+            raise ValueError(f"keeping {choice!r} in float needs the times of the layers")
+        # What INT8 makes no faster costs next to nothing to keep in float, and goes first.
+        costs = {name: max(extra_ms[name], 1e-6 * step_ms) for name in sensitivity.layers}
+        kept = _within(sensitivity, costs, _percentage(choice) / 100 * step_ms / sum(costs.values()))
     else:
         kept = _within(sensitivity, costs, _percentage(choice) / 100)
     return _with_float(plan, {name: _reason(shares[name], worst[name]) for name in kept})
 
 
-def frontier(sensitivity: Sensitivity, cost: Mapping[str, float] | None = None) -> tuple[FrontierPoint, ...]:
+def frontier(
+    sensitivity: Sensitivity,
+    cost: Mapping[str, float] | None = None,
+    *,
+    step_ms: float | None = None,
+    extra_ms: Mapping[str, float] | None = None,
+) -> tuple[FrontierPoint, ...]:
     """What is predicted when the layers go float one after the other, the one that adds most noise first.
 
-    It starts with the plan as it is and ends before no noise is left.
+    It starts with the plan as it is and ends before no noise is left. Arguments as those of ``keep_float``.
     """
     costs = _costs(sensitivity, cost)
     total = sum(costs.values())
@@ -118,7 +150,8 @@ def frontier(sensitivity: Sensitivity, cost: Mapping[str, float] | None = None) 
             break
         left = [name for name in sensitivity.layers if name not in kept]
         share = sum(costs[name] for name in left) / total
-        points.append(FrontierPoint(layer, share, sum(noise[name] for name in left), sqnr))
+        longer = None if step_ms is None or extra_ms is None else step_ms + sum(extra_ms[name] for name in kept)
+        points.append(FrontierPoint(layer, share, sum(noise[name] for name in left), sqnr, longer))
     return tuple(points)
 
 
@@ -162,12 +195,15 @@ def _costs(sensitivity: Sensitivity, cost: Mapping[str, float] | None) -> dict[s
 
 
 def _percentage(choice: str) -> float:
+    of_time = needs_times(choice)
     try:
-        value = float(choice.removesuffix("%"))
+        value = float(choice.removesuffix("%time" if of_time else "%"))
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:
-        raise InputError(f"{choice!r} of the INT8 cost cannot be kept in float; give a percentage from 0% to 100%")
+        what = "a step's time cannot be added by layers" if of_time else "the INT8 cost cannot be kept"
+        end = "time" if of_time else ""
+        raise InputError(f"{choice!r} of {what} in float; give a percentage from 0%{end} to 100%{end}")
     return value
 
 
@@ -180,8 +216,8 @@ def _named(choice: str, names: list[str]) -> list[str]:
             close = get_close_matches(pattern, names, n=3)
             hint = f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
             raise InputError(
-                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', or names or "
-                "patterns of the layers that `qdm-deploy inspect` lists"
+                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', 'N%time', or "
+                "names or patterns of the layers that `qdm-deploy inspect` lists"
             )
         found.update(matches)
     return [name for name in names if name in found]

@@ -140,9 +140,10 @@ _FILE = click.Path(path_type=Path)
 @option(
     "--keep-fp",
     section=_QUANTIZATION,
-    metavar="auto|N%|none|NAMES",
-    help="Layers to keep in float: few, cheap and noisy ones and what --min-sqnr takes; N percent of the INT8 cost; "
-    "none; or names and patterns (a,b*).  [default: auto; with --from-modelopt none]",
+    metavar="auto|N%|N%time|none|NAMES",
+    help="Layers to keep in float: few, cheap and noisy ones and what --min-sqnr takes; the noisiest within N percent "
+    "of the INT8 multiply-accumulates, or so that a step takes N percent longer at most, measured on OpenVINO; none; "
+    "or names and patterns (a,b*).  [default: auto; with --from-modelopt none]",
 )
 @option(
     "--no-sensitivity",

@@ -42,9 +42,10 @@ class BuildOptions:
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (few, cheap and noisy ones, and what it takes to reach
-            ``min_eps_sqnr_db``), "N%" (of the INT8 cost, for as much noise as that removes), "none", or names and
-            patterns separated by commas; None is "auto", but "none" with scales of ModelOpt.
-        sensitivity: measure the noise that each INT8 layer adds, for the report; "auto" and "N%" measure it anyway.
+            ``min_eps_sqnr_db``), "N%" (of the INT8 cost, for as much noise as that removes), "N%time" (the same while
+            a step takes at most N percent longer), "none", or names and patterns separated by commas; None is "auto",
+            but "none" with scales of ModelOpt.
+        sensitivity: measure the noise that each INT8 layer adds, for the report; "auto" and percentages do so anyway.
         weight_bits: 8, or 4: codes of 4 bits in the same INT8 kernels.
         reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
             learns the scales of the activations too; "none" rounds to nearest.

@@ -1,11 +1,14 @@
 """The noise of each INT8 layer inside a build: which layers stay in float, and what the report says about the rest."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.topology import Topology
+from qdm_deploy.errors import InputError
+from qdm_deploy.pipeline.layer_times import LayerTimes, can_be_timed
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
@@ -44,11 +47,22 @@ def check_keep_fp(options: BuildOptions, topology: Topology) -> None:
     """Refuse a choice of layers that cannot be kept.
 
     Raises:
-        InputError: see ``qdm_calibration.budget.check_choice``.
+        InputError: see ``qdm_calibration.budget.check_choice``; or the choice needs times that nothing here can tell.
     """
-    from qdm_calibration.budget import check_choice
+    from qdm_calibration.budget import check_choice, needs_times
 
     check_choice(options.float_choice, topology)
+    if needs_times(options.float_choice) and not can_be_timed(options):
+        raise _no_times(options.float_choice)
+
+
+def _no_times(choice: str) -> InputError:
+    percent = choice.removesuffix("time")
+    return InputError(
+        f"--keep-fp {choice} needs the times of single layers, which only OpenVINO tells, for models of up to 268 "
+        f"million weights: install it (pip install 'qdm-deploy[openvino]') and keep it among the targets, or give "
+        f"{percent}, a part of the multiply-accumulates"
+    )
 
 
 def measured_and_kept(
@@ -57,9 +71,13 @@ def measured_and_kept(
     calibration: CalibrationSet,
     plan: QuantizationPlan,
     progress: Progress,
+    layer_times: Callable[[QuantizationPlan], LayerTimes | None] | None = None,
 ) -> Budgeted:
-    """Measure where that is wanted, on the plan with every INT8 layer in INT8, then apply ``keep_fp``."""
-    from qdm_calibration.budget import keep_float, needs_sensitivity
+    """Measure where that is wanted, on the plan with every INT8 layer in INT8, then apply ``keep_fp``.
+
+    ``layer_times`` measures what the plan's layers take; None, here and from it: that is not known.
+    """
+    from qdm_calibration.budget import keep_float, needs_sensitivity, needs_times
     from qdm_calibration.sensitivity import measure_sensitivity
 
     choice = options.float_choice
@@ -69,19 +87,23 @@ def measured_and_kept(
     rows = _ROWS_TO_CHOOSE if decides else _ROWS_TO_SHOW
     # Relative to the noise of each timestep: the verdict counts decibels, not absolute noise.
     found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).balanced()
-    chosen = keep_float(plan, choice, found, min_sqnr_db=options.min_eps_sqnr_db)
+    times = None if layer_times is None else layer_times(plan)
+    if times is None and needs_times(choice):
+        raise _no_times(choice)
+    step_ms, extra_ms = (None, None) if times is None else (times.step_ms, times.extra_ms)
+    chosen = keep_float(plan, choice, found, step_ms=step_ms, extra_ms=extra_ms, min_sqnr_db=options.min_eps_sqnr_db)
     left = {layer.name for layer in chosen.quantized}
     kept = frozenset(name for name in found.layers if name not in left)
-    noise = _noise_block(found, kept, min(rows, len(calibration)))
+    noise = _noise_block(found, kept, min(rows, len(calibration)), times)
     warnings = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
     worst = found.without(kept).worst_shares() if decides and left else {}
     return Budgeted(chosen, noise, found.shares(), worst, warnings)
 
 
-def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int) -> NoiseBlock:
+def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int, times: LayerTimes | None) -> NoiseBlock:
     from qdm_calibration.budget import frontier
 
-    points = frontier(found)
+    points = frontier(found) if times is None else frontier(found, step_ms=times.step_ms, extra_ms=times.extra_ms)
     whole = float(found.mean_noise.sum())
     macs = dict(zip(found.layers, found.macs.tolist(), strict=True))
     return NoiseBlock(
@@ -93,12 +115,15 @@ def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int) -> Noise
                 int8_share=point.int8_share,
                 noise_share=min(1.0, point.noise / whole),
                 sqnr_db=point.sqnr_db,
+                step_ms=point.step_ms,
             )
             for point in points
         ),
         kept=len(kept),
         sqnr_db=found.sqnr_db(kept),
         int8_share=sum(macs[name] for name in found.layers if name not in kept) / sum(macs.values()),
+        step_ms=None if times is None else times.step_ms + sum(times.extra_ms[name] for name in kept),
+        timed_on=None if times is None else times.measured_on,
     )
 
 

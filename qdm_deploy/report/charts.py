@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Bar", "Line", "bar_chart", "frontier_chart", "label", "line_chart", "opening", "ticks"]
+__all__ = ["PERCENT", "Bar", "Line", "bar_chart", "frontier_chart", "label", "line_chart", "opening", "ticks"]
 
 WIDTH = 480
 _LINE_HEIGHT = 290
@@ -17,6 +17,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 14, 50
 _BAR_ROW = 42
 _BAR_THICKNESS = 13
 _VALUE_SPACE = 92
+# Marks of an axis of shares.
+PERCENT = tuple((percent / 100, f"{percent}") for percent in range(0, 101, 20))
 
 
 @dataclass(frozen=True)
@@ -120,16 +122,18 @@ def frontier_chart(
     title: str,
     x_label: str,
     y_label: str,
+    x_ticks: Sequence[tuple[float, str]] = PERCENT,
     chosen: tuple[float, float] | None = None,
     threshold: float | None = None,
 ) -> str:
-    """Quality against the share that runs in INT8, which grows to the right.
+    """Quality against what it costs: the share that runs in INT8, or the time of a step; both grow to the right.
 
     Args:
-        points: (share in [0, 1], value, what the point is) in drawing order, at least one.
+        points: (cost, value, what the point is) in drawing order, at least one.
         title: what the chart is called for screen readers.
-        x_label: of the horizontal axis, which is in percent.
+        x_label: of the horizontal axis, with its unit.
         y_label: of the vertical axis, with its unit.
+        x_ticks: cost and label of every mark, the ends of the axis among them; shares in [0, 1] by default.
         chosen: a point to put a ring around.
         threshold: a dashed horizontal line.
     """
@@ -137,8 +141,10 @@ def frontier_chart(
     y_ticks = ticks(min([y for _, y, _ in points] + extra), max([y for _, y, _ in points] + extra))
     right, bottom = WIDTH - _RIGHT - 8, _LINE_HEIGHT - _BOTTOM
 
-    def across(share: float) -> float:
-        return _LEFT + share * (right - _LEFT)
+    first, last = x_ticks[0][0], x_ticks[-1][0]
+
+    def across(cost: float) -> float:
+        return _LEFT + (cost - first) / (last - first) * (right - _LEFT)
 
     def up(value: float) -> float:
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - _TOP)
@@ -147,7 +153,7 @@ def frontier_chart(
     for value in y_ticks:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>')
         parts.append(label(_LEFT - 7, up(value) + 4, f"{value:g}", "end"))
-    parts += [label(across(percent / 100), bottom + 18, f"{percent}", "middle") for percent in range(0, 101, 20)]
+    parts += [label(across(cost), bottom + 18, text, "middle") for cost, text in x_ticks]
     middle = (_TOP + bottom) / 2
     parts.append(f'<text class="axis" text-anchor="middle" transform="translate(13 {middle:.1f}) rotate(-90)">')
     parts.append(f"{escape(y_label)}</text>")

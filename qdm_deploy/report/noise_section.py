@@ -1,6 +1,8 @@
-"""The section on the noise of single layers: the frontier between quality and what runs in INT8."""
+"""The section on the noise of single layers: the frontier between quality and what runs in INT8, or takes time."""
 
-from qdm_deploy.report.charts import frontier_chart
+from collections.abc import Sequence
+
+from qdm_deploy.report.charts import PERCENT, frontier_chart, ticks
 from qdm_deploy.report.markup import breakable, decibels, figure, percent, section, table
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
 
@@ -21,18 +23,14 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     """
     if noise is None or not noise.frontier:
         return ""
-    points = [
-        (row.int8_share, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB")
-        for row in noise.frontier
-        if row.int8_share >= _LEAST_DRAWN
-    ]
-    chart = frontier_chart(
-        points,
-        title="Predicted quality against the share in INT8",
-        x_label=f"% of {_COST}",
-        y_label="predicted SQNR in dB",
-        chosen=None if noise.sqnr_db is None else (noise.int8_share, noise.sqnr_db),
-        threshold=minimum,
+    drawn_rows = [row for row in noise.frontier if row.int8_share >= _LEAST_DRAWN]
+    chart = _chart(
+        [(row.int8_share, row) for row in drawn_rows],
+        "Predicted quality against the share in INT8",
+        f"% of {_COST}",
+        PERCENT,
+        None if noise.sqnr_db is None else (noise.int8_share, noise.sqnr_db),
+        minimum,
     )
     swatch = '<svg class="swatch" viewBox="0 0 30 8">{}</svg>'
     ring = swatch.format('<circle class="ring" cx="15" cy="4" r="3.4"/>')
@@ -42,7 +40,22 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     )
     about = "From all in INT8, at the right, one layer more per dot, to 10 %."
     drawn = figure("Keeping layers in float, the noisiest first", about, chart, legend)
-    head = ("one more in float", "left in INT8", "noise left", "predicted SQNR")
+    timed = [(row.step_ms, row) for row in drawn_rows if row.step_ms is not None]
+    if timed and noise.step_ms is not None:
+        costs = [cost for cost, _ in timed] + [noise.step_ms]
+        by_time = _chart(
+            timed,
+            "Predicted quality against the time of a step",
+            f"ms per step ({noise.timed_on})",
+            [(value, f"{value:g}") for value in ticks(min(costs), max(costs))],
+            None if noise.sqnr_db is None else (noise.step_ms, noise.sqnr_db),
+            minimum,
+        )
+        about = "The same points, from all in INT8 at the left. Only the layers' products are counted, each measured."
+        drawn += figure("What they cost in time", about, by_time, legend)
+    head: tuple[str, ...] = ("one more in float", "left in INT8", "noise left", "predicted SQNR")
+    if timed:
+        head = (*head, "step")
     rows = [_row(row) for row in noise.frontier]
     few = table(head, rows[: _OPEN_ROWS + 1], style="frontier")
     every = ""
@@ -59,10 +72,30 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
     return section("Noise and the frontier", f'{lead}<div class="charts">{drawn}{first}</div>{every}')
 
 
+def _chart(
+    points: Sequence[tuple[float, FrontierRow]],
+    title: str,
+    x_label: str,
+    x_ticks: Sequence[tuple[float, str]],
+    chosen: tuple[float, float] | None,
+    minimum: float,
+) -> str:
+    return frontier_chart(
+        [(cost, row.sqnr_db, f"{row.layer or 'all in INT8'}: {row.sqnr_db:.1f} dB") for cost, row in points],
+        title=title,
+        x_label=x_label,
+        y_label="predicted SQNR in dB",
+        x_ticks=x_ticks,
+        chosen=chosen,
+        threshold=minimum,
+    )
+
+
 def _row(row: FrontierRow) -> tuple[str, ...]:
-    return (
+    cells = (
         "none: all in INT8" if row.layer is None else breakable(row.layer),
         percent(row.int8_share),
         percent(row.noise_share),
         decibels(row.sqnr_db),
     )
+    return cells if row.step_ms is None else (*cells, f"{row.step_ms:.1f} ms")

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from qdm_deploy.report.value import Count, Decibels, Share, Value
+from qdm_deploy.report.value import Count, Decibels, Positive, Share, Value
 
 __all__ = ["FrontierRow", "NoiseBlock"]
 
@@ -17,12 +17,14 @@ class FrontierRow(Value):
         int8_share: part of the INT8 layers' multiply-accumulates that still runs in INT8.
         noise_share: part of their noise that is left.
         sqnr_db: predicted SQNR of the network's output, mean over the timesteps.
+        step_ms: predicted time of a step; None where the times of single layers were not measured.
     """
 
     layer: str | None
     int8_share: Share
     noise_share: Share
     sqnr_db: Decibels
+    step_ms: Positive | None = None
 
 
 class NoiseBlock(Value):
@@ -37,6 +39,8 @@ class NoiseBlock(Value):
         kept: layers that the build keeps in float because it was asked to.
         sqnr_db: predicted with ``kept`` in float; None where no noise is left.
         int8_share: with ``kept`` in float.
+        step_ms: predicted with ``kept`` in float; None where the times of single layers were not measured.
+        timed_on: what they were measured on.
     """
 
     rows: Annotated[int, Field(gt=0)]
@@ -45,6 +49,8 @@ class NoiseBlock(Value):
     kept: Count
     sqnr_db: Decibels | None
     int8_share: Share
+    step_ms: Positive | None = None
+    timed_on: str | None = None
 
     @model_validator(mode="after")
     def _falling(self) -> Self:

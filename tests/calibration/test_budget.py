@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_calibration.budget import check_choice, frontier, keep_float, needs_sensitivity
+from qdm_calibration.budget import check_choice, frontier, keep_float, needs_sensitivity, needs_times
 from qdm_calibration.sensitivity import Sensitivity
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Layer
@@ -116,6 +116,33 @@ def test_a_measured_cost_replaces_the_multiply_accumulates() -> None:
     assert kept(result) == ["conv_in"]
     with pytest.raises(InputError, match=r"1 INT8 layers have no cost above 0 \(first: conv_out\)"):
         keep_float(plan(), "auto", sensitivity(), {**cost, "conv_out": 0.0})
+
+
+# Milliseconds that a layer adds in float; INT8 makes mid.conv1 slower. A step takes 10.
+EXTRA = {"conv_in": 4.0, "mid.conv1": -0.5, "mid.conv2": 0.3, "mid.to_out": 1.0, "conv_out": 0.6}
+
+
+def test_a_percentage_of_the_time_is_kept_to() -> None:
+    def within(choice: str) -> list[str]:
+        return kept(keep_float(plan(), choice, sensitivity(), step_ms=10.0, extra_ms=EXTRA))
+
+    # Noise per millisecond: mid.conv2 6.7, conv_out 6.7, mid.to_out 3, conv_in 2.5; mid.conv1 costs nothing.
+    assert within("0%time") == []
+    assert within("1%time") == ["mid.conv1"]
+    assert within("9.1%time") == ["mid.conv1", "mid.conv2", "conv_out"]
+    assert within("20%time") == ["mid.conv1", "mid.conv2", "mid.to_out", "conv_out"]
+    assert within("100%time") == list(NAMES)
+    with pytest.raises(ValueError, match="keeping '5%time' in float needs the times of the layers"):
+        keep_float(plan(), "5%time", sensitivity())
+    with pytest.raises(InputError, match=r"'101%time' of a step's time .* give a percentage from 0%time to 100%time"):
+        check_choice("101%time", plan().topology)
+    assert [needs_times(choice) for choice in ("5%time", "5%", "auto", "time")] == [True, False, False, False]
+
+
+def test_the_frontier_knows_the_time_of_a_step() -> None:
+    points = frontier(sensitivity(), step_ms=10.0, extra_ms=EXTRA)
+    assert [point.step_ms for point in points] == pytest.approx([10.0, 14.0, 14.6, 15.6, 15.9])
+    assert {point.step_ms for point in frontier(sensitivity())} == {None}
 
 
 def test_what_needs_a_measurement() -> None:

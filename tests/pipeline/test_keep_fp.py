@@ -10,7 +10,7 @@ from qdm_deploy.errors import InputError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", ["auto", "10%", "down_blocks.1.resnets.0.conv2"])
+@pytest.mark.parametrize("choice", ["auto", "10%", "20%time", "down_blocks.1.resnets.0.conv2"])
 def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice: str) -> None:
     result = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp=choice, min_eps_sqnr_db=200.0)
     plan = QuantizationPlan.load(tmp_path / "kept.qdm" / "unet")
@@ -24,9 +24,19 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
 
 @pytest.mark.parametrize(
     ("choice", "message"),
-    [("conv_uot", "'conv_uot' is no INT8 layer .*"), ("200%", "'200%' of the INT8 cost cannot be kept in float")],
+    [
+        ("conv_uot", "'conv_uot' is no INT8 layer .*"),
+        ("200%", "'200%' of the INT8 cost cannot be kept in float"),
+        ("200%time", "'200%time' of a step's time cannot be added by layers in float"),
+    ],
 )
 def test_a_choice_that_cannot_be_kept_is_refused(quick_build: Any, tmp_path: Path, choice: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         quick_build(tmp_path / "kept.qdm", "rgb", keep_fp=choice)
+    assert not (tmp_path / "kept.qdm").exists()
+
+
+def test_a_part_of_the_time_needs_a_backend_that_tells_it(quick_build: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--keep-fp 5%time needs the times of single layers.*or give 5%, a part of"):
+        quick_build(tmp_path / "kept.qdm", "rgb", keep_fp="5%time", targets=("onnxruntime",))
     assert not (tmp_path / "kept.qdm").exists()

@@ -243,3 +243,15 @@ def test_latents_of_one_step(report: Callable[..., Report], quality: Callable[..
     assert Page(page).open == []
     assert "mean PSNR" not in "".join(Page(page).text)
     assert "30.0 dB at 999" in page
+
+
+def test_the_frontier_is_drawn_against_time_where_layers_were_timed(report: Callable[..., Report]) -> None:
+    noise = report().noise
+    assert noise is not None
+    assert "What they cost in time" not in render(report())
+    rows = tuple(row.model_copy(update={"step_ms": 20.0 + index}) for index, row in enumerate(noise.frontier))
+    timed = noise.model_copy(update={"frontier": rows, "step_ms": 21.0, "timed_on": "OpenVINO, a batch of 4"})
+    page = render(report(noise=timed))
+    assert "What they cost in time" in page
+    assert "ms per step (OpenVINO, a batch of 4)" in page
+    assert [f"{20 + index}.0 ms" in page for index in range(len(rows))] == [True] * len(rows)

@@ -1,0 +1,52 @@
+"""What single layers take: every layer of the plan has a time, and large models are left alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdm_deploy.pipeline import layer_times
+from qdm_deploy.pipeline.layer_times import measured_layer_times
+from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.progress import SILENT
+from qdm_deploy.runtime.openvino_profile import product_times
+
+pytest.importorskip("openvino")
+OPTIONS = BuildOptions(out=Path("x.qdm"))
+
+
+def times_of(tiny: Any, name: str, options: BuildOptions = OPTIONS) -> Any:
+    spec = tiny.checkpoint(name).spec
+    return measured_layer_times(options, tiny.float_graph(name), tiny.plan(name), spec, SILENT)
+
+
+@pytest.mark.parametrize("name", ["labels", "text"])
+def test_every_layer_has_a_time_and_all_together_are_a_part_of_the_step(tiny: Any, name: str) -> None:
+    found = times_of(tiny, name)
+    assert found is not None
+    assert set(found.extra_ms) == {layer.name for layer in tiny.plan(name).quantized}
+    assert found.step_ms > 0
+    assert any(value != 0 for value in found.extra_ms.values())
+
+
+def test_times_follow_the_node(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """Each layer takes 3 ms in the graph that has nothing in INT8, under the names of that graph, and 1 ms in INT8."""
+    seen: list[set[str]] = []
+
+    def told(graph: Path, inputs: Any, **options: Any) -> tuple[dict[str, float], float]:
+        names, step = product_times(graph, inputs, runs=1)
+        seen.append(set(names))
+        return dict.fromkeys(names, 1.0 if graph.stem == "int8" else 3.0), step
+
+    monkeypatch.setattr(layer_times, "product_times", told)
+    found = times_of(tiny, "labels")
+    assert set(found.extra_ms.values()) == {2.0}
+    assert set(found.extra_ms) <= seen[0]
+    assert not set(found.extra_ms) <= seen[1]
+
+
+def test_there_are_none_without_the_backend_or_for_large_models(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert times_of(tiny, "labels", replace(OPTIONS, targets=("onnxruntime",))) is None
+    monkeypatch.setattr(layer_times, "_MOST_WEIGHTS", 100)
+    assert times_of(tiny, "labels") is None
