@@ -51,11 +51,11 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
             None if noise.sqnr_db is None else (noise.step_ms, noise.sqnr_db),
             minimum,
         )
-        about = "The same points, from all in INT8 at the left. Only the layers' products are counted, each measured."
+        about = "The same points. Each layer's convolution or product was timed in INT8 and in float."
         drawn += figure("What they cost in time", about, by_time, legend)
     head: tuple[str, ...] = ("one more in float", "left in INT8", "noise left", "predicted SQNR")
     if timed:
-        head = (*head, "step")
+        head = (*head, "ms")
     rows = [_row(row) for row in noise.frontier]
     few = table(head, rows[: _OPEN_ROWS + 1], style="frontier")
     every = ""
@@ -69,7 +69,9 @@ def noise_section(noise: NoiseBlock | None, minimum: float) -> str:
         f"within a few dB; the measured quality stands above. The share in INT8 is that of {_COST}.</p>"
     )
     first = f"<div><h3>What the first layers would give</h3>{few}</div>"
-    return section("Noise and the frontier", f'{lead}<div class="charts">{drawn}{first}</div>{every}')
+    # Beside one chart there is room for the table; beside two, and with a column more, there is none.
+    charts = f'<div class="charts">{drawn}</div>{first}' if timed else f'<div class="charts">{drawn}{first}</div>'
+    return section("Noise and the frontier", f"{lead}{charts}{every}")
 
 
 def _chart(
@@ -98,4 +100,4 @@ def _row(row: FrontierRow) -> tuple[str, ...]:
         percent(row.noise_share),
         decibels(row.sqnr_db),
     )
-    return cells if row.step_ms is None else (*cells, f"{row.step_ms:.1f} ms")
+    return cells if row.step_ms is None else (*cells, f"{row.step_ms:.1f}")
