@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from qdm_deploy.report.value import Count, Decibels, Positive, Share, Value
+from qdm_deploy.report.value import Count, Decibels, NotNegative, Share, Value
 
 __all__ = ["FrontierRow", "NoiseBlock"]
 
@@ -24,7 +24,7 @@ class FrontierRow(Value):
     int8_share: Share
     noise_share: Share
     sqnr_db: Decibels
-    step_ms: Positive | None = None
+    step_ms: NotNegative | None = None
 
 
 class NoiseBlock(Value):
@@ -49,7 +49,7 @@ class NoiseBlock(Value):
     kept: Count
     sqnr_db: Decibels | None
     int8_share: Share
-    step_ms: Positive | None = None
+    step_ms: NotNegative | None = None
     timed_on: str | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from qdm_deploy.pipeline import layer_times
 from qdm_deploy.pipeline.layer_times import measured_layer_times
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import SILENT
-from qdm_deploy.runtime.openvino_profile import product_times
+from qdm_deploy.runtime.openvino_profile import product_times, turn_means
 
 pytest.importorskip("openvino")
 OPTIONS = BuildOptions(out=Path("x.qdm"))
@@ -35,7 +35,7 @@ def test_times_follow_the_node(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> No
     seen: list[set[str]] = []
 
     def told(graph: Path, inputs: Any, **options: Any) -> tuple[dict[str, float], float]:
-        names, step = product_times(graph, inputs, runs=1)
+        names, step = product_times(graph, inputs)
         seen.append(set(names))
         return dict.fromkeys(names, 1.0 if graph.stem == "int8" else 3.0), step
 
@@ -50,3 +50,19 @@ def test_there_are_none_without_the_backend_or_for_large_models(tiny: Any, monke
     assert times_of(tiny, "labels", replace(OPTIONS, targets=("onnxruntime",))) is None
     monkeypatch.setattr(layer_times, "_MOST_WEIGHTS", 100)
     assert times_of(tiny, "labels") is None
+
+
+def test_what_the_first_steps_took_does_not_count() -> None:
+    # 90, then 10 and 20 milliseconds a step, in turns of two; OpenVINO tells the average since the beginning.
+    assert turn_means([90.0, 50.0, 40.0], 2) == pytest.approx([10.0, 20.0])
+
+
+def test_a_step_takes_at_least_what_its_products_take(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    def told(graph: Path, inputs: Any, **options: Any) -> tuple[dict[str, float], float]:
+        names, _ = product_times(graph, inputs)
+        return dict.fromkeys(names, 1.0 if graph.stem == "int8" else 0.0), 0.5
+
+    monkeypatch.setattr(layer_times, "product_times", told)
+    found = times_of(tiny, "labels")
+    assert found.step_ms + sum(found.extra_ms.values()) == 0
+    assert found.step_ms == len(found.extra_ms)
