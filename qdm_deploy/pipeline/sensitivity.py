@@ -83,7 +83,8 @@ def measured_and_kept(
     choice = options.float_choice
     decides = needs_sensitivity(choice)
     if not plan.quantized or not (decides or options.sensitivity):
-        return Budgeted(keep_float(plan, choice))
+        chosen = keep_float(plan, choice)
+        return Budgeted(chosen, warnings=_nothing_left(plan, chosen, choice))
     rows = _ROWS_TO_CHOOSE if decides else _ROWS_TO_SHOW
     # Relative to the noise of each timestep: the verdict counts decibels, not absolute noise.
     found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).balanced()
@@ -95,7 +96,8 @@ def measured_and_kept(
     left = {layer.name for layer in chosen.quantized}
     kept = frozenset(name for name in found.layers if name not in left)
     noise = _noise_block(found, kept, min(rows, len(calibration)), times)
-    warnings = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
+    unmet = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
+    warnings = unmet + _nothing_left(plan, chosen, choice)
     worst = found.without(kept).worst_shares() if decides and left else {}
     return Budgeted(chosen, noise, found.shares(), worst, warnings)
 
@@ -125,6 +127,13 @@ def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int, times: L
         step_ms=None if times is None else times.step_ms + sum(times.extra_ms[name] for name in kept),
         timed_on=None if times is None else times.measured_on,
     )
+
+
+def _nothing_left(plan: QuantizationPlan, chosen: QuantizationPlan, choice: str) -> tuple[str, ...]:
+    """What to say where a choice left no layer in INT8."""
+    if chosen.quantized or not plan.quantized:
+        return ()
+    return (f"--keep-fp {choice} keeps all {len(plan.quantized)} layers in float: nothing of this bundle runs in INT8",)
 
 
 def _unmet(noise: NoiseBlock, minimum: float) -> tuple[str, ...]:
