@@ -20,6 +20,7 @@ __all__ = [
     "keep_float",
     "needs_sensitivity",
     "needs_times",
+    "percentage",
 ]
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
@@ -69,9 +70,27 @@ def check_choice(choice: str, topology: Topology) -> None:
     if choice in ("auto", "none"):
         return
     if needs_sensitivity(choice):
-        _percentage(choice)
+        percentage(choice)
     else:
         _named(choice, [layer.name for layer in topology.candidates])
+
+
+def percentage(choice: str) -> float:
+    """N of "N%" and of "N%time".
+
+    Raises:
+        InputError: it is no number from 0 to 100.
+    """
+    of_time = needs_times(choice)
+    try:
+        value = float(choice.removesuffix("%time" if of_time else "%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        what = "a step's time cannot be added by layers" if of_time else "the INT8 cost cannot be kept"
+        end = "time" if of_time else ""
+        raise InputError(f"{choice!r} of {what} in float; give a percentage from 0%{end} to 100%{end}")
+    return value
 
 
 def keep_float(
@@ -121,9 +140,9 @@ def keep_float(
             raise ValueError(f"keeping {choice!r} in float needs the times of the layers")
         # What INT8 makes no faster costs next to nothing to keep in float, and goes first.
         costs = {name: max(extra_ms[name], 1e-6 * step_ms) for name in sensitivity.layers}
-        kept = _within(sensitivity, costs, _percentage(choice) / 100 * step_ms / sum(costs.values()))
+        kept = _within(sensitivity, costs, percentage(choice) / 100 * step_ms / sum(costs.values()))
     else:
-        kept = _within(sensitivity, costs, _percentage(choice) / 100)
+        kept = _within(sensitivity, costs, percentage(choice) / 100)
     return _with_float(plan, {name: _reason(shares[name], worst[name]) for name in kept})
 
 
@@ -192,19 +211,6 @@ def _costs(sensitivity: Sensitivity, cost: Mapping[str, float] | None) -> dict[s
     if bad:
         raise InputError(f"{len(bad)} INT8 layers have no cost above 0 (first: {bad[0]}); give one for each layer")
     return {name: cost[name] for name in sensitivity.layers}
-
-
-def _percentage(choice: str) -> float:
-    of_time = needs_times(choice)
-    try:
-        value = float(choice.removesuffix("%time" if of_time else "%"))
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        what = "a step's time cannot be added by layers" if of_time else "the INT8 cost cannot be kept"
-        end = "time" if of_time else ""
-        raise InputError(f"{choice!r} of {what} in float; give a percentage from 0%{end} to 100%{end}")
-    return value
 
 
 def _named(choice: str, names: list[str]) -> list[str]:

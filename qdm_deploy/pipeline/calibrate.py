@@ -13,7 +13,7 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.importance import StepImportance, importance_table, measure_importance
-from qdm_deploy.pipeline.layer_times import LayerTimes, measured_layer_times
+from qdm_deploy.pipeline.layer_times import LayerTimer
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.planning import check_modelopt, check_step_bins, planned
 from qdm_deploy.pipeline.sensitivity import Budgeted, check_keep_fp
@@ -124,12 +124,9 @@ def calibrated_plan(
     def importance() -> StepImportance:
         return _importance(options, checkpoint, states, progress)
 
-    def layer_times(plan: QuantizationPlan) -> LayerTimes | None:
-        return measured_layer_times(options, float_graph, plan, spec, progress)
-
     budgeted = planned(
         options, checkpoint, topology, calibration, statistics,
-        importance=importance, stage=stage, layer_times=layer_times, progress=progress,
+        importance=importance, stage=stage, timer=LayerTimer(options, float_graph, spec, progress), progress=progress,
     )  # fmt: skip
     return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 

@@ -1,6 +1,7 @@
 """What each INT8 layer would add to a step in float, measured where the backend tells the times of single nodes."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
@@ -11,16 +12,16 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import Progress
-from qdm_deploy.runtime.openvino_profile import product_times
+from qdm_deploy.runtime.openvino_profile import StepProfile, step_profiles
 from qdm_deploy.runtime.random_inputs import random_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["LayerTimes", "can_be_timed", "measured_layer_times"]
+__all__ = ["LayerTimer", "LayerTimes", "can_be_timed"]
 
 _BATCH = 4
-# Two more graphs of a model this large would not fit beside the rest of a build.
+# Two compiled graphs of a model this large would not fit beside the rest of a build.
 _MOST_WEIGHTS = 2**28
 
 
@@ -45,46 +46,73 @@ def can_be_timed(options: BuildOptions) -> bool:
     return "openvino" in options.targets and find_spec("openvino") is not None
 
 
-def measured_layer_times(
-    options: BuildOptions, float_graph: "ir.Model", plan: QuantizationPlan, spec: ModelSpec, progress: Progress
-) -> LayerTimes | None:
-    """Run the plan's graph and the same graph with nothing in INT8; None where that cannot be, or says too little.
+@dataclass(frozen=True)
+class LayerTimer:
+    """Times the step graphs of plans for one model.
 
-    Args:
+    Attributes:
         options: of the build.
         float_graph: the float step graph.
-        plan: every layer that may be INT8 is.
         spec: the model's.
         progress: where to report.
     """
-    weights = sum(prod(layer.layer.weight_shape) for layer in plan.layers)
-    if not can_be_timed(options) or weights > _MOST_WEIGHTS:
-        return None
-    from qdm_export.shared_weights import save_with_shared_weights
-    from qdm_export.targets import emit
-    from qdm_export.topology import layer_nodes
 
-    names = {layer.name: layer.name for layer in plan.layers}
-    for layer in layer_nodes(float_graph):
-        # A product that stays in float has the names of its nodes: of itself, or of the addition fused into it.
-        names |= {str(node.name): layer.name for node in (layer.node, layer.bias_add) if node is not None}
-    nothing = replace(plan, layers=tuple(LayerPlan(item.layer, "float", reason="timed") for item in plan.layers))
-    found: list[dict[str, float]] = []
-    steps: list[float] = []
-    with progress.task("Timing layers", 2) as advance, tempfile.TemporaryDirectory(prefix="qdm-deploy-") as folder:
-        for label, timed in (("int8", plan), ("float", nothing)):
-            graph = Path(folder) / f"{label}.onnx"
-            save_with_shared_weights([(graph, emit(float_graph, timed, "openvino"))], graph.with_suffix(".bin"))
-            times, step = product_times(graph, random_inputs(spec, _BATCH), threads=options.threads)
-            found.append({names[node]: value for node, value in times.items() if node in names})
-            steps.append(step)
-            advance()
-    int8, in_float = found
-    planned = [layer.name for layer in plan.quantized]
-    if any(name not in int8 or name not in in_float for name in planned):
-        progress.say("OpenVINO's profile does not name every layer, so the report says nothing of single layers' times")
-        return None
-    extra = {name: in_float[name] - int8[name] for name in planned}
-    # Whatever the clock said, a step takes what its products take, so that no prediction falls below 0.
-    step = max(steps[0], sum(int8[name] for name in planned))
-    return LayerTimes(step, extra, f"OpenVINO, a batch of {_BATCH}")
+    options: BuildOptions
+    float_graph: "ir.Model"
+    spec: ModelSpec
+    progress: Progress
+
+    def layer_times(self, plan: QuantizationPlan) -> LayerTimes | None:
+        """Of the plan's INT8 layers, from its graph and the same graph with nothing in INT8.
+
+        None where the model is too large, the backend is no target or not here, or its profile says too little.
+        """
+        weights = sum(prod(layer.layer.weight_shape) for layer in plan.layers)
+        if not can_be_timed(self.options) or weights > _MOST_WEIGHTS:
+            return None
+        nothing = tuple(LayerPlan(item.layer, "float", reason="timed") for item in plan.layers)
+        profiles = self._profiles({"int8": plan, "float": replace(plan, layers=nothing)})
+        names = self._layer_names(plan)
+        int8, in_float = (
+            {names[node]: value for node, value in profile.products.items() if node in names} for profile in profiles
+        )
+        planned = [layer.name for layer in plan.quantized]
+        if any(name not in int8 or name not in in_float for name in planned):
+            self.progress.say(
+                "OpenVINO's profile does not name every layer, so the report says nothing of single layers' times"
+            )
+            return None
+        extra = {name: in_float[name] - int8[name] for name in planned}
+        # Whatever the clock said, a step takes what its products take, so that no prediction falls below 0.
+        step = max(profiles[0].step_ms, sum(int8[name] for name in planned))
+        return LayerTimes(step, extra, f"OpenVINO, a batch of {_BATCH}")
+
+    def longer(self, plan: QuantizationPlan, kept: QuantizationPlan) -> float:
+        """By which part a step of ``kept`` takes longer than one of ``plan``, below 0 if it is shorter; measured."""
+        whole, changed = self._profiles({"whole": plan, "kept": kept})
+        return changed.step_ms / whole.step_ms - 1
+
+    def _profiles(self, plans: Mapping[str, QuantizationPlan]) -> list[StepProfile]:
+        from qdm_export.shared_weights import save_with_shared_weights
+        from qdm_export.targets import emit
+
+        with (
+            self.progress.task("Timing layers", len(plans)) as advance,
+            tempfile.TemporaryDirectory(prefix="qdm-deploy-") as folder,
+        ):
+            graphs = [Path(folder) / f"{label}.onnx" for label in plans]
+            for graph, plan in zip(graphs, plans.values(), strict=True):
+                model = emit(self.float_graph, plan, "openvino")
+                save_with_shared_weights([(graph, model)], graph.with_suffix(".bin"))
+                advance()
+            return step_profiles(graphs, random_inputs(self.spec, _BATCH), threads=self.options.threads)
+
+    def _layer_names(self, plan: QuantizationPlan) -> dict[str, str]:
+        """The layer of a node, by the node's name in any graph of the plan."""
+        from qdm_export.topology import layer_nodes
+
+        names = {layer.name: layer.name for layer in plan.layers}
+        for layer in layer_nodes(self.float_graph):
+            # A product that stays in float has the names of its nodes: of itself, or of the addition fused into it.
+            names |= {str(node.name): layer.name for node in (layer.node, layer.bias_add) if node is not None}
+        return names

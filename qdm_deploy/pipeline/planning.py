@@ -15,7 +15,7 @@ from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.pipeline.importance import StepImportance
-from qdm_deploy.pipeline.layer_times import LayerTimes
+from qdm_deploy.pipeline.layer_times import LayerTimer
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.pipeline.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.progress import SILENT, Progress
@@ -41,7 +41,7 @@ def planned(
     *,
     importance: Callable[[], StepImportance],
     stage: Stage,
-    layer_times: Callable[[QuantizationPlan], LayerTimes | None] | None = None,
+    timer: LayerTimer | None = None,
     progress: Progress = SILENT,
 ) -> Budgeted:
     """Every decision of the plan, in the order in which they build on each other.
@@ -54,7 +54,7 @@ def planned(
         statistics: ranges of every activation on these rows.
         importance: measures how much each step matters; called only where a choice depends on it.
         stage: times what is done inside it.
-        layer_times: measures what the layers of a plan take; called where their noise is measured.
+        timer: measures what the layers of a plan take; called where their noise is measured. None: that is not known.
         progress: where to report.
     """
     with stage("plan"):
@@ -72,7 +72,7 @@ def planned(
             plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
             plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     with stage("sensitivity"):
-        budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress, layer_times)
+        budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress, timer)
         plan = _loudest_scaled(options, checkpoint, topology, calibration, statistics, budgeted, progress)
         budgeted = replace(budgeted, plan=plan)
     if options.corrected_output == "none":

@@ -1,6 +1,5 @@
 """The noise of each INT8 layer inside a build: which layers stay in float, and what the report says about the rest."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -8,7 +7,7 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.layer_times import LayerTimes, can_be_timed
+from qdm_deploy.pipeline.layer_times import LayerTimer, LayerTimes, can_be_timed
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock
@@ -21,6 +20,8 @@ __all__ = ["Budgeted", "check_keep_fp", "measured_and_kept"]
 
 # A choice needs more than a page that shows shares.
 _ROWS_TO_CHOOSE, _ROWS_TO_SHOW = 12, 8
+# "N%time" is kept to by the clock: so many plans are tried, and so much of a step is what the clock may be wrong by.
+_TRIALS, _CLOCK = 4, 0.01
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def measured_and_kept(
     calibration: CalibrationSet,
     plan: QuantizationPlan,
     progress: Progress,
-    layer_times: Callable[[QuantizationPlan], LayerTimes | None] | None = None,
+    timer: LayerTimer | None = None,
 ) -> Budgeted:
     """Measure where that is wanted, on the plan with every INT8 layer in INT8, then apply ``keep_fp``.
 
-    ``layer_times`` measures what the plan's layers take; None, here and from it: that is not known.
+    ``timer`` measures what the plan's layers take; None: that is not known.
     """
-    from qdm_calibration.budget import keep_float, needs_sensitivity, needs_times
+    from qdm_calibration.budget import keep_float, needs_sensitivity, needs_times, percentage
     from qdm_calibration.sensitivity import measure_sensitivity
 
     choice = options.float_choice
@@ -88,18 +89,48 @@ def measured_and_kept(
     rows = _ROWS_TO_CHOOSE if decides else _ROWS_TO_SHOW
     # Relative to the noise of each timestep: the verdict counts decibels, not absolute noise.
     found = measure_sensitivity(checkpoint.unet, plan, calibration, rows=rows, progress=progress).balanced()
-    times = None if layer_times is None else layer_times(plan)
-    if times is None and needs_times(choice):
-        raise _no_times(choice)
-    step_ms, extra_ms = (None, None) if times is None else (times.step_ms, times.extra_ms)
-    chosen = keep_float(plan, choice, found, step_ms=step_ms, extra_ms=extra_ms, min_sqnr_db=options.min_eps_sqnr_db)
+    times = None if timer is None else timer.layer_times(plan)
+    unmet: tuple[str, ...] = ()
+    if needs_times(choice):
+        if timer is None or times is None:
+            raise _no_times(choice)
+        chosen, unmet = _kept_to_time(percentage(choice), plan, found, times, timer)
+    else:
+        chosen = keep_float(plan, choice, found, min_sqnr_db=options.min_eps_sqnr_db)
     left = {layer.name for layer in chosen.quantized}
     kept = frozenset(name for name in found.layers if name not in left)
     noise = _noise_block(found, kept, min(rows, len(calibration)), times)
-    unmet = _unmet(noise, options.min_eps_sqnr_db) if choice == "auto" else ()
+    if choice == "auto":
+        unmet = _unmet(noise, options.min_eps_sqnr_db)
     warnings = unmet + _nothing_left(plan, chosen, choice)
     worst = found.without(kept).worst_shares() if decides and left else {}
     return Budgeted(chosen, noise, found.shares(), worst, warnings)
+
+
+def _kept_to_time(
+    percent: float, plan: QuantizationPlan, found: "Sensitivity", times: LayerTimes, timer: LayerTimer
+) -> tuple[QuantizationPlan, tuple[str, ...]]:
+    """The plan with its noisiest layers in float whose step takes at most ``percent`` longer, and what was not reached.
+
+    A layer in float also changes what its neighbours take, which no sum over layers knows. So the graph itself is
+    timed, and fewer layers are kept where it takes longer than asked; none, if that goes on.
+    """
+    from qdm_calibration.budget import keep_float
+
+    budget, why = percent, "every layer takes more"
+    for _ in range(_TRIALS):
+        kept = keep_float(plan, f"{budget}%time", found, step_ms=times.step_ms, extra_ms=times.extra_ms)
+        layers = len(plan.quantized) - len(kept.quantized)
+        if not layers:
+            break
+        longer = timer.longer(plan, kept)
+        tried = f"with {layers} layer{'' if layers == 1 else 's'} in float a step takes {longer:+.1%}"
+        timer.progress.say(f"{tried}; {percent:g}% more was asked for")
+        if longer <= percent / 100 + _CLOCK:
+            return kept, ()
+        budget *= 0.9 * percent / (100 * longer)
+        why = f"{tried}, and fewer do not help"
+    return plan, (f"--keep-fp {percent:g}%time keeps no layer ({times.measured_on}): {why}; give more time, or names",)
 
 
 def _noise_block(found: "Sensitivity", kept: frozenset[str], rows: int, times: LayerTimes | None) -> NoiseBlock:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qdm_deploy.pipeline import layer_times
-from qdm_deploy.pipeline.layer_times import measured_layer_times
+from qdm_deploy.pipeline.layer_times import LayerTimer
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import SILENT
-from qdm_deploy.runtime.openvino_profile import product_times, turn_means
+from qdm_deploy.runtime.openvino_profile import StepProfile, step_profiles, turn_means
 
 pytest.importorskip("openvino")
 OPTIONS = BuildOptions(out=Path("x.qdm"))
@@ -18,7 +18,7 @@ OPTIONS = BuildOptions(out=Path("x.qdm"))
 
 def times_of(tiny: Any, name: str, options: BuildOptions = OPTIONS) -> Any:
     spec = tiny.checkpoint(name).spec
-    return measured_layer_times(options, tiny.float_graph(name), tiny.plan(name), spec, SILENT)
+    return LayerTimer(options, tiny.float_graph(name), spec, SILENT).layer_times(tiny.plan(name))
 
 
 @pytest.mark.parametrize("name", ["labels", "text"])
@@ -34,12 +34,15 @@ def test_times_follow_the_node(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> No
     """Each layer takes 3 ms in the graph that has nothing in INT8, under the names of that graph, and 1 ms in INT8."""
     seen: list[set[str]] = []
 
-    def told(graph: Path, inputs: Any, **options: Any) -> tuple[dict[str, float], float]:
-        names, step = product_times(graph, inputs)
-        seen.append(set(names))
-        return dict.fromkeys(names, 1.0 if graph.stem == "int8" else 3.0), step
+    def told(graphs: list[Path], inputs: Any, **options: Any) -> list[StepProfile]:
+        int8, in_float = step_profiles(graphs, inputs)
+        seen.extend([set(int8.products), set(in_float.products)])
+        return [
+            StepProfile(dict.fromkeys(int8.products, 1.0), int8.step_ms),
+            StepProfile(dict.fromkeys(in_float.products, 3.0), in_float.step_ms),
+        ]
 
-    monkeypatch.setattr(layer_times, "product_times", told)
+    monkeypatch.setattr(layer_times, "step_profiles", told)
     found = times_of(tiny, "labels")
     assert set(found.extra_ms.values()) == {2.0}
     assert set(found.extra_ms) <= seen[0]
@@ -54,15 +57,18 @@ def test_there_are_none_without_the_backend_or_for_large_models(tiny: Any, monke
 
 def test_what_the_first_steps_took_does_not_count() -> None:
     # 90, then 10 and 20 milliseconds a step, in turns of two; OpenVINO tells the average since the beginning.
-    assert turn_means([90.0, 50.0, 40.0], 2) == pytest.approx([10.0, 20.0])
+    assert turn_means([(2, 90.0), (4, 50.0), (6, 40.0)]) == pytest.approx([10.0, 20.0])
 
 
 def test_a_step_takes_at_least_what_its_products_take(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
-    def told(graph: Path, inputs: Any, **options: Any) -> tuple[dict[str, float], float]:
-        names, _ = product_times(graph, inputs)
-        return dict.fromkeys(names, 1.0 if graph.stem == "int8" else 0.0), 0.5
+    def told(graphs: list[Path], inputs: Any, **options: Any) -> list[StepProfile]:
+        int8, in_float = step_profiles(graphs, inputs)
+        return [
+            StepProfile(dict.fromkeys(int8.products, 1.0), 0.5),
+            StepProfile(dict.fromkeys(in_float.products, 0.0), 0.5),
+        ]
 
-    monkeypatch.setattr(layer_times, "product_times", told)
+    monkeypatch.setattr(layer_times, "step_profiles", told)
     found = times_of(tiny, "labels")
     assert found.step_ms + sum(found.extra_ms.values()) == 0
     assert found.step_ms == len(found.extra_ms)
