@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdm_calibration.channel_factors import ChannelFactors
+from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import (
     METHODS,
     ActivationScale,
@@ -48,6 +49,8 @@ class PlanOptions:
         branch_ratio: branches whose ranges differ by less than this factor share one scale.
         gain_ratio: an input whose range moves by less than this factor over the bins stays static.
         weight_bits: 8, or 4; codes of 4 bits run in the same INT8 kernels.
+        upsample_phases: convolutions that read an upsampled tensor get weight scales at which they can run as four
+            small ones (``phase_sums``).
         activation_bits: 4 to 8, of the inputs of INT8 layers; fewer than 8 can be simulated, not emitted. What ONNX
             Runtime makes of a convolution's output keeps 8.
     """
@@ -59,6 +62,7 @@ class PlanOptions:
     branch_ratio: float = 1.25
     gain_ratio: float = 1.3
     weight_bits: int = 8
+    upsample_phases: bool = True
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
@@ -320,6 +324,11 @@ def _plan_layer(
     if decision.inverse_k is not None:
         weight = weight / decision.inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
     scale = weight_scale(weight, options.ranges, options.weight_bits)
+    notes = dict(decision.notes)
+    if layer.upsampled and options.upsample_phases:
+        fitting = scale_for_phases(weight, scale, options.weight_bits)
+        notes["w"] = f"steps {np.median(fitting / scale):.2g} times as wide, so that sums of weights are int8 (phases)"
+        scale = fitting
     codes = quantize_weight(weight, scale, options.weight_bits)
     output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
     return LayerPlan(
@@ -333,7 +342,7 @@ def _plan_layer(
         weight_scale=scale,
         output_scale=output_scale,
         output_zero_point=output_zero_point,
-        notes=decision.notes,
+        notes=notes,
         weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
         weight_bits=options.weight_bits,
         activation_bits=options.activation_bits,

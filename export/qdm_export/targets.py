@@ -36,6 +36,7 @@ from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.step_gains import StepGains
+from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
 __all__ = ["FORMS", "Rest", "TargetForm", "absorb", "emit", "emit_float"]
@@ -58,6 +59,7 @@ class TargetForm:
     norm: type[GroupNormForm] | None
     packed_weights: bool
     joint_heads: bool
+    phases: bool
 
 
 FORMS: dict[Target, TargetForm] = {
@@ -68,6 +70,7 @@ FORMS: dict[Target, TargetForm] = {
         norm=InstanceNormForm,
         packed_weights=True,
         joint_heads=False,
+        phases=True,
     ),
     "openvino": TargetForm(
         unsigned=True,
@@ -76,6 +79,7 @@ FORMS: dict[Target, TargetForm] = {
         norm=MomentsNormForm,
         packed_weights=True,
         joint_heads=False,
+        phases=True,
     ),
     "tensorrt": TargetForm(
         unsigned=False,
@@ -84,6 +88,7 @@ FORMS: dict[Target, TargetForm] = {
         norm=None,
         packed_weights=False,
         joint_heads=True,
+        phases=False,
     ),
 }
 
@@ -104,6 +109,7 @@ def emit(
     packed_weights: bool = True,
     joint_heads: bool = True,
     norms: bool = True,
+    phases: bool = True,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -118,6 +124,7 @@ def emit(
             with one that does not would otherwise store both.
         joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
         norms: off leaves every GroupNormalization as the exporter has it, for comparisons.
+        phases: off leaves every upsampling and the convolution behind it as the exporter has them, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -144,6 +151,8 @@ def emit(
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
+    if form.phases and phases:
+        passes.append(UpsamplePhases(plan))
     if form.norm is not None and norms:
         passes.append(form.norm())
     if form.joint_heads and joint_heads:

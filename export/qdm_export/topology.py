@@ -15,10 +15,12 @@ from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 from qdm_export.linear_path import linear_path
 
-__all__ = ["MIN_CHANNELS", "MODULE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
+__all__ = ["MIN_CHANNELS", "MODULE_KEY", "PHASE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
 
 # Node metadata: the module a node was exported from.
 MODULE_KEY = "qdm.module"
+# Node metadata: on all but the first of the kernels that a layer was taken apart into.
+PHASE_KEY = "qdm.phase"
 _PREFIX = "net.unet."
 # Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them
 # too).
@@ -51,7 +53,7 @@ def layer_nodes(model: ir.Model) -> list[LayerNode]:
     """Every Conv, Gemm and MatMul with a constant weight, in execution order."""
     found = []
     for node in model.graph:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or PHASE_KEY in node.metadata_props:
             continue
         data, weight = node.inputs[0], node.inputs[1]
         if data is None or weight is None or not _is_weight(weight):
@@ -105,6 +107,7 @@ def topology_of(model: ir.Model) -> Topology:
                 spatial=_spatial(item) if item.kind == "conv" else None,
                 float_reason=_float_reason(item, shape, on_sample, behind_layer, before_layer),
                 feeds_norm=_feeds_norm(item.output),
+                upsampled=_reads_upsampled(item),
                 absorber=_absorber(item, {other.node for other in nodes}),
             )
         )
@@ -188,6 +191,28 @@ def _feeds_norm(value: ir.Value) -> bool:
     added = next((operand for operand in node.inputs if operand is not None and operand is not value), None)
     shape = None if added is None else added.shape
     return shape is not None and len(shape) == 4 and list(shape)[2:] == [1, 1] and _feeds_norm(node.outputs[0])
+
+
+def _reads_upsampled(item: LayerNode) -> bool:
+    """Whether a 3x3 convolution alone reads a nearest-neighbour upsampling by two."""
+    resize, node = item.data.producer(), item.node
+    if item.kind != "conv" or resize is None or resize.op_type != "Resize" or len(list(item.data.uses())) != 1:
+        return False
+    plain = _weight_shape(item)[2:] == (3, 3) and _ints(node, "pads", (0,) * 4) == (1,) * 4
+    plain = plain and _ints(node, "strides", (1, 1)) == _ints(node, "dilations", (1, 1)) == (1, 1)
+    return plain and _int(node, "group", 1) == 1 and _doubles(resize)
+
+
+def _doubles(resize: ir.Node) -> bool:
+    """Whether every pixel becomes 2x2 equal ones, as in ``torch.nn.functional.interpolate(..., mode="nearest")``."""
+    small, large = (None if value is None else value.shape for value in (resize.inputs[0], resize.outputs[0]))
+    if small is None or large is None or len(small) != 4:
+        return False
+    sizes = [(before, after) for before, after in zip(list(small)[2:], list(large)[2:], strict=True)]
+    modes = [resize.attributes.get(name) for name in ("mode", "coordinate_transformation_mode", "nearest_mode")]
+    return all(isinstance(before, int) and after == 2 * before for before, after in sizes) and [
+        None if mode is None else mode.as_string() for mode in modes
+    ] == ["nearest", "asymmetric", "floor"]
 
 
 def _silu_input(node: ir.Node) -> ir.Value | None:

@@ -28,6 +28,7 @@ class Layer:
             weight scales stay exact); None where it needs an operation, or where something else reads the input too.
         float_reason: why the layer stays in floating point whatever the plan wants; None where INT8 is possible.
         feeds_norm: whether the output goes to a normalization and nowhere else, but for an addition per channel.
+        upsampled: whether it is a 3x3 convolution that alone reads a nearest-neighbour upsampling by two.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Layer:
     spatial: tuple[int, int] | None = None
     float_reason: str | None = None
     feeds_norm: bool = False
+    upsampled: bool = False
     absorber: Literal["norm", "weights"] | None = None
 
     @property

@@ -97,6 +97,16 @@ _FILE = click.Path(path_type=Path)
     help="How the scale of an input follows from its histogram; lp (p = 2.4) and mse search, mse clips more.",
 )
 @option(
+    "--no-upsample-phases",
+    "upsample_phases",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    show_default=False,
+    section=_QUANTIZATION,
+    help="Leave convolutions behind an upsampling whole: a bit more precise, and slower on CPUs than in four parts.",
+)
+@option(
     "--no-zero-offset",
     "zero_offset",
     is_flag=True,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, upsampled
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.report.metrics import max_abs_difference, sqnr_db, sqnr_per_step_db
 from qdm_deploy.report.model import CheckRow
@@ -70,6 +71,7 @@ def check_integer_kernels(plan: QuantizationPlan, optimized: Path) -> CheckRow:
 
     found = integer_kernels(optimized)
     planned = Counter("conv" if item.layer.kind == "conv" else "linear" for item in plan.quantized)
+    planned["conv"] += (len(PHASES) - 1) * sum(fits_phases(item) for item in plan.quantized)
     convs, linears = found["QLinearConv"], sum(found.values()) - found["QLinearConv"]
     ok = convs == planned["conv"] and linears == planned["linear"]
     detail = f"{convs} of {planned['conv']} convolutions and {linears} of {planned['linear']} matrix products"
@@ -123,7 +125,7 @@ def check_layers(
     for item in endpoints:
         module = checkpoint.unet.get_submodule("unet." + item.name)
         layer_plan = plan.layer(item.name)
-        data = _padded(torch.from_numpy(values[item.data]), layer_plan, module)
+        data = _padded(torch.from_numpy(upsampled(values[item.data], layer_plan.layer)), layer_plan, module)
         whole = data
         if item.name in absorbed.inputs:  # the graph's tensor is x / k already
             layer_plan = replace(layer_plan, inverse_k=None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.phase_sums import PHASES
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.pipeline.options import BuildOptions
 from qdm_deploy.progress import Progress
@@ -73,9 +74,7 @@ class LayerTimer:
         nothing = tuple(LayerPlan(item.layer, "float", reason="timed") for item in plan.layers)
         profiles = self._profiles({"int8": plan, "float": replace(plan, layers=nothing)})
         names = self._layer_names(plan)
-        int8, in_float = (
-            {names[node]: value for node, value in profile.products.items() if node in names} for profile in profiles
-        )
+        int8, in_float = (_by_layer(profile.products, names) for profile in profiles)
         planned = [layer.name for layer in plan.quantized]
         if any(name not in int8 or name not in in_float for name in planned):
             self.progress.say(
@@ -112,7 +111,17 @@ class LayerTimer:
         from qdm_export.topology import layer_nodes
 
         names = {layer.name: layer.name for layer in plan.layers}
+        names |= {f"{layer.name}/phase_{number}": layer.name for layer in plan.layers for number in range(len(PHASES))}
         for layer in layer_nodes(self.float_graph):
             # A product that stays in float has the names of its nodes: of itself, or of the addition fused into it.
             names |= {str(node.name): layer.name for node in (layer.node, layer.bias_add) if node is not None}
         return names
+
+
+def _by_layer(times: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
+    """Summed over the nodes of a layer: one, or one for each phase."""
+    found: dict[str, float] = {}
+    for node, value in times.items():
+        if node in names:
+            found[names[node]] = found.get(names[node], 0.0) + value
+    return found

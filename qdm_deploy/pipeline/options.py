@@ -35,6 +35,8 @@ class BuildOptions:
             ``unconditional_hidden_states`` [L, D].
         ranges, zero_offset, concat_scales, step_bins: what the plan may use (``PlanOptions``); step_bins is a number,
             or "auto": as many of 1, 2, 4, 8 as pay for themselves.
+        upsample_phases: let convolutions that read an upsampled tensor run as four small ones on the CPU targets; costs
+            them a bit of their weights' precision.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "free" does so only for inputs where it costs no operation on any
             of ``targets``, and where ``keep_fp`` measures for the one layer that makes most of the noise of the worst
@@ -86,6 +88,7 @@ class BuildOptions:
     conditioning_file: Path | None = None
     ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "lp"
     zero_offset: bool = True
+    upsample_phases: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
     channel_scales: Literal["none", "free", "auto"] = "free"
     step_bins: int | Literal["auto"] = "auto"
@@ -201,7 +204,15 @@ def _refuse_beside_modelopt(options: BuildOptions) -> None:
     default = {field.name: field.default for field in fields(BuildOptions)}
     asked = {
         name.replace("_", " "): getattr(options, name) != default[name]
-        for name in ("ranges", "zero_offset", "concat_scales", "channel_scales", "step_bins", "weight_bits")
+        for name in (
+            "ranges",
+            "zero_offset",
+            "upsample_phases",
+            "concat_scales",
+            "channel_scales",
+            "step_bins",
+            "weight_bits",
+        )
     }
     if any(asked.values()):
         raise InputError(

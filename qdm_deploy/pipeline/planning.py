@@ -149,6 +149,7 @@ def _plan_options(options: BuildOptions) -> "PlanOptions":
         zero_offset=options.zero_offset,
         concat_scales=options.concat_scales,
         step_bins=options.step_bins,
+        upsample_phases=options.upsample_phases,
         weight_bits=options.weight_bits,
     )
 

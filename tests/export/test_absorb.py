@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qdm_calibration.simulate import quantized_layer
+from qdm_deploy.artifacts.phase_sums import upsampled
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_export.absorb import absorb_factors
 from qdm_export.check import layer_endpoints, with_outputs
@@ -103,7 +104,7 @@ def test_every_layer_computes_what_the_simulation_computes(
         entry = plan.layer(item.name)
         axis = (-1, 1, 1) if entry.layer.kind == "conv" else (-1,)
         # The planned layer, k and all, on the unscaled tensor: powers of two scale back without rounding.
-        data = values[item.data] / absorption.inputs.get(item.name, np.float32(1)).reshape(axis)
+        data = upsampled(values[item.data], entry.layer) / absorption.inputs.get(item.name, np.float32(1)).reshape(axis)
         layer = quantized_layer(network.get_submodule(f"unet.{item.name}"), entry, target, dtype=torch.float64)
         layer.time_bin = bins
         with torch.inference_mode():

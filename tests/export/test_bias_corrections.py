@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qdm_calibration.simulate import quantized_layer
+from qdm_deploy.artifacts.phase_sums import upsampled
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_export.check import layer_endpoints, with_outputs
 from qdm_export.passes.bias_corrections import BiasCorrections
@@ -58,7 +59,7 @@ def test_every_layer_has_its_correction_behind_gain_and_offset(
             layer = quantized_layer(module, entry, target, dtype=torch.float64)
             layer.time_bin = bins
             with torch.inference_mode():
-                return layer(torch.from_numpy(values[item.data])).numpy()
+                return layer(torch.from_numpy(upsampled(values[item.data], entry.layer))).numpy()
 
         exact = entry.output_scale is None or target != "onnxruntime"
         assert sqnr_db(simulated(entry), values[item.result]) > (80 if exact else 30), item.name

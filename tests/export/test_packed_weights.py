@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.artifacts.plan import TARGETS
 from qdm_export.check import INTEGER_OPERATORS, check_onnx, integer_kernels
 from qdm_export.shared_weights import save_with_shared_weights
@@ -54,7 +55,7 @@ def test_a_packed_graph_runs_on_integers_and_computes_what_int8_codes_do(
     open_session(model, optimized=path)
     planned = Counter(layer.layer.kind for layer in plan.quantized)
     found = integer_kernels(path)
-    assert found["QLinearConv"] == planned["conv"]
+    assert found["QLinearConv"] == planned["conv"] + 3 * sum(map(fits_phases, plan.quantized))
     assert sum(found[op] for op in INTEGER_OPERATORS if op != "QLinearConv") == planned["linear"]
 
 
@@ -84,12 +85,12 @@ def test_shared_weights_hold_both_types(tiny: Any, emitted: Any, run_graph: Any,
         check_onnx(path)
         for key, value in run_graph(path, feeds).items():
             np.testing.assert_array_equal(value, before[path][key])
-    codes_bytes = sum(layer.codes.size for layer in plan.quantized)
+    codes_bytes = sum(layer.codes.size for layer in plan.quantized if not fits_phases(layer))
     both = sum(
         value.const_value.nbytes
         for path in list(graphs)[:2]
         for name, value in graphs[path].graph.initializers.items()
-        if name.endswith("/weight_codes") and value.const_value is not None
+        if name.endswith("/weight_codes") and "/phase_" not in name and value.const_value is not None
     )
     assert both == codes_bytes  # twice half a byte for every code
     # Stored once for the two targets that pack, and once in INT8 for the one that does not.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qdm_calibration.simulate import quantized_layer
+from qdm_deploy.artifacts.phase_sums import fits_phases, upsampled
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.errors import ExportError, InputError
 from qdm_export.check import (
@@ -79,9 +80,16 @@ def initializers(model: ir.Model, suffix: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_codes_are_the_plans_in_every_target(emitted: Any, tiny: Any, name: str) -> None:
-    planned = {layer.name: layer.codes for layer in tiny.plan(name).quantized}
+    plan = tiny.plan(name).quantized
+    phased = {layer.name for layer in plan if fits_phases(layer)}
     for target in TARGETS:
         codes = initializers(emitted.graph(name, target), "/weight_codes")
+        parts = {layer for layer in codes if "/phase_" in layer}
+        assert parts == (
+            {f"{layer}/phase_{n}" for layer in phased for n in range(4)} if FORMS[target].phases else set()
+        )
+        codes = {layer: values for layer, values in codes.items() if layer not in parts}
+        planned = {layer.name: layer.codes for layer in plan if not parts or layer.name not in phased}
         assert codes.keys() == planned.keys()
         for layer, values in codes.items():
             assert values.dtype == np.int8
@@ -129,7 +137,7 @@ def test_onnxruntime_runs_every_planned_layer_on_integers(
     open_session(emitted.graph(name, "onnxruntime"), optimized=path)
     kinds = Counter(layer.layer.kind for layer in tiny.plan(name).quantized)
     found = integer_kernels(path)
-    assert found["QLinearConv"] == kinds["conv"]
+    assert found["QLinearConv"] == kinds["conv"] + 3 * sum(map(fits_phases, tiny.plan(name).quantized))
     assert sum(found[op] for op in INTEGER_OPERATORS if op != "QLinearConv") == kinds["linear"]
     left = Counter(node.op_type for node in onnx.load(path).graph.node)
     assert left["ConvInteger"] == left["DynamicQuantizeLinear"] == 0
@@ -154,7 +162,7 @@ def test_every_layer_computes_what_the_simulation_computes(
         layer = quantized_layer(network.get_submodule(f"unet.{item.name}"), entry, target, dtype=torch.float64)
         layer.time_bin = bins
         with torch.inference_mode():
-            expected = layer(torch.from_numpy(values[item.data])).numpy()
+            expected = layer(torch.from_numpy(upsampled(values[item.data], entry.layer))).numpy()
         found = values[item.result]
         assert found.shape == expected.shape
         if target == "onnxruntime" and entry.output_scale is not None:

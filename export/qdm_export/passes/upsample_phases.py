@@ -1,0 +1,109 @@
+"""Upsampling and the INT8 convolution behind it as four small convolutions: 16 products where there were 36.
+
+The integers are the same (``artifacts/phase_sums.py``). What stood between the upsampling and the kernel, a factor per
+channel, a gain per sample, the quantize, does not care for positions and works on the small tensor, a quarter as large.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums
+from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.errors import ExportError
+from qdm_export.passes.base import PlanPass, constant, graph_of
+from qdm_export.topology import PHASE_KEY, LayerNode
+
+__all__ = ["UpsamplePhases"]
+
+
+class UpsamplePhases(PlanPass):
+    """Runs behind the passes that quantize: each phase gets its own codes, and shares scales and bias."""
+
+    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+        """Replace what fits."""
+        found = [(plan, layer) for plan, layer in layers if fits_phases(plan)]
+        for plan, layer in found:
+            _skip_upsampling(layer)
+            self._in_phases(model, plan, layer)
+        return bool(found)
+
+    def _in_phases(self, model: ir.Model, plan: LayerPlan, layer: LayerNode) -> None:
+        graph, (whole, *quantize) = graph_of(layer.node), _kernel_and_quantize(layer)
+        end = (quantize or [whole])[0].outputs[0]
+        results = []
+        for number, phase in enumerate(PHASES):
+            result = self._phase(model, plan, layer, phase).outputs[0]
+            for node in quantize:  # codes are put in their places, a quarter of the bytes
+                again = _node(
+                    "QuantizeLinear", [result, *node.inputs[1:]], f"{layer.name}/quantize_phase_{number}", layer
+                )
+                graph.insert_before(whole, again)
+                result = again.outputs[0]
+            result.type = end.type
+            results.append(result)
+        joined = _node("Concat", results, f"{layer.name}/phases", layer, axis=1)
+        placed = _node("DepthToSpace", joined.outputs, f"{layer.name}/interleave", layer, blocksize=2, mode="DCR")
+        joined.outputs[0].type = placed.outputs[0].type = end.type
+        placed.outputs[0].shape = end.shape
+        graph.insert_before(whole, [joined, placed])
+        for reader in list(end.uses()):
+            reader.node.replace_input_with(reader.idx, placed.outputs[0])
+        graph.remove([*quantize, whole], safe=True)
+
+    def _phase(self, model: ir.Model, plan: LayerPlan, layer: LayerNode, phase: tuple[int, int]) -> ir.Node:
+        graph, whole, number = graph_of(layer.node), layer.node, PHASES.index(phase)
+        dequantize = None if whole.inputs[1] is None else whole.inputs[1].producer()
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            raise ExportError(f"the weight of {plan.name} is not quantized yet; phases are made after weights")
+        label = f"{layer.name}/phase_{number}"
+        codes = constant(model, f"{label}/weight_codes", phase_sums(plan.codes, phase).astype(np.int8))
+        weight = _node("DequantizeLinear", [codes, *dequantize.inputs[1:]], f"{label}/dequantize_weight", layer, axis=0)
+        weight.outputs[0].shape = codes.shape
+        # An even row reads the pixel above and its own, an odd one its own and the one below.
+        before, after = [1 - parity for parity in phase], list(phase)
+        part = _node(
+            "Conv", [whole.inputs[0], weight.outputs[0], *whole.inputs[2:]], label, layer, pads=[*before, *after]
+        )
+        if number:
+            part.metadata_props[PHASE_KEY] = str(number)
+        else:
+            part.name = layer.name
+        graph.insert_before(whole, [weight, part])
+        return part
+
+
+def _skip_upsampling(layer: LayerNode) -> None:
+    """What leads from the upsampling to the kernel, one operation after the other, reads the small tensor."""
+    node = layer.node
+    between: list[ir.Value] = []
+    while (data := node.inputs[0]) is not None and (producer := data.producer()) is not None:
+        if producer.op_type == "Resize":
+            small = producer.inputs[0]
+            node.replace_input_with(0, small)
+            for value in between:
+                value.shape = None if small is None else small.shape
+            return
+        between.append(data)
+        node = producer
+    raise ExportError(f"no upsampling stands before {layer.name}")
+
+
+def _kernel_and_quantize(layer: LayerNode) -> list[ir.Node]:
+    """The kernel's node, and the quantize of its result where the target has one."""
+    readers = list(layer.node.outputs[0].uses())
+    if (
+        len(readers) == 1
+        and readers[0].node.op_type == "QuantizeLinear"
+        and readers[0].node.name == f"{layer.name}/quantize_output"
+    ):
+        return [layer.node, readers[0].node]
+    return [layer.node]
+
+
+def _node(op_type: str, inputs: Sequence[ir.Value | None], name: str, layer: LayerNode, **attributes: Any) -> ir.Node:
+    output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
+    properties = dict(layer.node.metadata_props)
+    return ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
