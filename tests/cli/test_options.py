@@ -88,8 +88,8 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     line = (
         "--int8 m --out o.qdm --force --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 --calib-samples 3 "
         "--calib-steps 4 --strategy ndtc --ndtc-mean 0.1 --ndtc-spread 0.2 --ndtc-count 5 --calibration c.safetensors "
-        "--save-calibration s.safetensors "
-        "--conditioning t.safetensors --ranges mse --no-zero-offset --concat-scales none --step-bins 2 "
+        "--save-calibration s.safetensors --conditioning t.safetensors --ranges mse --no-upsample-phases "
+        "--no-zero-offset --concat-scales none --step-bins 2 "
         "--channel-scales auto --keep-fp 5% --no-sensitivity --weight-bits 4 --reconstruct weights "
         "--reconstruct-iterations 11 --bias-correction auto --output-correction auto "
         "--targets tensorrt,onnxruntime --rest bf16 --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
@@ -100,7 +100,7 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
         out=Path("o.qdm"), model="m", targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
         strategy="ndtc", calibration_samples=3, calibration_steps=4, ndtc_mean=0.1, ndtc_spread=0.2, ndtc_count=5,
         calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"),
-        conditioning_file=Path("t.safetensors"), ranges="mse", zero_offset=False,
+        conditioning_file=Path("t.safetensors"), ranges="mse", upsample_phases=False, zero_offset=False,
         concat_scales="none", channel_scales="auto", step_bins=2, keep_fp="5%", sensitivity=False, weight_bits=4,
         reconstruct="weights", reconstruct_iterations=11, bias_correction="auto", output_correction="auto",
         seed=9, rest="bf16", engines=("8.9", "12.0"), float_graph=False, verify_samples=6,
