@@ -29,7 +29,7 @@ from qdm_export.step_graph import StepGraph
 
 PLAIN: dict[str, Any] = {
     "ranges": "minmax", "zero_offset": False, "concat_scales": "none", "channel_scales": "none", "step_bins": 1,
-    "keep_fp": "none", "output_correction": "none",
+    "keep_fp": "none", "output_correction": "none", "upsample_phases": False,
 }  # fmt: skip
 # What came before the last step to the default.
 _BEFORE = {"output_correction": "none"}
@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default, MSE range": {"ranges": "mse"},
     "default + bias correction": {"bias_correction": "auto"},
     "default, 10 % of the cost in float": {"keep_fp": "10%"},
+    "default, upsampling whole": {"upsample_phases": False},
 }
 
 

@@ -1,8 +1,8 @@
 """Milliseconds per denoising step: ours beside what a user would run instead, each in its own process, in turn.
 
 The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16; LDM-4 (274 M)
-and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`. Ratios within
-one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced against the float model, on a few
+and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`, of which 24 GiB hold seven sessions at a time
+(`--only`). Ratios within one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced against the float model, on a few
 unseen seeds. `of peak` is the share of the integer (or float) peak that this machine showed on one large matrix product
 if nothing but the multiplications of the U-Net were to be done.
 
@@ -90,7 +90,7 @@ def main() -> None:
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
     arguments.add_argument("--seconds", type=float, default=300.0, help="what a batch size may take; fewer runs then")
-    arguments.add_argument("--only", help="beginnings of names, separated by commas: time only these, and the baseline")
+    arguments.add_argument("--only", help="beginnings of names, separated by semicolons: time only these, and the baseline")
     given = arguments.parse_args()
     peaks = {True: integer_peak(), False: float_peak()}
     say(f"peak: {peaks[True] / 1e9:.0f} G integer and {peaks[False] / 1e9:.0f} G float multiply-accumulates a second")
@@ -102,7 +102,7 @@ def main() -> None:
         reference = reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             found = contenders(model, Path(scratch))
-            wanted = found if given.only is None else _named(found, given.only.split(","))
+            wanted = found if given.only is None else _named(found, given.only.split(";"))
             opened: dict[str, Apart] = {}
             for label, contender in wanted.items():
                 try:
