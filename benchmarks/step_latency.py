@@ -90,7 +90,9 @@ def main() -> None:
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
     arguments.add_argument("--seconds", type=float, default=300.0, help="what a batch size may take; fewer runs then")
-    arguments.add_argument("--only", help="beginnings of names, separated by semicolons: time only these, and the baseline")
+    arguments.add_argument(
+        "--only", help="beginnings of names, separated by semicolons: time only these, and the baseline"
+    )
     given = arguments.parse_args()
     peaks = {True: integer_peak(), False: float_peak()}
     say(f"peak: {peaks[True] / 1e9:.0f} G integer and {peaks[False] / 1e9:.0f} G float multiply-accumulates a second")
