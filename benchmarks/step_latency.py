@@ -1,10 +1,10 @@
 """Milliseconds per denoising step: ours beside what a user would run instead, each in its own process, in turn.
 
 The embedded model and the DDPM CIFAR-10 architecture (35.7 M parameters, random weights), batch 4 and 16; LDM-4 (274 M)
-and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`, of which 24 GiB hold seven sessions at a time
-(`--only`). Ratios within one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced against the float model, on a few
-unseen seeds. `of peak` is the share of the integer (or float) peak that this machine showed on one large matrix product
-if nothing but the multiplications of the U-Net were to be done.
+and Stable Diffusion 1.5's U-Net (860 M) with `--models ldm4 --batches 1,4`, of which 24 GiB hold a few sessions at a
+time (`--only`). Ratios within one run are the point; times move with the machine. `eps SQNR dB` is teacher-forced
+against the float model, on a few unseen seeds. `of peak` is the share of the integer (or float) peak that this machine
+showed on one large matrix product if nothing but the multiplications of the U-Net were to be done.
 
     python benchmarks/step_latency.py --save
     pip install nncf; python benchmarks/step_latency.py --models cifar10     # with NNCF's post-training INT8 too
