@@ -327,7 +327,9 @@ def _plan_layer(
     notes = dict(decision.notes)
     if layer.upsampled and options.upsample_phases:
         fitting = scale_for_phases(weight, scale, options.weight_bits)
-        notes["w"] = f"steps {np.median(fitting / scale):.2g} times as wide, so that sums of weights are int8 (phases)"
+        if (fitting > scale).any():
+            wider = float(np.median(fitting / scale))
+            notes["w"] = f"steps {wider:.2g} times as wide, so that sums of the codes are int8 and it can run in phases"
         scale = fitting
     codes = quantize_weight(weight, scale, options.weight_bits)
     output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)

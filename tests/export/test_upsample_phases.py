@@ -167,3 +167,12 @@ def test_the_input_of_a_whole_layer_is_made_of_the_small_tensor(tiny: Any) -> No
     expected = torch.nn.functional.interpolate(torch.from_numpy(small), scale_factor=2, mode="nearest").numpy()
     np.testing.assert_array_equal(upsampled(small, layer), expected)
     np.testing.assert_array_equal(upsampled(expected, layer), expected)
+
+
+def test_the_plan_says_what_the_sums_cost(tiny: Any) -> None:
+    plan, own = tiny.plan("rgb"), tiny.plan("rgb", upsample_phases=False)
+    (name,) = phased(plan)
+    assert "sums of the codes are int8" in plan.layer(name).notes["w"]
+    assert "w" not in own.layer(name).notes
+    assert plan.layer(name).weight_sqnr_db < own.layer(name).weight_sqnr_db
+    assert "w" not in tiny.plan("rgb", weight_bits=4).layer(name).notes
