@@ -12,7 +12,9 @@ __all__ = ["scale_for_phases"]
 _LARGEST_SUM = 127 - 4
 
 
-def scale_for_phases(weight: NDArray[np.float32], scale: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+def scale_for_phases(
+    weight: NDArray[np.float32], scale: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.float32], dict[str, str]]:
     """The smallest scales, from ``scale`` up, at which the summed codes of every phase are int8.
 
     Args:
@@ -21,7 +23,7 @@ def scale_for_phases(weight: NDArray[np.float32], scale: NDArray[np.float32], bi
         bits: of the codes; those of 4 always fit.
 
     Returns:
-        [O], exact in float16.
+        [O], exact in float16; and a note on "w" for the plan, none where nothing changed.
     """
     fitting = scale.copy()
     while True:
@@ -29,7 +31,13 @@ def scale_for_phases(weight: NDArray[np.float32], scale: NDArray[np.float32], bi
         sums = np.max([np.abs(phase_sums(codes, phase)).max(axis=(1, 2, 3)) for phase in PHASES], axis=0)
         wide = sums > _LARGEST_SUM
         if not wide.any():
-            return fitting
+            break
         # A little less than what the sums ask for: rounding may make the codes fit earlier. At least the next float16.
         wanted = (fitting[wide] * np.maximum(sums[wide] / (_LARGEST_SUM + 1), 1)).astype(np.float16)
         fitting[wide] = np.maximum(wanted, np.nextafter(fitting[wide].astype(np.float16), np.float16(np.inf)))
+    if not (fitting > scale).any():
+        return fitting, {}
+    wider = float(np.median(fitting / scale))
+    return fitting, {
+        "w": f"steps {wider:.2g} times as wide, so that sums of the codes are int8 and it can run in phases"
+    }

@@ -326,11 +326,8 @@ def _plan_layer(
     scale = weight_scale(weight, options.ranges, options.weight_bits)
     notes = dict(decision.notes)
     if layer.upsampled and options.upsample_phases:
-        fitting = scale_for_phases(weight, scale, options.weight_bits)
-        if (fitting > scale).any():
-            wider = float(np.median(fitting / scale))
-            notes["w"] = f"steps {wider:.2g} times as wide, so that sums of the codes are int8 and it can run in phases"
-        scale = fitting
+        scale, said = scale_for_phases(weight, scale, options.weight_bits)
+        notes |= said
     codes = quantize_weight(weight, scale, options.weight_bits)
     output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
     return LayerPlan(

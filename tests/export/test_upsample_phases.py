@@ -132,7 +132,7 @@ def test_scales_grow_no_more_than_the_sums_need(bits: int) -> None:
     weight[2, 0, 0, 0] = 9.0  # one large tap, that no sum exceeds
     weight[3] = 0.0
     own = weight_scale(weight, "minmax", bits)
-    fitting = scale_for_phases(weight, own, bits)
+    fitting, _ = scale_for_phases(weight, own, bits)
     largest = (2 ** (bits - 1)) - 1
 
     def sums(scale: Any) -> Any:
@@ -153,7 +153,7 @@ def test_scales_grow_no_more_than_the_sums_need(bits: int) -> None:
 def test_learned_rounding_still_fits() -> None:
     rng = np.random.default_rng(1)
     weight = rng.normal(size=(16, 8, 3, 3)).astype(np.float32)
-    scale = scale_for_phases(weight, weight_scale(weight, "minmax"), 8).reshape(-1, 1, 1, 1)
+    scale = scale_for_phases(weight, weight_scale(weight, "minmax"), 8)[0].reshape(-1, 1, 1, 1)
     down = np.floor(weight / scale)
     for _ in range(20):
         learned = down + rng.integers(0, 2, weight.shape)
