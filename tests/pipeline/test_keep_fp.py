@@ -25,10 +25,10 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
 
 @pytest.mark.slow
 def test_a_part_of_the_time_is_kept_to(quick_build: Any, tmp_path: Path) -> None:
-    noise = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp="20%time").report.noise
-    # How many layers that is, the machine decides: in a model this small float is hardly slower.
-    assert noise.kept
-    assert noise.step_ms <= 1.2 * noise.frontier[0].step_ms
+    report = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp="20%time").report
+    # How many layers that is, the clock decides: none, and a warning, on a machine too busy to time a model this small.
+    assert report.noise.kept or any("20%time keeps no layer" in text for text in report.warnings)
+    assert report.noise.step_ms <= 1.2 * report.noise.frontier[0].step_ms
 
 
 @pytest.mark.slow
