@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import case, finish, parser, save_form, say
+from bench import case_to_time, finish, parser, save_form, say
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.runtime import OpenVinoSession
@@ -32,7 +32,7 @@ def main() -> None:
     given = arguments.parse_args()
     rows: list[dict[str, Any]] = []
     for name in given.models.split(","):
-        model = case(name, samples=16 if name == "fashion" else 2, steps=50 if name == "fashion" else 5)
+        model = case_to_time(name)
         plan, reference = model.built(), reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             opened: dict[tuple[str, str, str], Apart] = {}

@@ -21,7 +21,18 @@ from typing import Any
 
 import numpy as np
 from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import FIRST_SEED, Case, case, finish, parser, random_states, say, write_exported, write_float, write_graph
+from bench import (
+    FIRST_SEED,
+    Case,
+    case_to_time,
+    finish,
+    parser,
+    random_states,
+    say,
+    write_exported,
+    write_float,
+    write_graph,
+)
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing, Opened
 
@@ -99,7 +110,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for name in given.models.split(","):
-        model = case(name, samples=16 if name == "fashion" else 2, steps=50 if name == "fashion" else 5)
+        model = case_to_time(name)
         macs = multiply_accumulates(model)
         reference = reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:

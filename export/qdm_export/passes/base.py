@@ -11,7 +11,16 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.errors import ExportError
 from qdm_export.topology import LayerNode, layer_nodes
 
-__all__ = ["PlanPass", "constant", "graph_of", "insert_after", "insert_before", "layer_groups", "values_of"]
+__all__ = [
+    "PlanPass",
+    "constant",
+    "graph_of",
+    "insert_after",
+    "insert_before",
+    "layer_groups",
+    "named_node",
+    "values_of",
+]
 
 _APPLIED = "qdm.passes"
 
@@ -80,7 +89,7 @@ def insert_before(
     layer: LayerNode, op_type: str, operands: Sequence[ir.Value], label: str, **attributes: Any
 ) -> ir.Node:
     """A node that takes the layer's data input and ``operands``; the caller wires its output."""
-    node = _node(layer, op_type, [layer.node.inputs[0], *operands], label, attributes)
+    node = named_node(layer, op_type, [layer.node.inputs[0], *operands], label, attributes)
     graph_of(layer.node).insert_before(layer.node, node)
     return node
 
@@ -91,7 +100,7 @@ def insert_after(
     """A node between the kernel's output and everything that read it."""
     output = layer.node.outputs[0]
     readers = list(output.uses())
-    node = _node(layer, op_type, [output, *operands], label, attributes)
+    node = named_node(layer, op_type, [output, *operands], label, attributes)
     node.outputs[0].shape = output.shape
     graph_of(layer.node).insert_after(layer.node, node)
     for reader in readers:
@@ -99,9 +108,10 @@ def insert_after(
     return node
 
 
-def _node(
+def named_node(
     layer: LayerNode, op_type: str, inputs: Sequence[ir.Value | None], label: str, attributes: dict[str, Any]
 ) -> ir.Node:
+    """A node that can be traced to its layer, in no graph yet; its output has the shape of its first input."""
     name = f"{layer.name}/{label}"
     output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
     first = inputs[0]

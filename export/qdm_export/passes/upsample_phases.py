@@ -5,7 +5,6 @@ channel, a gain per sample, the quantize, does not care for positions and works 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +12,7 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, graph_of
+from qdm_export.passes.base import PlanPass, constant, graph_of, named_node
 from qdm_export.topology import PHASE_KEY, LayerNode
 
 __all__ = ["UpsamplePhases"]
@@ -37,15 +36,15 @@ class UpsamplePhases(PlanPass):
         for number, phase in enumerate(PHASES):
             result = self._phase(model, plan, layer, phase).outputs[0]
             for node in quantize:  # codes are put in their places, a quarter of the bytes
-                again = _node(
-                    "QuantizeLinear", [result, *node.inputs[1:]], f"{layer.name}/quantize_phase_{number}", layer
-                )
+                operands = [result, *node.inputs[1:]]
+                again = named_node(layer, "QuantizeLinear", operands, f"quantize_phase_{number}", {})
                 graph.insert_before(whole, again)
                 result = again.outputs[0]
             result.type = end.type
             results.append(result)
-        joined = _node("Concat", results, f"{layer.name}/phases", layer, axis=1)
-        placed = _node("DepthToSpace", joined.outputs, f"{layer.name}/interleave", layer, blocksize=2, mode="DCR")
+        joined = named_node(layer, "Concat", results, "phases", {"axis": 1})
+        placed = named_node(layer, "DepthToSpace", joined.outputs, "interleave", {"blocksize": 2, "mode": "DCR"})
+        joined.outputs[0].shape = None
         joined.outputs[0].type = placed.outputs[0].type = end.type
         placed.outputs[0].shape = end.shape
         graph.insert_before(whole, [joined, placed])
@@ -58,15 +57,15 @@ class UpsamplePhases(PlanPass):
         dequantize = None if whole.inputs[1] is None else whole.inputs[1].producer()
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             raise ExportError(f"the weight of {plan.name} is not quantized yet; phases are made after weights")
-        label = f"{layer.name}/phase_{number}"
-        codes = constant(model, f"{label}/weight_codes", phase_sums(plan.codes, phase).astype(np.int8))
-        weight = _node("DequantizeLinear", [codes, *dequantize.inputs[1:]], f"{label}/dequantize_weight", layer, axis=0)
-        weight.outputs[0].shape = codes.shape
+        label = f"phase_{number}"
+        codes = constant(model, f"{layer.name}/{label}/weight_codes", phase_sums(plan.codes, phase).astype(np.int8))
+        operands = [codes, *dequantize.inputs[1:]]
+        weight = named_node(layer, "DequantizeLinear", operands, f"{label}/dequantize_weight", {"axis": 0})
         # An even row reads the pixel above and its own, an odd one its own and the one below.
         before, after = [1 - parity for parity in phase], list(phase)
-        part = _node(
-            "Conv", [whole.inputs[0], weight.outputs[0], *whole.inputs[2:]], label, layer, pads=[*before, *after]
-        )
+        operands = [whole.inputs[0], weight.outputs[0], *whole.inputs[2:]]
+        part = named_node(layer, "Conv", operands, label, {"pads": [*before, *after]})
+        part.outputs[0].shape = None  # other channels than its input; nobody asks for it
         if number:
             part.metadata_props[PHASE_KEY] = str(number)
         else:
@@ -101,9 +100,3 @@ def _kernel_and_quantize(layer: LayerNode) -> list[ir.Node]:
     ):
         return [layer.node, readers[0].node]
     return [layer.node]
-
-
-def _node(op_type: str, inputs: Sequence[ir.Value | None], name: str, layer: LayerNode, **attributes: Any) -> ir.Node:
-    output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
-    properties = dict(layer.node.metadata_props)
-    return ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
