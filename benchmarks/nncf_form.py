@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from qdm_deploy.runtime import OpenVinoSession, StepSession
-from qdm_deploy.runtime.openvino_session import import_openvino
+from qdm_deploy.runtime.openvino_graph import import_openvino
 
 __all__ = ["openvino_form"]
 

@@ -15,7 +15,7 @@ from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_st
 
 from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.runtime import OnnxRuntimeSession, StepSession
-from qdm_deploy.runtime.openvino_session import import_openvino
+from qdm_deploy.runtime.openvino_graph import import_openvino
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
 from qdm_export.topology import MODULE_KEY

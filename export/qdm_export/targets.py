@@ -8,7 +8,8 @@ openvino     u8                not quantized            float32  the zero point,
 tensorrt     s8                not quantized            half     subtracted, constant map  GroupNormalization
 ===========  ================  =======================  =======  ========================  =====================
 
-Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011).
+Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011). Layers that the plan keeps in
+float are part of the rest, except that openvino multiplies them in bfloat16 (docs/adr/0017).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
@@ -24,6 +25,7 @@ from onnx_ir.passes import common
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
 from qdm_export.absorb import Absorption, absorb_factors
+from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.group_norm import GroupNormForm
@@ -60,6 +62,7 @@ class TargetForm:
     packed_weights: bool
     joint_heads: bool
     phases: bool
+    bfloat16_kernels: bool
 
 
 FORMS: dict[Target, TargetForm] = {
@@ -71,6 +74,7 @@ FORMS: dict[Target, TargetForm] = {
         packed_weights=True,
         joint_heads=False,
         phases=True,
+        bfloat16_kernels=False,
     ),
     "openvino": TargetForm(
         unsigned=True,
@@ -80,6 +84,7 @@ FORMS: dict[Target, TargetForm] = {
         packed_weights=True,
         joint_heads=False,
         phases=True,
+        bfloat16_kernels=True,
     ),
     "tensorrt": TargetForm(
         unsigned=False,
@@ -89,6 +94,7 @@ FORMS: dict[Target, TargetForm] = {
         packed_weights=False,
         joint_heads=True,
         phases=False,
+        bfloat16_kernels=False,
     ),
 }
 
@@ -110,6 +116,7 @@ def emit(
     joint_heads: bool = True,
     norms: bool = True,
     phases: bool = True,
+    bfloat16_kernels: bool = True,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -125,6 +132,8 @@ def emit(
         joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
         norms: off leaves every GroupNormalization as the exporter has it, for comparisons.
         phases: off leaves every upsampling and the convolution behind it as the exporter has them, for comparisons.
+        bfloat16_kernels: off leaves layers that the plan keeps in float in float32 where the target multiplies them in
+            bfloat16, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -153,6 +162,8 @@ def emit(
         passes.append(QuantizeOutputs(plan))
     if form.phases and phases:
         passes.append(UpsamplePhases(plan))
+    if form.bfloat16_kernels and bfloat16_kernels:
+        passes.append(Bfloat16Kernels(plan))
     if form.norm is not None and norms:
         passes.append(form.norm())
     if form.joint_heads and joint_heads:

@@ -20,7 +20,7 @@ from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, upsampled
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.report.metrics import max_abs_difference, sqnr_db, sqnr_per_step_db
 from qdm_deploy.report.model import CheckRow
-from qdm_deploy.runtime.openvino_session import import_openvino
+from qdm_deploy.runtime.openvino_graph import import_openvino
 
 if TYPE_CHECKING:
     import onnx_ir as ir

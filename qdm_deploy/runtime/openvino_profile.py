@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qdm_deploy.runtime.cpu import available_cores
-from qdm_deploy.runtime.openvino_session import import_openvino
+from qdm_deploy.runtime.cpu import available_cores, cpu_flags
+from qdm_deploy.runtime.openvino_graph import import_openvino, read_graph
 
 __all__ = ["StepProfile", "step_profiles", "turn_means"]
 
@@ -68,8 +68,7 @@ class _Run:
 
     def __init__(self, graph: Path, inputs: Mapping[str, NDArray[Any]], threads: int) -> None:
         ov = import_openvino()
-        core = ov.Core()
-        model = core.read_model(str(graph))
+        model = read_graph(graph, cpu_flags())
         model.reshape({item.any_name: list(inputs[item.any_name].shape) for item in model.inputs})
         options = {
             "PERF_COUNT": True,
@@ -79,7 +78,7 @@ class _Run:
             "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,
         }
-        self._request = core.compile_model(model, "CPU", options).create_infer_request()
+        self._request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
         for item in model.inputs:
             self._request.set_tensor(item.any_name, ov.Tensor(inputs[item.any_name]))
         self.steps: list[float] = []

@@ -9,54 +9,29 @@ run beside each other on a share of the cores each and wait for each other once 
 """
 
 import contextlib
-import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
-from qdm_deploy.errors import BundleError, EnvironmentProblem
+from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
+from qdm_deploy.runtime.openvino_graph import import_openvino, read_graph
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
-__all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision", "import_openvino"]
+__all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
 KEPT_BATCH_SIZES = 4
 # Parts of a batch that run at once. More cores than this share a part.
 _MOST_STREAMS = 4
-
-
-def import_openvino() -> ModuleType:
-    """Import ``openvino`` without its usage telemetry.
-
-    Importing it sends a usage event and writes into the user's home, unless the telemetry package is missing: then it
-    falls back to a stub of its own. That is what it is told here, for the time of its import.
-
-    Raises:
-        EnvironmentProblem: the package is missing or cannot be loaded.
-    """
-    first_import = "openvino" not in sys.modules
-    if first_import:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's way to say "not installed"
-    try:
-        import openvino
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"the openvino backend needs the openvino package ({error}): pip install 'qdm-deploy[openvino]', or use "
-            "the onnxruntime backend"
-        ) from error
-    finally:
-        if first_import:
-            del sys.modules["openvino_telemetry"]
-    return openvino  # type: ignore[no-any-return]
 
 
 class OpenVinoSession:
@@ -99,9 +74,7 @@ class OpenVinoSession:
         self._threads = threads or available_cores()
         self._core = ov.Core()
         try:
-            # Core.read_model would offer a damaged file to the reader of every other format, and each one complains.
-            reader = ov.frontend.FrontEndManager().load_by_framework("onnx")
-            self._model = reader.convert(reader.load(graph))
+            self._model = read_graph(graph, cpu_flags())
         except Exception as error:  # the reader's errors share no base class
             raise self._load_error(error) from error
         self._specs = step_graph_inputs(

@@ -12,7 +12,8 @@ import pytest
 from qdm_deploy.errors import BundleError, InputError
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_session import OpenVinoSession, choose_precision, import_openvino
+from qdm_deploy.runtime.openvino_graph import import_openvino
+from qdm_deploy.runtime.openvino_session import OpenVinoSession, choose_precision
 from qdm_deploy.runtime.session import StepOutput
 
 
@@ -255,7 +256,7 @@ def test_the_sampler_update_stays_float32_under_bf16(labelled: Any) -> None:
 def test_openvino_is_imported_without_telemetry(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from qdm_deploy.runtime.openvino_session import import_openvino\n"
+        "from qdm_deploy.runtime.openvino_graph import import_openvino\n"
         "print(import_openvino().__name__, [name for name in sys.modules if name.startswith('openvino_telemetry')])\n"
     )
     done = subprocess.run(

@@ -1,0 +1,49 @@
+"""The products of layers that a plan keeps in float, in bfloat16: for CPUs that multiply it twice as fast as float32.
+
+Only what is multiplied is rounded, and the result once: a plan keeps a layer out of INT8 for its noise, and 8
+significant bits in both factors add far less of it than 8-bit codes (docs/adr/0017). Layers that never become INT8,
+such as the first and the last convolution, stay as they are. On a CPU without bfloat16 the session takes the casts out
+again.
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, values_of
+from qdm_export.passes.half_precision import BFLOAT16_OPSET
+from qdm_export.topology import LayerNode, layer_nodes
+
+__all__ = ["Bfloat16Kernels"]
+
+_HALF, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+class Bfloat16Kernels(PlanPass):
+    """Casts what such a layer multiplies to bfloat16, and its result back before the bias is added."""
+
+    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+        """Raises the graph's opset to the first whose Conv takes bfloat16, where a layer is cast."""
+        kept = {item.name for item in self.plan.layers if item.precision == "float" and item.layer.float_reason is None}
+        # OpenVINO 2026.4 reads no Gemm of bfloat16; U-Nets have them in the time embedding only.
+        found = [layer for layer in layer_nodes(model) if layer.name in kept and layer.node.op_type != "Gemm"]
+        for layer in found:
+            _cast(model, layer)
+        if found:
+            model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
+        return bool(found)
+
+
+def _cast(model: ir.Model, layer: LayerNode) -> None:
+    node = layer.node
+    data = insert_before(layer, "Cast", [], "bfloat16", to=int(_HALF)).outputs[0]
+    data.type = node.outputs[0].type = ir.TensorType(_HALF)
+    node.replace_input_with(0, data)
+    weight = values_of(layer.weight).astype(_HALF.numpy())
+    node.replace_input_with(1, constant(model, f"{layer.name}/weight_bfloat16", weight))
+    if node.op_type == "Conv" and layer.bias is not None:
+        node.replace_input_with(2, None)
+        bias = values_of(layer.bias).reshape(1, -1, 1, 1)
+        insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias)], "add_bias")
+    insert_after(layer, "Cast", [], "float32", to=int(_FLOAT))
