@@ -3,6 +3,11 @@
     python benchmarks/carried_latency.py prepare FOLDER --models cifar10 --light
     python benchmarks/carried_latency.py time FOLDER --save
 
+Also for a model that is too large to be held beside the sessions that are timed:
+
+    python benchmarks/carried_latency.py prepare FOLDER --models sd15 --only "openvino BF16;openvino INT8, throughput"
+    python benchmarks/carried_latency.py time FOLDER --batches 1 --runs 5
+
 The folder must have the same path on both machines. With `--light` the graphs' large tensors repeat a short piece of
 themselves, so that the folder compresses to little: times do not depend on the values, and `eps SQNR dB` is measured
 before. The peers that run in PyTorch are left out, since they are no graphs.
@@ -25,7 +30,7 @@ from bench import CPU_SESSIONS, case, finish, parser, say
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
 from speed_peers import Missing, Opened
-from step_latency import COLUMNS, contenders, reference_of, sqnr_of, timed_rows
+from step_latency import COLUMNS, contenders, reference_of, sqnr_of, timed_rows, wanted
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.runtime.random_inputs import random_inputs
@@ -35,13 +40,13 @@ _ALIKE = 4096
 _LARGE = 16 * _ALIKE
 
 
-def prepare(folder: Path, models: list[str], *, light: bool) -> None:
-    """Every contender's graph, and contenders.json that says how each is opened."""
+def prepare(folder: Path, models: list[str], only: str | None, *, light: bool) -> None:
+    """Every wanted contender's graph, and contenders.json that says how each is opened."""
     for name in models:
         model, place = case(name, samples=2, steps=5), folder / name
         reference = reference_of(model)
         found: dict[str, Any] = {}
-        for label, contender in contenders(model, place).items():
+        for label, contender in wanted(contenders(model, place), only).items():
             if label.startswith("torch") or "step bins" in label:
                 continue
             try:
@@ -134,6 +139,9 @@ def main() -> None:
     arguments.add_argument("what", choices=("prepare", "time"))
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--models", default="cifar10")
+    arguments.add_argument(
+        "--only", help="beginnings of names, separated by semicolons: make only these, and the baseline"
+    )
     arguments.add_argument("--light", action="store_true", help="make the folder compressible; the values are lost")
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
@@ -142,7 +150,7 @@ def main() -> None:
     folder = given.folder.absolute()
     if given.what == "prepare":
         shutil.rmtree(folder, ignore_errors=True)
-        prepare(folder, given.models.split(","), light=given.light)
+        prepare(folder, given.models.split(","), given.only, light=given.light)
     else:
         time_them(folder, given)
 

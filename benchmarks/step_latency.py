@@ -115,9 +115,9 @@ def main() -> None:
         reference = reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             found = contenders(model, Path(scratch))
-            wanted = found if given.only is None else _named(found, given.only.split(";"))
+            chosen = wanted(found, given.only)
             opened: dict[str, Apart] = {}
-            for label, contender in wanted.items():
+            for label, contender in chosen.items():
                 try:
                     session = contender.prepared()
                 except Missing as why:
@@ -130,7 +130,7 @@ def main() -> None:
                 say(f"{name}, batch {batch}: timing {len(opened)} sessions in turn")
                 inputs = random_inputs(model.checkpoint.spec, batch)
                 times = timed_apart(opened, inputs, runs=given.runs, seconds=given.seconds)
-                integer = {label: item.integer for label, item in wanted.items()}
+                integer = {label: item.integer for label, item in chosen.items()}
                 rows += timed_rows(name, batch, times, macs, quality, integer, peaks)
     extra = {"runs": given.runs, "left_out": left_out, "integer_peak": peaks[True], "float_peak": peaks[False]}
     finish("step-latency", COLUMNS, rows, extra, save=given.save)
@@ -165,9 +165,10 @@ def timed_rows(
     return rows
 
 
-def _named(found: dict[str, Contender], parts: list[str]) -> dict[str, Contender]:
-    """The contenders whose names begin with one of the parts, and the baseline."""
-    return {name: item for name, item in found.items() if name == BASELINE or name.startswith(tuple(parts))}
+def wanted(found: dict[str, Contender], only: str | None) -> dict[str, Contender]:
+    """All of them, or those whose names begin with one of the parts of ``only``, and the baseline."""
+    parts = ("",) if only is None else tuple(only.split(";"))
+    return {name: item for name, item in found.items() if name == BASELINE or name.startswith(parts)}
 
 
 def reference_of(model: Case) -> ReferenceRun:

@@ -51,9 +51,6 @@ def publish(
     seconds: Mapping[str, float],
 ) -> BuildResult:
     """Write what is left to write and seal the bundle."""
-    from qdm_export.float_graph import OPSET
-    from qdm_export.passes.half_precision import BFLOAT16_OPSET
-
     root = writer.root
     recipe = _recipe(options)
     report = _report(options, checkpoint, calibrated, measured, engines, seconds, root, recipe)
@@ -71,9 +68,7 @@ def publish(
         name=checkpoint.spec.name,
         model=checkpoint.spec,
         targets=options.targets,
-        compatibility=Compatibility(
-            opset=BFLOAT16_OPSET if options.rest == "bf16" else OPSET, min_runtime=_MIN_RUNTIME
-        ),
+        compatibility=Compatibility(opset=_opset(root / "unet"), min_runtime=_MIN_RUNTIME),
         provenance={
             "source": checkpoint.spec.name,
             "weights_sha256": checkpoint.weights_sha256,
@@ -84,6 +79,14 @@ def publish(
         float_below=measured.float_steps.float_below if measured.float_steps is not None else None,
     )
     return BuildResult(options.out, manifest.bundle_id, report)
+
+
+def _opset(folder: Path) -> int:
+    """The highest that a graph of the bundle needs: a bfloat16 convolution needs a newer one than the rest."""
+    import onnx
+
+    graphs = [onnx.load(path, load_external_data=False) for path in folder.glob("*.onnx")]
+    return max(int(entry.version) for graph in graphs for entry in graph.opset_import if not entry.domain)
 
 
 def _recipe(options: BuildOptions) -> dict[str, Any]:

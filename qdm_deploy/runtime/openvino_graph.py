@@ -1,6 +1,7 @@
 """A step graph as OpenVINO reads it, and as this CPU can run it well."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 
 from qdm_deploy.errors import EnvironmentProblem
 
-__all__ = ["import_openvino", "multiplies_bfloat16", "read_graph", "without_bfloat16"]
+__all__ = ["compile_graph", "import_openvino", "multiplies_bfloat16", "read_graph", "without_bfloat16"]
 
 
 def import_openvino() -> ModuleType:
@@ -56,6 +57,28 @@ def read_graph(graph: Path, flags: frozenset[str]) -> Any:
     reader = import_openvino().frontend.FrontEndManager().load_by_framework("onnx")
     model = reader.convert(reader.load(graph))
     return model if multiplies_bfloat16(flags) else without_bfloat16(model)
+
+
+def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
+    """Compile a model that ``read_graph`` returned for the CPU.
+
+    OpenVINO 2026.4 fails on a few convolutions of bfloat16 whose result is added to that of an INT8 one ("object is not
+    initialized"). Such a graph is compiled with products of float32.
+
+    Raises:
+        RuntimeError: OpenVINO cannot compile it.
+    """
+    try:
+        return core.compile_model(model, "CPU", dict(options))
+    except RuntimeError:
+        if not _holds_bfloat16(model):
+            raise
+        return core.compile_model(without_bfloat16(model), "CPU", dict(options))
+
+
+def _holds_bfloat16(model: Any) -> bool:
+    half = import_openvino().Type.bf16
+    return any(output.get_element_type() == half for node in model.get_ops() for output in node.outputs())
 
 
 def without_bfloat16(model: Any) -> Any:

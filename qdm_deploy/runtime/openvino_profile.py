@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags
-from qdm_deploy.runtime.openvino_graph import import_openvino, read_graph
+from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 
 __all__ = ["StepProfile", "step_profiles", "turn_means"]
 
@@ -78,7 +78,7 @@ class _Run:
             "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,
         }
-        self._request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+        self._request = compile_graph(ov.Core(), model, options).create_infer_request()
         for item in model.inputs:
             self._request.set_tensor(item.any_name, ov.Tensor(inputs[item.any_name]))
         self.steps: list[float] = []

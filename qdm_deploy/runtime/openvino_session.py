@@ -22,7 +22,7 @@ from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
-from qdm_deploy.runtime.openvino_graph import import_openvino, read_graph
+from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
@@ -173,7 +173,7 @@ class OpenVinoSession:
                 return self._core.import_model(blob, "CPU", options)
         model = self._model.clone()
         model.reshape({spec.name: [rows, *spec.shape] for spec in self._specs})
-        compiled = self._core.compile_model(model, "CPU", options)
+        compiled = compile_graph(self._core, model, options)
         if self._compiled:
             self._compiled.store(rows, streams, compiled.export_model().getvalue())
         return compiled

@@ -1,4 +1,4 @@
-"""Layers that a plan keeps in float multiply bfloat16 on OpenVINO: those, nothing else, and only what they multiply."""
+"""Convolutions that a plan keeps in float multiply bfloat16 on OpenVINO: those, and only what they multiply."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.openvino_graph import import_openvino, read_graph
+from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.targets import emit
 from qdm_export.topology import layer_nodes
@@ -28,13 +28,11 @@ def in_float(plan: QuantizationPlan, names: list[str]) -> QuantizationPlan:
     return replace(plan, layers=tuple(layers))
 
 
-def exact(x: Array, weight: Array, bias: Array | None, kind: str) -> Array:
-    """In float64."""
+def exact(x: Array, weight: Array, bias: Array | None) -> Array:
+    """The convolution in float64."""
     given = [torch.from_numpy(values.astype(np.float64)) for values in (x, weight)]
     b = None if bias is None else torch.from_numpy(bias.astype(np.float64))
-    if kind == "conv":
-        return torch.nn.functional.conv2d(given[0], given[1], b, padding=1).numpy()
-    return torch.nn.functional.linear(given[0], given[1], b).numpy()
+    return torch.nn.functional.conv2d(given[0], given[1], b, padding=1).numpy()
 
 
 def rounded(values: Array) -> Array:
@@ -50,33 +48,28 @@ def run_openvino(model: ir.Model, feeds: dict[str, Array], path: Path) -> Array:
 
 
 def run_graph_of(model: Any, feeds: dict[str, Array]) -> Array:
-    compiled = import_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_graph(import_openvino().Core(), model, {"INFERENCE_PRECISION_HINT": "f32"})
     wanted = {item.any_name for item in compiled.inputs}
     result = compiled({name: values for name, values in feeds.items() if name in wanted})
     return next(iter(result.values()))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["conv", "MatMul"])
-def test_a_product_is_of_rounded_factors_and_its_bias_is_not_rounded(
-    small: Any, tmp_path: Path, kind: str, bias: bool
-) -> None:
-    graph = small((32, 9, 9) if kind == "conv" else (5, 32))
-    graph.output(graph.conv(out=16, bias=bias) if kind == "conv" else graph.linear(out=16, kind=kind, bias=bias))
-    (name,) = graph.weights
+def test_a_product_is_of_rounded_factors_and_its_bias_is_not_rounded(small: Any, tmp_path: Path, bias: bool) -> None:
+    graph = small((32, 9, 9))
+    graph.output(graph.conv(out=16, bias=bias))
     if bias:
-        graph.biases[name] *= 1000  # rounded, it would be off by 2
-        value = graph.graph.initializers[f"{name}.bias"]
-        value.const_value = ir.tensor(graph.biases[name], name=value.name)
-    assert Bfloat16Kernels(in_float(graph.plan, [name]))(graph.model).modified
+        graph.biases["conv"] *= 1000  # rounded, it would be off by 2
+        value = graph.graph.initializers["conv.bias"]
+        value.const_value = ir.tensor(graph.biases["conv"], name=value.name)
+    assert Bfloat16Kernels(in_float(graph.plan, ["conv"]))(graph.model).modified
     shape = [int(size) for size in list(graph.x.shape)[1:]]
     x = np.random.default_rng(3).normal(size=(2, *shape)).astype(np.float32)
     found = run_openvino(graph.model, {"x": x, "timestep": np.array([0, 1])}, tmp_path / "graph.onnx")
-    b = graph.biases[name]
-    expected = exact(rounded(x), rounded(graph.weights[name]), b, kind)
-    plain = exact(x, graph.weights[name], b, kind)
+    b = graph.biases["conv"]
+    expected, plain = exact(rounded(x), rounded(graph.weights["conv"]), b), exact(x, graph.weights["conv"], b)
     # 2**-9 of the result, without its bias, is what it is rounded by once. Where the CPU has no bfloat16, nothing is.
-    size = np.abs(expected - (0 if b is None else b.reshape((-1, 1, 1) if kind == "conv" else (-1,)))).max()
+    size = np.abs(expected - (0 if b is None else b.reshape(-1, 1, 1))).max()
     error, as_float = (np.abs(found - values).max() / size for values in (expected, plain))
     assert min(error, as_float) < 2**-8
     assert graph.model.graph.opset_imports[""] == 22
@@ -91,14 +84,14 @@ def test_a_cpu_with_bfloat16_really_multiplies_it(small: Any, tmp_path: Path) ->
     # 1 + 2**-9 rounds to 1: a float32 product would keep it.
     x = np.full((1, 32, 9, 9), 1 + 2**-9, np.float32)
     found = run_openvino(graph.model, {"x": x, "timestep": np.array([0])}, tmp_path / "graph.onnx")
-    expected = rounded(exact(np.ones_like(x), rounded(graph.weights["conv"]), None, "conv").astype(np.float32))
+    expected = rounded(exact(np.ones_like(x), rounded(graph.weights["conv"]), None).astype(np.float32))
     np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() * 2**-9)
 
 
 @pytest.mark.parametrize("name", ["labels", "rgb"])
 def test_only_layers_that_might_be_int8_are_cast(tiny: Any, name: str) -> None:
     plan = tiny.plan(name)
-    kept = [layer.name for layer in plan.quantized[:3]]
+    kept = [layer.name for layer in plan.quantized if layer.layer.kind == "conv"][:3]
     graph = emit(tiny.float_graph(name), in_float(plan, kept), "openvino")
     cast = [
         layer.name
@@ -116,12 +109,14 @@ def test_the_rest_of_the_graph_reads_float32(tiny: Any) -> None:
     graph = emit(tiny.float_graph("labels"), in_float(plan, kept), "openvino")
     half = {value for node in graph.graph for value in node.outputs if value.dtype == ir.DataType.BFLOAT16}
     readers = {use.node.op_type for value in half for use in value.uses()}
-    assert readers <= {"Conv", "Gemm", "MatMul", "Cast"}
-    assert sum(node.op_type == "Cast" and node.outputs[0] in half for node in graph.graph) == len(kept)
+    assert readers == {"Conv", "Cast"}
+    convolutions = sum(layer.layer.kind == "conv" for layer in plan.quantized)
+    assert sum(node.op_type == "Cast" and node.outputs[0] in half for node in graph.graph) == convolutions
 
 
 def test_other_targets_and_plans_that_keep_nothing_have_none(tiny: Any, emitted: Any) -> None:
     plan = tiny.plan("labels")
+    assert plan.quantized[0].layer.kind == "conv"
     kept = in_float(plan, [plan.quantized[0].name])
     graphs = [
         emitted.graph("labels", "openvino"),
@@ -134,9 +129,10 @@ def test_other_targets_and_plans_that_keep_nothing_have_none(tiny: Any, emitted:
         assert all(value.dtype != ir.DataType.BFLOAT16 for node in graph.graph for value in node.outputs)
 
 
-def test_a_gemm_stays_float32(small: Any) -> None:
+@pytest.mark.parametrize("kind", ["Gemm", "MatMul"])
+def test_a_matrix_product_stays_float32(small: Any, kind: str) -> None:
     graph = small((32,))
-    graph.output(graph.linear(kind="Gemm"))
+    graph.output(graph.linear(kind=kind))
     assert not Bfloat16Kernels(in_float(graph.plan, ["linear"]))(graph.model).modified
 
 
@@ -144,6 +140,11 @@ def test_running_it_again_changes_nothing(tiny: Any) -> None:
     plan = in_float(tiny.plan("labels"), [tiny.plan("labels").quantized[0].name])
     graph = emit(tiny.float_graph("labels"), plan, "openvino")
     assert not Bfloat16Kernels(plan)(graph).modified
+
+
+def halves(model: Any) -> int:
+    half = import_openvino().Type.bf16
+    return sum(item.get_element_type() == half for node in model.get_ops() for item in node.outputs())
 
 
 def sqnr_db(expected: Array, found: Array) -> float:
@@ -160,14 +161,37 @@ def test_the_whole_graph_is_close_to_float32_with_and_without_bfloat16(
     feeds, path = emitted.feeds("labels", 3, seed=11), tmp_path / "graph.onnx"
     expected = run_graph(tiny.float_graph("labels"), feeds)["next_sample"]
     onnx.save(ir.to_proto(emit(tiny.float_graph("labels"), everything, "openvino")), path)
-    half = import_openvino().Type.bf16
-
-    def halves(model: Any) -> int:
-        return sum(item.get_element_type() == half for node in model.get_ops() for item in node.outputs())
-
     for flag in ("avx512_bf16", "amx_bf16"):
-        assert halves(read_graph(path, frozenset({"avx512f", flag}))) >= 3 * len(plan.quantized)
+        assert halves(read_graph(path, frozenset({"avx512f", flag}))) >= 3  # of a convolution: data, weight, result
     widened = read_graph(path, frozenset({"avx512f", "avx512_vnni"}))
     assert halves(widened) == 0
     assert sqnr_db(expected, run_graph_of(widened, feeds)) > 45  # only the weights are rounded there
     assert sqnr_db(expected, run_graph_of(read_graph(path, cpu_flags()), feeds)) > 35
+
+
+class Refusing:
+    """A core that cannot compile bfloat16, or anything at all."""
+
+    def __init__(self, *, everything: bool) -> None:
+        self.everything, self.core = everything, import_openvino().Core()
+
+    def compile_model(self, model: Any, device: str, options: dict[str, Any]) -> Any:
+        if self.everything or halves(model):
+            raise RuntimeError("object is not initialized")
+        return self.core.compile_model(model, device, options)
+
+
+def test_what_openvino_cannot_compile_runs_in_float32(tiny: Any, emitted: Any, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    plan, path = tiny.plan("labels"), tmp_path / "graph.onnx"
+    kept = in_float(plan, [layer.name for layer in plan.quantized if layer.layer.kind == "conv"])
+    onnx.save(ir.to_proto(emit(tiny.float_graph("labels"), kept, "openvino")), path)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    for everything, flags in ((False, {"amx_bf16"}), (True, {"amx_bf16"}), (True, set[str]())):
+        core, model = Refusing(everything=everything), read_graph(path, frozenset(flags))
+        if everything:
+            with pytest.raises(RuntimeError, match="object is not initialized"):
+                compile_graph(core, model, options)
+        else:
+            names = {item.any_name for item in compile_graph(core, model, options).inputs}
+            assert names == set(emitted.feeds("labels", 1))

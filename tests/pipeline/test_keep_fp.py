@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
 
@@ -21,6 +23,12 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
     assert result.report.recipe["keep_fp"] == choice
     assert "sensitivity" in result.report.stage_seconds
     assert all(check.ok for check in result.report.checks)
+    # The openvino graph multiplies the convolutions in bfloat16, and the manifest says what that needs.
+    convolutions = [item.name for item in kept if item.layer.kind == "conv"]
+    assert Bundle.open(result.bundle).manifest.compatibility.opset == (22 if convolutions else 21)
+    graph = onnx.load(result.bundle / "unet" / "openvino.onnx", load_external_data=False).graph
+    casts = [node.name for node in graph.node if node.op_type == "Cast" and node.name.endswith("/bfloat16")]
+    assert casts == [f"{name}/bfloat16" for name in convolutions]
 
 
 @pytest.mark.slow

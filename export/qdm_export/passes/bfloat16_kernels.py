@@ -1,4 +1,4 @@
-"""The products of layers that a plan keeps in float, in bfloat16: for CPUs that multiply it twice as fast as float32.
+"""Convolutions that a plan keeps in float, in bfloat16: for CPUs that multiply it twice as fast as float32.
 
 Only what is multiplied is rounded, and the result once: a plan keeps a layer out of INT8 for its noise, and 8
 significant bits in both factors add far less of it than 8-bit codes (docs/adr/0017). Layers that never become INT8,
@@ -21,13 +21,16 @@ _HALF, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 class Bfloat16Kernels(PlanPass):
-    """Casts what such a layer multiplies to bfloat16, and its result back before the bias is added."""
+    """Casts what such a convolution multiplies to bfloat16, and its result back before the bias is added.
+
+    Matrix products stay float32: OpenVINO 2026.4 does not compile every attention around one of bfloat16, and they are
+    a small part of a U-Net.
+    """
 
     def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
         """Raises the graph's opset to the first whose Conv takes bfloat16, where a layer is cast."""
         kept = {item.name for item in self.plan.layers if item.precision == "float" and item.layer.float_reason is None}
-        # OpenVINO 2026.4 reads no Gemm of bfloat16; U-Nets have them in the time embedding only.
-        found = [layer for layer in layer_nodes(model) if layer.name in kept and layer.node.op_type != "Gemm"]
+        found = [layer for layer in layer_nodes(model) if layer.name in kept and layer.kind == "conv"]
         for layer in found:
             _cast(model, layer)
         if found:
@@ -42,7 +45,7 @@ def _cast(model: ir.Model, layer: LayerNode) -> None:
     node.replace_input_with(0, data)
     weight = values_of(layer.weight).astype(_HALF.numpy())
     node.replace_input_with(1, constant(model, f"{layer.name}/weight_bfloat16", weight))
-    if node.op_type == "Conv" and layer.bias is not None:
+    if layer.bias is not None:
         node.replace_input_with(2, None)
         bias = values_of(layer.bias).reshape(1, -1, 1, 1)
         insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias)], "add_bias")
