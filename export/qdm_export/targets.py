@@ -9,7 +9,8 @@ tensorrt     s8                not quantized            half     subtracted, con
 ===========  ================  =======================  =======  ========================  =====================
 
 Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011). Layers that the plan keeps in
-float are part of the rest, except that openvino's convolutions among them multiply bfloat16 (docs/adr/0017).
+float are part of the rest, except that openvino's convolutions among them multiply bfloat16, as does attention
+between very many positions (docs/adr/0017).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
@@ -25,6 +26,7 @@ from onnx_ir.passes import common
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
 from qdm_export.absorb import Absorption, absorb_factors
+from qdm_export.passes.bfloat16_attention import Bfloat16Attention
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
@@ -132,8 +134,8 @@ def emit(
         joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
         norms: off leaves every GroupNormalization as the exporter has it, for comparisons.
         phases: off leaves every upsampling and the convolution behind it as the exporter has them, for comparisons.
-        bfloat16_kernels: off leaves convolutions that the plan keeps in float in float32 where the target multiplies
-            them in bfloat16, for comparisons.
+        bfloat16_kernels: off leaves large attention and convolutions that the plan keeps in float in float32 where the
+            target multiplies them in bfloat16, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -163,7 +165,7 @@ def emit(
     if form.phases and phases:
         passes.append(UpsamplePhases(plan))
     if form.bfloat16_kernels and bfloat16_kernels:
-        passes.append(Bfloat16Kernels(plan))
+        passes += [Bfloat16Kernels(plan), Bfloat16Attention()]
     if form.norm is not None and norms:
         passes.append(form.norm())
     if form.joint_heads and joint_heads:
