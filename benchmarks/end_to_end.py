@@ -93,7 +93,9 @@ def main() -> None:
     arguments.add_argument("--images", type=int, default=64)
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--batch", type=int, default=16)
-    arguments.add_argument("--only", help="names, separated by semicolons: time only these, and diffusers")
+    arguments.add_argument(
+        "--only", help="beginnings of names, separated by semicolons: time only these, and diffusers"
+    )
     given = arguments.parse_args()
     model = case("fashion", samples=16)
     rounds = [range(first, first + given.batch) for first in range(0, given.images, given.batch)]
@@ -111,7 +113,8 @@ def main() -> None:
             "openvino INT8, throughput": partial(OpenVinoSession, on_openvino, mode="throughput"),
         }
         if given.only is not None:
-            sessions = {name: sessions[name] for name in given.only.split(";")}
+            parts = tuple(given.only.split(";"))
+            sessions = {name: opened for name, opened in sessions.items() if name.startswith(parts)}
         makers = {BASELINE: stack.enter_context(Apart(Diffusers))}
         makers |= {name: stack.enter_context(Apart(partial(Ours, opened))) for name, opened in sessions.items()}
         for maker in makers.values():  # compile, allocate

@@ -87,11 +87,11 @@ def without_bfloat16(model: Any) -> Any:
     Where a CPU has AVX-512 but no bfloat16, OpenVINO 2026.4 would emulate it and take three times as long as in
     float32. Weights keep the values that bfloat16 gave them.
     """
-    opset = import_openvino().opset13
-    half = import_openvino().Type.bf16
+    openvino = import_openvino()
+    half = openvino.Type.bf16
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_output_element_type(0) == half:
-            widened = opset.constant(node.get_data(dtype=np.float32))
+            widened = openvino.opset13.constant(node.get_data(dtype=np.float32))
             widened.set_friendly_name(node.get_friendly_name())
             node.output(0).replace(widened.output(0))
         elif node.get_type_name() == "Convert" and half in (

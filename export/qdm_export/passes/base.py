@@ -13,6 +13,7 @@ from qdm_export.topology import LayerNode, layer_nodes
 
 __all__ = [
     "PlanPass",
+    "cast",
     "constant",
     "graph_of",
     "insert_after",
@@ -119,6 +120,18 @@ def named_node(
     return ir.node(
         op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(layer.node.metadata_props)
     )
+
+
+def cast(node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:
+    """``value`` in another float type, by a Cast before or after ``node``; the caller wires it."""
+    name = f"{value.name}/{'float32' if to == ir.DataType.FLOAT else to.name.lower()}"
+    output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
+    made = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
+    if after:
+        graph_of(node).insert_after(node, made)
+    else:
+        graph_of(node).insert_before(node, made)
+    return output
 
 
 def graph_of(node: ir.Node) -> ir.Graph:

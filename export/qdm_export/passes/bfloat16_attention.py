@@ -7,7 +7,7 @@ session takes the casts out again.
 
 import onnx_ir as ir
 
-from qdm_export.passes.base import graph_of
+from qdm_export.passes.base import cast
 from qdm_export.passes.half_precision import BFLOAT16_OPSET
 
 __all__ = ["LEAST_SCORES", "Bfloat16Attention"]
@@ -31,14 +31,18 @@ class Bfloat16Attention(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Cast in place; what has been cast is left as it is."""
         found = [products for node in list(model.graph) if (products := self._products(node)) is not None]
+        casts: dict[ir.Value, ir.Value] = {}
         for scores, softmax, mixed in found:
             for product, places in ((scores, (0, 1)), (mixed, (1,))):
                 for place in places:
-                    product.replace_input_with(place, _cast(product, product.inputs[place], f"in{place}", _HALF))
+                    value = product.inputs[place]
+                    if value is not None:
+                        casts[value] = casts.get(value) or cast(product, value, _HALF)
+                        product.replace_input_with(place, casts[value])
             for node in (scores, softmax, mixed):
                 node.outputs[0].type = ir.TensorType(_HALF)
             readers = list(mixed.outputs[0].uses())
-            back = _cast(mixed, mixed.outputs[0], "out", _FLOAT, after=True)
+            back = cast(mixed, mixed.outputs[0], _FLOAT, after=True)
             for reader in readers:
                 reader.node.replace_input_with(reader.idx, back)
         if found:
@@ -65,14 +69,3 @@ def _positions(value: ir.Value | None) -> int:
     shape = None if value is None else value.shape
     size = 0 if shape is None else shape[-2]
     return size if isinstance(size, int) else 0
-
-
-def _cast(node: ir.Node, value: ir.Value | None, label: str, to: ir.DataType, *, after: bool = False) -> ir.Value:
-    name = f"{node.name}/{label}_{to.name.lower()}"
-    output = ir.Value(name=name, shape=None if value is None else value.shape, type=ir.TensorType(to))
-    cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
-    if after:
-        graph_of(node).insert_after(node, cast)
-    else:
-        graph_of(node).insert_before(node, cast)
-    return output

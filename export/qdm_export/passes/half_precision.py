@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import graph_of, values_of
+from qdm_export.passes.base import cast, values_of
 from qdm_export.topology import MODULE_KEY
 
 __all__ = ["BFLOAT16_OPSET", "HalfPrecision"]
@@ -52,7 +52,7 @@ class HalfPrecision(ir.passes.InPlacePass):
                     continue
                 if value not in casts:
                     casts[value] = (
-                        self._constant(model, value) if value.is_initializer() else self._cast(node, value, self._half)
+                        self._constant(model, value) if value.is_initializer() else cast(node, value, self._half)
                     )
                 node.replace_input_with(index, casts[value])
             if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
@@ -81,7 +81,7 @@ class HalfPrecision(ir.passes.InPlacePass):
             for value in node.outputs:
                 outside = [use for use in value.uses() if use.node not in inside and value.dtype == self._half]
                 if outside:
-                    back = self._cast(node, value, _FLOAT, after=True)
+                    back = cast(node, value, _FLOAT, after=True)
                     for use in outside:
                         use.node.replace_input_with(use.idx, back)
 
@@ -98,16 +98,6 @@ class HalfPrecision(ir.passes.InPlacePass):
         half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self._half), const_value=tensor)
         model.graph.register_initializer(half)
         return half
-
-    def _cast(self, node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:
-        name = f"{value.name}/{'float32' if to == _FLOAT else self._name}"
-        output = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to))
-        cast = ir.node("Cast", [value], {"to": int(to)}, outputs=[output], name=name)
-        if after:
-            graph_of(node).insert_after(node, cast)
-        else:
-            graph_of(node).insert_before(node, cast)
-        return output
 
 
 def _feeds_only(node: ir.Node, *kinds: str) -> bool:
