@@ -33,7 +33,7 @@ from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.step_graph import StepGraph
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 
 # Name of the variant: the inputs that are offered factors, and whether constants take up what they can.
 VARIANTS = {
@@ -120,7 +120,7 @@ def main() -> None:
             plan = plans[scope] = plans.get(scope) or plan_with(model, scope)
             if scope not in measured:
                 measured[scope] = quality(model, plan, reference)
-            graph = emit(model.graph, plan, "tensorrt", absorb_k=absorb_k)
+            graph = emit(model.graph, plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=absorb_k))
             left, extra = multiplied(graph, plan)
             rows[name] = {"k": name, **measured[scope], "factors": plan.summary()["branch_factors"]}
             rows[name] |= {"multiplies": left, "extra KiB": extra}

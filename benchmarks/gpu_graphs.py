@@ -19,18 +19,18 @@ def without_layers(plan: QuantizationPlan) -> QuantizationPlan:
 
 def forms_of_plan(graph: ir.Model, plan: QuantizationPlan) -> dict[str, tuple[ir.Model, QuantizationPlan]]:
     """Forms of the tensorrt graph that differ in one thing from "as emitted", by name, with the plan of each."""
-    from qdm_export.targets import emit
+    from qdm_export.targets import FORMS, emit
 
     static = dataclasses.replace(
         plan, layers=tuple(dataclasses.replace(layer, inverse_r=None) for layer in plan.layers)
     )
-    nothing = without_layers(plan)
+    nothing, apart = without_layers(plan), dataclasses.replace(FORMS["tensorrt"], joint_heads=False)
     return {
         "as emitted": (emit(graph, plan, "tensorrt"), plan),
-        "heads apart": (emit(graph, plan, "tensorrt", joint_heads=False), plan),
+        "heads apart": (emit(graph, plan, "tensorrt", form=apart), plan),
         "no step gains": (emit(graph, static, "tensorrt"), static),
         "float16": (emit(graph, nothing, "tensorrt"), nothing),
-        "float16, heads apart": (emit(graph, nothing, "tensorrt", joint_heads=False), nothing),
+        "float16, heads apart": (emit(graph, nothing, "tensorrt", form=apart), nothing),
     }
 
 

@@ -9,6 +9,7 @@ a process of its own, in turn. SQNR is teacher-forced against the float model, o
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 
 MODES = ("latency", "throughput")
 
@@ -44,31 +45,32 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         opened: dict[tuple[str, str], Apart] = {}
-        for form, (plan, bfloat16_kernels, rest) in forms.items():
-            emitted = emit(model.graph, plan, "openvino", bfloat16_kernels=bfloat16_kernels)
-            graph = save_form(emitted, Path(scratch) / form, "openvino")
+        for name, (plan, bfloat16, rest) in forms.items():
+            form = replace(FORMS["openvino"], bfloat16_kernels=bfloat16)
+            emitted = emit(model.graph, plan, "openvino", form=form)
+            graph = save_form(emitted, Path(scratch) / name, "openvino")
             for mode in MODES:
                 opener = partial(opened_stepper, partial(OpenVinoSession, graph, mode=mode, precision=rest))
-                opened[form, mode] = stack.enter_context(Apart(opener))
+                opened[name, mode] = stack.enter_context(Apart(opener))
         sqnr = {key: sqnr_of(reference, ApartSession(one), model) for key, one in opened.items()}
         for batch in map(int, given.batches.split(",")):
             say(f"batch {batch}: timing {len(opened)} graphs in turn")
             inputs = random_inputs(model.checkpoint.spec, batch)
             timed = timed_apart(opened, inputs, runs=given.runs, seconds=300)
-            for (form, mode), values in timed.items():
+            for (name, mode), values in timed.items():
                 whole = timed["float32", mode]
                 rows.append(
                     {
                         "batch": batch,
                         "mode": mode,
-                        "kept layers": form,
-                        "layers": 0 if form == "none kept" else count,
+                        "kept layers": name,
+                        "layers": 0 if name == "none kept" else count,
                         "median ms": float(np.median(values)),
                         "least ms": float(np.min(values)),
                         "faster, medians": float(np.median(whole) / np.median(values)),
                         "faster, least": float(np.min(whole) / np.min(values)),
-                        "eps SQNR dB": fmean(sqnr[form, mode]),
-                        "last step dB": sqnr[form, mode][-1],
+                        "eps SQNR dB": fmean(sqnr[name, mode]),
+                        "last step dB": sqnr[name, mode][-1],
                     }
                 )
     finish("kept-layers", list(rows[0]), rows, {"runs": given.runs}, save=given.save)

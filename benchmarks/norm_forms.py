@@ -9,6 +9,7 @@ against the float model.
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 
 
 def main() -> None:
@@ -36,8 +37,9 @@ def main() -> None:
         plan, reference = model.built(), reference_of(model)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             opened: dict[tuple[str, str, str], Apart] = {}
-            for form, norms in {"GroupNormalization": False, "moments": True}.items():
-                graph = save_form(emit(model.graph, plan, "openvino", norms=norms), Path(scratch) / form, "openvino")
+            moments = FORMS["openvino"]
+            for form, written in {"GroupNormalization": replace(moments, norm=None), "moments": moments}.items():
+                graph = save_form(emit(model.graph, plan, "openvino", form=written), Path(scratch) / form, "openvino")
                 for rest in ("f32", "bf16"):
                     for mode in ("latency", "throughput"):
                         session = partial(OpenVinoSession, graph, precision=rest, mode=mode)

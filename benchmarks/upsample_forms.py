@@ -9,6 +9,7 @@ which the sums of weights fit, and the four phases of these. Every graph runs in
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,9 +24,9 @@ from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 
-FORMS = ("whole, own scales", "whole", "phases")
+WAYS = ("whole, own scales", "whole", "phases")
 SESSIONS: dict[Target, Any] = {"onnxruntime": OnnxRuntimeSession, "openvino": OpenVinoSession}
 
 
@@ -40,13 +41,15 @@ def main() -> None:
         model = case_to_time(name)
         reference = reference_of(model)
         own, fitting = model.built(upsample_phases=False), model.built()
-        plans = dict(zip(FORMS, (own, fitting, fitting), strict=True))
+        plans = dict(zip(WAYS, (own, fitting, fitting), strict=True))
         layers = sum(fits_phases(plan) for plan in fitting.quantized)
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             opened: dict[tuple[str, str, str], Apart] = {}
             for target, session in SESSIONS.items():
                 for form, plan in plans.items():
-                    model_of_form = emit(model.graph, plan, target, phases=form == "phases")
+                    model_of_form = emit(
+                        model.graph, plan, target, form=replace(FORMS[target], phases=form == "phases")
+                    )
                     graph = save_form(model_of_form, Path(scratch) / target / form, target)
                     for mode in ("latency", "throughput"):
                         opener = partial(opened_stepper, partial(session, graph, mode=mode))
@@ -57,7 +60,7 @@ def main() -> None:
                 inputs = random_inputs(model.checkpoint.spec, batch)
                 timed = timed_apart(opened, inputs, runs=given.runs, seconds=300)
                 for (target, form, mode), values in timed.items():
-                    whole = timed[target, FORMS[0], mode]
+                    whole = timed[target, WAYS[0], mode]
                     rows.append(
                         {
                             "model": name,

@@ -10,7 +10,8 @@ tensorrt     s8                not quantized            half     subtracted, con
 
 Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011). Layers that the plan keeps in
 float are part of the rest, except that openvino's convolutions among them multiply bfloat16, as does attention
-between very many positions (docs/adr/0017).
+between very many positions (docs/adr/0017). openvino's SiLU and last convolution are written in another way as well
+(docs/adr/0018).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
@@ -39,7 +40,9 @@ from qdm_export.passes.output_correction import OutputCorrection
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
+from qdm_export.passes.rational_silu import RationalSilu
 from qdm_export.passes.step_gains import StepGains
+from qdm_export.passes.taps import Taps
 from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
@@ -55,49 +58,49 @@ _TYPES: dict[Rest, ir.DataType] = {
 
 @dataclass(frozen=True)
 class TargetForm:
-    """How a target wants its graph."""
+    """How a target wants its graph; what is off stays as the exporter has it.
 
-    unsigned: bool
-    quantized_outputs: bool
-    half: bool
-    norm: type[GroupNormForm] | None
-    packed_weights: bool
-    joint_heads: bool
-    phases: bool
-    bfloat16_kernels: bool
+    Attributes:
+        unsigned: activation codes are u8, with the zero offset in the zero point.
+        quantized_outputs: outputs of convolutions are quantized too.
+        half: what is not INT8 has the type ``rest`` of ``emit``.
+        norm: rewrites every GroupNormalization.
+        packed_weights: codes of 4 bits are stored as INT4.
+        joint_heads: attention does not take its heads apart.
+        phases: an upsampling and the convolution behind it become four small convolutions.
+        bfloat16_kernels: convolutions that the plan keeps in float and large attention multiply bfloat16.
+        rational_silu: SiLU as a ratio of polynomials.
+        taps: a float convolution with few output channels goes tap by tap.
+        absorb_k: factors k disappear where they cost nothing.
+    """
+
+    unsigned: bool = False
+    quantized_outputs: bool = False
+    half: bool = False
+    norm: type[GroupNormForm] | None = None
+    packed_weights: bool = False
+    joint_heads: bool = False
+    phases: bool = False
+    bfloat16_kernels: bool = False
+    rational_silu: bool = False
+    taps: bool = False
+    absorb_k: bool = True
 
 
 FORMS: dict[Target, TargetForm] = {
     "onnxruntime": TargetForm(
-        unsigned=True,
-        quantized_outputs=True,
-        half=False,
-        norm=InstanceNormForm,
-        packed_weights=True,
-        joint_heads=False,
-        phases=True,
-        bfloat16_kernels=False,
+        unsigned=True, quantized_outputs=True, norm=InstanceNormForm, packed_weights=True, phases=True
     ),
     "openvino": TargetForm(
         unsigned=True,
-        quantized_outputs=False,
-        half=False,
         norm=MomentsNormForm,
         packed_weights=True,
-        joint_heads=False,
         phases=True,
         bfloat16_kernels=True,
+        rational_silu=True,
+        taps=True,
     ),
-    "tensorrt": TargetForm(
-        unsigned=False,
-        quantized_outputs=False,
-        half=True,
-        norm=None,
-        packed_weights=False,
-        joint_heads=True,
-        phases=False,
-        bfloat16_kernels=False,
-    ),
+    "tensorrt": TargetForm(half=True, joint_heads=True),
 }
 
 
@@ -113,12 +116,7 @@ def emit(
     target: Target,
     *,
     rest: Rest = "fp16",
-    absorb_k: bool = True,
-    packed_weights: bool = True,
-    joint_heads: bool = True,
-    norms: bool = True,
-    phases: bool = True,
-    bfloat16_kernels: bool = True,
+    form: TargetForm | None = None,
 ) -> ir.Model:
     """A copy of the float step graph that runs ``plan`` in the form of ``target``.
 
@@ -128,14 +126,7 @@ def emit(
         target: whose form.
         rest: type of what is not INT8, for targets that have it in half precision; "fp32" is for checks of the
             integers alone.
-        absorb_k: off leaves every factor k where the plan has it, for comparisons.
-        packed_weights: off stores codes of 4 bits as INT8 where the target takes INT4 too: graphs that share a file
-            with one that does not would otherwise store both.
-        joint_heads: off takes attention apart into heads as the exporter does, for comparisons.
-        norms: off leaves every GroupNormalization as the exporter has it, for comparisons.
-        phases: off leaves every upsampling and the convolution behind it as the exporter has them, for comparisons.
-        bfloat16_kernels: off leaves large attention and convolutions that the plan keeps in float in float32 where the
-            target multiplies them in bfloat16, for comparisons.
+        form: another form than ``FORMS[target]``, for comparisons.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
@@ -144,42 +135,47 @@ def emit(
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
     _refuse_simulated_only(plan)
-    form = FORMS[target]
+    form = form or FORMS[target]
     dtype = _TYPES[rest] if form.half else ir.DataType.FLOAT
     model = graph.clone()
     model.graph.name = f"step_{target}"
-    if absorb_k:
+    if form.absorb_k:
         plan = absorb(model, plan, target).plan(plan)
+    try:
+        return ir.passes.Sequential(*_passes(form, plan, dtype))(model).model
+    except ir.passes.PassError as error:
+        # The sequence wraps what a pass raised; what we raised ourselves already says what to do.
+        if isinstance(error.__cause__, QdmError):
+            raise error.__cause__ from None
+        raise
+
+
+def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> list[ir.passes.PassBase]:
+    """What makes the form, in the order in which it builds on each other."""
     passes: list[ir.passes.PassBase] = [
         BiasCorrections(plan),
         OutputCorrection(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
-        QuantizeWeights(plan, packed=packed_weights and form.packed_weights),
+        QuantizeWeights(plan, packed=form.packed_weights),
     ]
     if not form.unsigned:
         passes.append(ZeroOffsets(plan, dtype.numpy()))
     passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
     if form.quantized_outputs:
         passes.append(QuantizeOutputs(plan))
-    if form.phases and phases:
+    if form.phases:
         passes.append(UpsamplePhases(plan))
-    if form.bfloat16_kernels and bfloat16_kernels:
+    if form.bfloat16_kernels:
         passes += [Bfloat16Kernels(plan), Bfloat16Attention()]
-    if form.norm is not None and norms:
+    if form.norm is not None:
         passes.append(form.norm())
-    if form.joint_heads and joint_heads:
-        passes.append(JointHeads())
+    for wanted, own in ((form.rational_silu, RationalSilu), (form.taps, Taps), (form.joint_heads, JointHeads)):
+        if wanted:
+            passes.append(own())
     if dtype != ir.DataType.FLOAT:
         passes.append(HalfPrecision(dtype))
-    passes += [common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
-    try:
-        return ir.passes.Sequential(*passes)(model).model
-    except ir.passes.PassError as error:
-        # The sequence wraps what a pass raised; what we raised ourselves already says what to do.
-        if isinstance(error.__cause__, QdmError):
-            raise error.__cause__ from None
-        raise
+    return [*passes, common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
 
 
 def _refuse_simulated_only(plan: QuantizationPlan) -> None:

@@ -15,7 +15,16 @@ from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 from qdm_export.linear_path import linear_path
 
-__all__ = ["MIN_CHANNELS", "MODULE_KEY", "PHASE_KEY", "LayerNode", "layer_nodes", "topology_of", "weight_is_transposed"]
+__all__ = [
+    "MIN_CHANNELS",
+    "MODULE_KEY",
+    "PHASE_KEY",
+    "LayerNode",
+    "layer_nodes",
+    "silu_input",
+    "topology_of",
+    "weight_is_transposed",
+]
 
 # Node metadata: the module a node was exported from.
 MODULE_KEY = "qdm.module"
@@ -168,7 +177,7 @@ def _trace(value: ir.Value, channels: int) -> tuple[tuple[int, ...], bool]:
         if node.op_type in _NORMS:
             normalized = True
             position = node.inputs[0]
-        elif (activated := _silu_input(node)) is not None:
+        elif (activated := silu_input(node)) is not None:
             position = activated
         elif node.op_type in _NORM_REACH:
             in_place = in_place and node.op_type in _CHANNELWISE
@@ -215,7 +224,7 @@ def _doubles(resize: ir.Node) -> bool:
     ] == ["nearest", "asymmetric", "floor"]
 
 
-def _silu_input(node: ir.Node) -> ir.Value | None:
+def silu_input(node: ir.Node) -> ir.Value | None:
     """x for a node that computes x * sigmoid(x), else None."""
     if node.op_type == "Swish":
         return node.inputs[0]

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,7 +143,7 @@ def _emit(
     from qdm_export.check import check_onnx
     from qdm_export.float_graph import save_graph
     from qdm_export.shared_weights import save_with_shared_weights
-    from qdm_export.targets import emit, emit_float
+    from qdm_export.targets import FORMS, emit, emit_float
 
     with stages.stage("emit"):
         folder.mkdir()
@@ -153,10 +153,9 @@ def _emit(
 
             def graphs() -> Iterator[tuple[Path, "ir.Model"]]:
                 for target in options.targets:
-                    yield (
-                        folder / f"{target}.onnx",
-                        emit(float_graph, plan, target, rest=options.rest, packed_weights=packed),
-                    )
+                    form = FORMS[target]
+                    form = replace(form, packed_weights=packed and form.packed_weights)
+                    yield folder / f"{target}.onnx", emit(float_graph, plan, target, rest=options.rest, form=form)
                     advance()
 
             save_with_shared_weights(graphs(), folder / "weights.bin")

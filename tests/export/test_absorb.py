@@ -14,7 +14,7 @@ from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_export.absorb import absorb_factors
 from qdm_export.check import layer_endpoints, with_outputs
 from qdm_export.passes.channel_factors import ChannelFactors
-from qdm_export.targets import absorb, emit
+from qdm_export.targets import FORMS, absorb, emit
 from qdm_export.topology import layer_nodes
 
 NAMES = ("labels", "rgb", "text")
@@ -145,7 +145,9 @@ def test_unsigned_targets_keep_a_factor_behind_a_norm_in_its_quantize(tiny: Any)
 
 def test_absorbing_can_be_switched_off(tiny: Any) -> None:
     plan = factored(tiny.plan("labels"))
-    with_k = multiplies(emit(tiny.float_graph("labels"), plan, "tensorrt", absorb_k=False))
+    with_k = multiplies(
+        emit(tiny.float_graph("labels"), plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=False))
+    )
     assert with_k == {item.layer.input_group for item in plan.quantized}
 
 

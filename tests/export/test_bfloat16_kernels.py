@@ -17,7 +17,7 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.runtime.cpu import cpu_flags
 from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 from qdm_export.topology import layer_nodes
 
 Array = NDArray[Any]
@@ -122,7 +122,7 @@ def test_other_targets_and_plans_that_keep_nothing_have_none(tiny: Any, emitted:
         emitted.graph("labels", "openvino"),
         emit(tiny.float_graph("labels"), kept, "onnxruntime"),
         emit(tiny.float_graph("labels"), kept, "tensorrt"),
-        emit(tiny.float_graph("labels"), kept, "openvino", bfloat16_kernels=False),
+        emit(tiny.float_graph("labels"), kept, "openvino", form=replace(FORMS["openvino"], bfloat16_kernels=False)),
     ]
     for graph in graphs:
         assert graph.graph.opset_imports[""] == 21

@@ -2,19 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 
 
 @pytest.fixture
 def apart(tiny: Any) -> Callable[..., ir.Model]:
     """Emits the tensorrt target as it is without the pass."""
-    return lambda name, **form: emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", joint_heads=False, **form)
+    form = replace(FORMS["tensorrt"], joint_heads=False)
+    return lambda name, **more: emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", form=form, **more)
 
 
 def kinds(model: ir.Model) -> Counter[str]:

@@ -13,7 +13,7 @@ from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import weight_scale
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums, upsampled
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_export.targets import emit
+from qdm_export.targets import FORMS, emit
 from qdm_export.topology import topology_of
 
 
@@ -86,7 +86,7 @@ def test_a_graph_in_phases_has_no_upsampling_and_returns_the_same(
     emitted: Any, tiny: Any, run_graph: Any, name: str, target: Any
 ) -> None:
     plan = tiny.plan(name)
-    whole = emit(tiny.float_graph(name), plan, target, phases=False)
+    whole = emit(tiny.float_graph(name), plan, target, form=replace(FORMS[target], phases=False))
     parts = emitted.graph(name, target)
     layers = phased(plan)
     assert layers

@@ -52,10 +52,9 @@ class MomentsNormForm(GroupNormForm):
         centred = norm.add("Sub", [data, channelwise(mean, "channel_mean")], "centred")
 
         length = summed("ReduceL2", centred, "length")
-        square = norm.add("Mul", [length, length], "square", each)
-        variance = norm.add("ReduceMean", [square, over_group], "group_square", whole, keepdims=1)
-        positions = norm.constant(f"count_{norm.positions}", np.array(norm.positions, dtype=np.float32))
-        variance = norm.add("Div", [variance, positions], "variance", whole)
+        length = norm.add("ReduceL2", [length, over_group], "group_length", whole, keepdims=1)
+        count = norm.constant(f"count_{size * norm.positions}", np.array(size * norm.positions, dtype=np.float32))
+        variance = norm.add("Div", [norm.add("Mul", [length, length], "square", whole), count], "variance", whole)
         epsilon = norm.constant(f"epsilon_{norm.epsilon:g}", np.array(norm.epsilon, dtype=np.float32))
         spread = norm.add("Sqrt", [norm.add("Add", [variance, epsilon], "epsilon", whole)], "spread", whole)
         gamma = norm.constant(f"{norm.gamma}/groups", norm.scale.reshape(1, norm.groups, size))
