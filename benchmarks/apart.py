@@ -11,12 +11,13 @@ from traceback import format_exc
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.runtime.timing import SETTLING, TURN, milliseconds
 
-__all__ = ["Apart", "ApartSession", "Stepper", "opened_stepper", "timed_apart"]
+__all__ = ["Apart", "ApartSession", "Stepper", "opened_stepper", "timed_apart", "turn_medians"]
 
 K = TypeVar("K")
 
@@ -148,6 +149,11 @@ def timed_apart(
         for name, stepper in steppers.items():
             times[name] += stepper.ask("turn", count, settling)
     return times
+
+
+def turn_medians(times: Sequence[float]) -> NDArray[np.float64]:
+    """Of ``timed_apart``'s milliseconds, the median of each turn: what belongs to the same stretch of time."""
+    return np.asarray([np.median(times[start : start + TURN]) for start in range(0, len(times), TURN)])
 
 
 def _turns(runs: int) -> Sequence[tuple[int, int]]:

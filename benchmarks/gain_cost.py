@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import Apart, opened_stepper, timed_apart
+from apart import Apart, opened_stepper, timed_apart, turn_medians
 from bench import CPU_SESSIONS, finish, parser, save_form
-from numpy.typing import NDArray
 from scipy import stats
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_deploy.runtime.timing import TURN
 from qdm_export.float_graph import export_float_graph
 from qdm_export.targets import emit
 from qdm_export.unet import load_checkpoint
@@ -52,7 +50,7 @@ def main() -> None:
         for batch in map(int, given.batches.split(",")):
             times = timed_apart(opened, random_inputs(checkpoint.spec, batch), runs=given.runs, seconds=400)
             for target in CPU_SESSIONS:
-                gains, static = (_turn_medians(times[target, name]) for name in ("gains", "static"))
+                gains, static = (turn_medians(times[target, name]) for name in ("gains", "static"))
                 ratios = gains / static
                 interval = stats.bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
                 rows.append(
@@ -69,10 +67,6 @@ def main() -> None:
     extra = {"layers_with_gains": plan.summary()["step_gains"], "bundle": str(given.bundle.name), "runs": given.runs}
     columns = ["target", "batch", "with gains ms", "static ms", "cost %", "low %", "high %"]
     finish("gain-cost", columns, rows, extra, save=given.save)
-
-
-def _turn_medians(times: list[float]) -> NDArray[np.float64]:
-    return np.asarray([np.median(times[start : start + TURN]) for start in range(0, len(times), TURN)])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A step graph as OpenVINO reads it, and as this CPU can run it well."""
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,14 @@ import numpy as np
 
 from qdm_deploy.errors import EnvironmentProblem
 
-__all__ = ["compile_graph", "import_openvino", "multiplies_bfloat16", "read_graph", "without_bfloat16"]
+__all__ = [
+    "compile_graph",
+    "import_openvino",
+    "largest_activation",
+    "multiplies_bfloat16",
+    "read_graph",
+    "without_bfloat16",
+]
 
 
 def import_openvino() -> ModuleType:
@@ -79,6 +87,17 @@ def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
 def _holds_bfloat16(model: Any) -> bool:
     half = import_openvino().Type.bf16
     return any(output.get_element_type() == half for node in model.get_ops() for output in node.outputs())
+
+
+def largest_activation(model: Any) -> int:
+    """Bytes that one row takes in the largest tensor between layers, of a model with dynamic first axes."""
+    largest = 0
+    for output in (output for node in model.get_ops() for output in node.outputs()):
+        shape = list(output.get_partial_shape())
+        if len(shape) > 1 and shape[0].is_dynamic and all(axis.is_static for axis in shape[1:]):
+            row = math.prod(axis.get_length() for axis in shape[1:])
+            largest = max(largest, row * output.get_element_type().size)
+    return largest
 
 
 def without_bfloat16(model: Any) -> Any:

@@ -22,8 +22,8 @@ from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
-from qdm_deploy.runtime.row_parts import part_of, row_parts
+from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, largest_activation, read_graph
+from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
 __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision"]
@@ -32,6 +32,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtyp
 KEPT_BATCH_SIZES = 4
 # Parts of a batch that run at once. More cores than this share a part.
 _MOST_STREAMS = 4
+# A part may be this large in its largest activation (docs/adr/0014).
+_SMALL_BYTES = 8 * 2**20
 
 
 class OpenVinoSession:
@@ -92,6 +94,7 @@ class OpenVinoSession:
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
         self._streams = min(self._threads, _MOST_STREAMS) if mode == "throughput" else 1
         self._mode = mode
+        self._small = max(SMALL, _SMALL_BYTES // max(largest_activation(self._model), 1))
         self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()  # by rows and parts
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes
@@ -120,7 +123,7 @@ class OpenVinoSession:
         if self._closed:
             raise ValueError("this OpenVinoSession is closed")
         rows = check_inputs(self._specs, inputs, self.max_batch)
-        parts = row_parts(inputs, rows, self._streams)
+        parts = row_parts(inputs, rows, self._streams, self._small)
         return self._runner(rows, len(parts)).run(inputs, parts)
 
     def describe(self) -> dict[str, object]:

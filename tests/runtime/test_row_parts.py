@@ -50,6 +50,35 @@ def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], lanes: int
             np.testing.assert_array_equal(own["sample"][own[name]], inputs["sample"][inputs[name][part]])
 
 
+@pytest.mark.parametrize(
+    ("rows", "small", "expected"),
+    [(16, 4, [4] * 4), (16, 5, [4] * 4), (16, 8, [8, 8]), (64, 13, [8] * 8), (16, 100, [8, 8]), (4, 8, [2, 2])],
+)
+def test_parts_are_as_large_as_they_may_be(rows: int, small: int, expected: list[int]) -> None:
+    parts = row_parts(links(*range(rows)), rows, 2, small)
+    assert [part.stop - part.start for part in parts] == expected
+
+
+@pytest.mark.parametrize(("embedded", "rows"), [(True, [8, 8]), (False, [4, 4, 4, 4])])
+def test_openvino_takes_larger_parts_of_small_images(
+    labelled: Any, monkeypatch: pytest.MonkeyPatch, embedded: bool, rows: list[int]
+) -> None:
+    pytest.importorskip("openvino")
+    if not embedded:
+        monkeypatch.setattr("qdm_deploy.runtime.openvino_session._SMALL_BYTES", 1)
+    seen: list[list[int]] = []
+
+    def noted(*given: Any) -> list[slice]:
+        parts = row_parts(*given)
+        seen.append([part.stop - part.start for part in parts])
+        return parts
+
+    monkeypatch.setattr("qdm_deploy.runtime.openvino_session.row_parts", noted)
+    with OpenVinoSession(labelled.graph, threads=2, mode="throughput") as session:
+        session.run(inputs_for(16, conditional=True))
+    assert seen == [rows]
+
+
 @pytest.mark.parametrize("session", [OnnxRuntimeSession, partial(OpenVinoSession, precision="f32")])
 def test_guided_rows_come_out_as_in_one_batch(labelled: Any, session: Any) -> None:
     given = inputs_for(8, conditional=True)
