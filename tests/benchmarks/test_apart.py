@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from apart import Apart, ApartSession, Stepper, timed_apart
+from apart import Apart, ApartSession, Stepper, timed_apart, turn_medians
 
 from qdm_deploy.runtime.session import StepOutput
 
@@ -55,3 +55,7 @@ def test_each_is_timed_as_often_as_asked_for() -> None:
 def test_what_takes_too_long_is_timed_less_often() -> None:
     with Apart(doubling) as one:
         assert len(timed_apart({"one": one}, {"sample": np.zeros(1)}, runs=7, seconds=0)["one"]) == 1
+
+
+def test_turns_have_a_median_each() -> None:
+    assert turn_medians([1, 2, 9, 2, 2, 30, 10]).tolist() == [2, 20]

@@ -59,13 +59,12 @@ def test_parts_are_as_large_as_they_may_be(rows: int, small: int, expected: list
     assert [part.stop - part.start for part in parts] == expected
 
 
-@pytest.mark.parametrize(("embedded", "rows"), [(True, [8, 8]), (False, [4, 4, 4, 4])])
-def test_openvino_takes_larger_parts_of_small_images(
-    labelled: Any, monkeypatch: pytest.MonkeyPatch, embedded: bool, rows: list[int]
+@pytest.mark.parametrize(("cache", "rows"), [(8 << 20, [8, 8]), (1, [4, 4, 4, 4])])
+def test_openvino_takes_the_largest_parts_that_stay_in_the_caches(
+    labelled: Any, monkeypatch: pytest.MonkeyPatch, cache: int, rows: list[int]
 ) -> None:
     pytest.importorskip("openvino")
-    if not embedded:
-        monkeypatch.setattr("qdm_deploy.runtime.openvino_session._SMALL_BYTES", 1)
+    monkeypatch.setattr("qdm_deploy.runtime.openvino_session._SMALL_BYTES", cache)
     seen: list[list[int]] = []
 
     def noted(*given: Any) -> list[slice]:
