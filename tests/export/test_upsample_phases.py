@@ -13,6 +13,7 @@ from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import weight_scale
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums, upsampled
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.report.metrics import sqnr_db
 from qdm_export.targets import FORMS, emit
 from qdm_export.topology import topology_of
 
@@ -97,8 +98,8 @@ def test_a_graph_in_phases_has_no_upsampling_and_returns_the_same(
     for key, value in before.items():
         if target == "onnxruntime":  # integers, and what is computed of them in the same order
             np.testing.assert_array_equal(after[key], value)
-        else:  # float sums of a float kernel here: another order
-            np.testing.assert_allclose(after[key], value, atol=2e-3 * np.abs(value).max())
+        else:  # float sums of a float kernel here: another order, and now and then another code behind it
+            assert sqnr_db(value, after[key]) > 50
 
 
 def test_gains_and_factors_are_applied_to_the_small_tensor(emitted: Any, tiny: Any) -> None:
