@@ -1,7 +1,7 @@
 """The step graph on OpenVINO's CPU plugin: the fastest path on x86 without a GPU.
 
 A graph of dynamic batch runs 1.4 to 2 times slower than the same graph reshaped to one batch size, so the session
-compiles the graph once for each batch size it meets (about a second each) and keeps the last few. A graph of a bundle
+compiles the graph once for each batch size it meets (some seconds each) and keeps the last few. A graph of a bundle
 is compiled once per machine: ``CompiledGraphs`` keeps the result on disk.
 
 Two modes: for latency all cores work on one batch; for throughput the batch is cut into parts (``row_parts``), which
