@@ -238,7 +238,7 @@ def choose_precision(asked: str, model: Any, flags: frozenset[str]) -> tuple[str
     if asked != "auto":
         return asked, "asked for"
     if "amx_bf16" not in flags:
-        # With AVX512-BF16 alone a bf16 rest takes less than a tenth off an INT8 step, and 4 dB (benchmarks/openvino_forms.py --rest f32,bf16).
+        # With AVX512-BF16 alone a bf16 rest takes 0 to 16 % off a step, and 1 to 5 dB (benchmarks/step_latency).
         return "f32", "this CPU has no bf16 matrix unit (AMX)"
     if _computes_with_timestep(model):
         return "f32", "the graph computes its time embedding from the timestep, which bf16 rounds above 256"
