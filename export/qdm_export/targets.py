@@ -126,7 +126,7 @@ def emit(
         target: whose form.
         rest: type of what is not INT8, for targets that have it in half precision; "fp32" is for checks of the
             integers alone.
-        form: another form than ``FORMS[target]``, for comparisons.
+        form: another form than ``FORMS[target]``, for comparisons and for graphs that share a file of weights.
 
     Raises:
         InputError: an unknown target, or a plan with activations of fewer than 8 bits.
