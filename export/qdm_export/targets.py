@@ -106,7 +106,10 @@ FORMS: dict[Target, TargetForm] = {
 
 def absorb(model: ir.Model, plan: QuantizationPlan, target: Target) -> Absorption:
     """Rewrite a float step graph in place as ``emit`` does first: factors k that cost nothing on ``target``."""
-    form = FORMS[target]
+    return _absorb(model, plan, FORMS[target])
+
+
+def _absorb(model: ir.Model, plan: QuantizationPlan, form: TargetForm) -> Absorption:
     return absorb_factors(model, plan, unsigned=form.unsigned, quantized_outputs=form.quantized_outputs)
 
 
@@ -140,7 +143,7 @@ def emit(
     model = graph.clone()
     model.graph.name = f"step_{target}"
     if form.absorb_k:
-        plan = absorb(model, plan, target).plan(plan)
+        plan = _absorb(model, plan, form).plan(plan)
     try:
         return ir.passes.Sequential(*_passes(form, plan, dtype))(model).model
     except ir.passes.PassError as error:

@@ -94,7 +94,9 @@ class OpenVinoSession:
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
         self._streams = min(self._threads, _MOST_STREAMS) if mode == "throughput" else 1
         self._mode = mode
-        self._small = max(SMALL, _SMALL_BYTES // max(largest_activation(self._model), 1))
+        self._small = SMALL
+        if self._streams > 1:
+            self._small = max(SMALL, _SMALL_BYTES // max(largest_activation(self._model), 1))
         self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()  # by rows and parts
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes

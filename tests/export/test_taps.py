@@ -14,7 +14,7 @@ from qdm_export.topology import PHASE_KEY, layer_nodes
 
 
 def conv_graph(small: Any, weight: tuple[int, ...], *, bias: bool = True, **attributes: Any) -> Any:
-    """A graph of one float convolution over 16 channels, or as many as its groups have."""
+    """A graph of one float convolution over as many channels as its weight and groups say."""
     rng = np.random.default_rng(0)
     graph = small((weight[1] * attributes.get("group", 1), 9, 7))
     operands = [graph.x, graph.constant("weight", rng.normal(size=weight).astype(np.float32))]

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_deploy.runtime.cpu import cpu_flags
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
+from qdm_deploy.runtime.openvino_graph import largest_activation, read_graph
 from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from tests.runtime.test_sessions import inputs_for
@@ -57,6 +59,11 @@ def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], lanes: int
 def test_parts_are_as_large_as_they_may_be(rows: int, small: int, expected: list[int]) -> None:
     parts = row_parts(links(*range(rows)), rows, 2, small)
     assert [part.stop - part.start for part in parts] == expected
+
+
+def test_the_largest_tensor_counts_for_one_row(labelled: Any) -> None:
+    pytest.importorskip("openvino")
+    assert largest_activation(read_graph(labelled.graph, cpu_flags())) == 3 * 4 * 4 * 4  # a float32 picture
 
 
 @pytest.mark.parametrize(("cache", "rows"), [(8 << 20, [8, 8]), (1, [4, 4, 4, 4])])

@@ -14,7 +14,7 @@ from qdm_export.topology import PHASE_KEY, LayerNode, layer_nodes
 
 __all__ = ["Taps"]
 
-# From here on the maps of a 3x3 kernel fill as many vectors as the channels would.
+# Pictures and latents have at most 4 channels. With fewer inputs than a vector holds there is little to save.
 _FEW = 4
 _MANY = 16
 
