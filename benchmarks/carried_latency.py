@@ -26,27 +26,30 @@ from typing import Any
 import numpy as np
 import onnx
 from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import CPU_SESSIONS, case, finish, parser, say
+from bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, say
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
+from openvino_forms import LEFT_OUT
 from speed_peers import Missing, Opened
-from step_latency import COLUMNS, contenders, reference_of, sqnr_of, timed_rows, wanted
+from step_latency import COLUMNS, Contender, contenders, reference_of, sqnr_of, timed_rows, wanted
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.targets import TargetForm, emit
 
 _SESSIONS = {**CPU_SESSIONS, "nncf": openvino_form}
 _ALIKE = 4096
 _LARGE = 16 * _ALIKE
 
 
-def prepare(folder: Path, models: list[str], only: str | None, *, light: bool) -> None:
+def prepare(folder: Path, models: list[str], only: str | None, *, forms: bool, light: bool) -> None:
     """Every wanted contender's graph, and contenders.json that says how each is opened."""
     for name in models:
-        model, place = case(name, samples=2, steps=5), folder / name
+        model, place = case_to_time(name), folder / name
         reference = reference_of(model)
         found: dict[str, Any] = {}
-        for label, contender in wanted(contenders(model, place), only).items():
+        for label, contender in wanted(contenders(model, place) | _forms(model, place, forms), only).items():
             if label.startswith("torch") or "step bins" in label:
                 continue
             try:
@@ -66,6 +69,22 @@ def prepare(folder: Path, models: list[str], only: str | None, *, light: bool) -
         (place / "contenders.json").write_text(json.dumps(card, indent=1))
         if light:
             _lighten(place)
+
+
+def _forms(model: Case, folder: Path, asked: bool) -> dict[str, Contender]:
+    """The openvino target's graph with a part of its form left out, as `openvino_forms.py` times them."""
+    plan = model.built() if asked else None
+
+    def opened(left_out: str, form: TargetForm) -> Opened:
+        assert plan is not None  # noqa: S101
+        graph = save_form(emit(model.graph, plan, "openvino", form=form), folder / left_out, "openvino")
+        return partial(OpenVinoSession, graph, mode="throughput")
+
+    return {
+        f"openvino INT8, throughput, without {left_out}": Contender(partial(opened, left_out, form), integer=True)
+        for left_out, form in (LEFT_OUT if asked else {}).items()
+        if left_out != "nothing"
+    }
 
 
 def _written(opened: Opened) -> dict[str, Any]:
@@ -142,6 +161,7 @@ def main() -> None:
     arguments.add_argument(
         "--only", help="beginnings of names, separated by semicolons: make only these, and the baseline"
     )
+    arguments.add_argument("--forms", action="store_true", help="and every part of the openvino form left out alone")
     arguments.add_argument("--light", action="store_true", help="make the folder compressible; the values are lost")
     arguments.add_argument("--batches", default="4,16")
     arguments.add_argument("--runs", type=int, default=15)
@@ -150,7 +170,7 @@ def main() -> None:
     folder = given.folder.absolute()
     if given.what == "prepare":
         shutil.rmtree(folder, ignore_errors=True)
-        prepare(folder, given.models.split(","), given.only, light=given.light)
+        prepare(folder, given.models.split(","), given.only, forms=given.forms, light=given.light)
     else:
         time_them(folder, given)
 

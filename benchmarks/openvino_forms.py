@@ -33,6 +33,7 @@ LEFT_OUT = {
     "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
     "rational SiLU": replace(WHOLE, rational_silu=False),
     "last convolution by taps": replace(WHOLE, taps=False),
+    "joint projections": replace(WHOLE, joint_projections=False),
 }
 
 

@@ -26,6 +26,8 @@ from qdm_export.step_graph import StepGraph
 __all__ = ["CALIBRATION_STEPS", "CalibrationMethod", "Rows", "modelopt_session", "quantized_static"]
 
 # The sampler that the rows were met with, as in bench.case.
+# Beyond this a graph cannot hold its weights.
+_PROTOBUF_LIMIT = 2**31
 CALIBRATION_STEPS = 50
 # Rows at once: with percentiles `quantize_static` holds the inputs and outputs of all layers of what it reads in one
 # go, 15 MB a row of the embedded model.
@@ -97,6 +99,7 @@ def quantized_static(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=method,
+            use_external_data_format=(source.parent / "float.data").stat().st_size >= _PROTOBUF_LIMIT,
             # One batch after the other for every method, whatever the name says: without it percentiles read all
             # rows in one go (6 GB for 416).
             extra_options={"CalibStridedMinMax": 1},

@@ -83,6 +83,9 @@ def contenders(model: Case, folder: Path) -> dict[str, Contender]:
         f"{BASELINE}, as exported": Contender(lambda: partial(OnnxRuntimeSession, exported()), integer=False),
         "openvino FP32": Contender(lambda: partial(OpenVinoSession, exported(), precision="f32"), integer=False),
         "openvino BF16": Contender(lambda: partial(OpenVinoSession, exported(), precision="bf16"), integer=False),
+        "openvino BF16, throughput": Contender(
+            lambda: partial(OpenVinoSession, exported(), precision="bf16", mode="throughput"), integer=False
+        ),
     }
     for name, peer in PEERS.items():
         own = folder / name.replace(" ", "-").replace(",", "")

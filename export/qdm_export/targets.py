@@ -35,6 +35,7 @@ from qdm_export.passes.group_norm import GroupNormForm
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
+from qdm_export.passes.joint_projections import JointProjections
 from qdm_export.passes.moments_norm import MomentsNormForm
 from qdm_export.passes.output_correction import OutputCorrection
 from qdm_export.passes.quantize_inputs import QuantizeInputs
@@ -71,6 +72,7 @@ class TargetForm:
         bfloat16_kernels: convolutions that the plan keeps in float and large attention multiply bfloat16.
         rational_silu: SiLU as a ratio of polynomials.
         taps: a float convolution with few output channels goes tap by tap.
+        joint_projections: what blocks make of the time embedding is one matrix product.
         absorb_k: factors k disappear where they cost nothing.
     """
 
@@ -84,6 +86,7 @@ class TargetForm:
     bfloat16_kernels: bool = False
     rational_silu: bool = False
     taps: bool = False
+    joint_projections: bool = False
     absorb_k: bool = True
 
 
@@ -99,6 +102,7 @@ FORMS: dict[Target, TargetForm] = {
         bfloat16_kernels=True,
         rational_silu=True,
         taps=True,
+        joint_projections=True,
     ),
     "tensorrt": TargetForm(half=True, joint_heads=True),
 }
@@ -173,9 +177,13 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         passes += [Bfloat16Kernels(plan), Bfloat16Attention()]
     if form.norm is not None:
         passes.append(form.norm())
-    for wanted, own in ((form.rational_silu, RationalSilu), (form.taps, Taps), (form.joint_heads, JointHeads)):
-        if wanted:
-            passes.append(own())
+    others: tuple[tuple[bool, type[ir.passes.PassBase]], ...] = (
+        (form.rational_silu, RationalSilu),
+        (form.taps, Taps),
+        (form.joint_projections, JointProjections),
+        (form.joint_heads, JointHeads),
+    )
+    passes += [own() for wanted, own in others if wanted]
     if dtype != ir.DataType.FLOAT:
         passes.append(HalfPrecision(dtype))
     return [*passes, common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]

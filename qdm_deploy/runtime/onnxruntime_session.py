@@ -1,10 +1,11 @@
 """The step graph on ONNX Runtime's CPU provider: the backend that is always there.
 
 Two modes: for latency all threads work on one layer after the other; for throughput a batch is cut into parts
-(``row_parts``), each thread takes its share of them, and what a layer leaves in a core's cache is read by that core.
-A row has the same bits in both.
+(``row_parts``), which run beside each other on a core or a few each, and what a layer leaves in a core's cache is read
+by that core. A row has the same bits in both.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ __all__ = ["OnnxRuntimeSession"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
 _LOG_FATAL_ONLY = 4
+# Sessions with different numbers of threads, each of which holds the weights.
+_KEPT_SESSIONS = 2
 
 
 class OnnxRuntimeSession:
@@ -32,7 +35,7 @@ class OnnxRuntimeSession:
     Args:
         graph: ONNX file of the step graph; external data beside it.
         threads: threads of one operator; None takes the cores this process may use.
-        mode: ``"latency"``, or ``"throughput"``, where a batch with a row or more for every thread is run in parts.
+        mode: ``"latency"``, or ``"throughput"``, which cuts a batch into parts where its rows allow that.
 
     Raises:
         BundleError: the file is missing, damaged, not a step graph, or ONNX Runtime cannot load it.
@@ -57,13 +60,13 @@ class OnnxRuntimeSession:
         if not graph.is_file():
             raise BundleError(f"the step graph {graph} does not exist; verify the bundle or build it again")
         self._ort, self._graph, self._mode = ort, graph, mode
-        # By threads: parts share a session of one, a batch that is not cut needs one of all of them. Each holds the
-        # weights, so the second is opened when it is needed, and takes the place of a first that never ran.
-        self._sessions: dict[int, Any] = {}
+        # By threads, the last one used at the end: parts share a session of few, a whole batch needs one of all.
+        self._sessions: OrderedDict[int, Any] = OrderedDict()
         self._ran: set[int] = set()
-        self._lanes = self._threads if mode == "throughput" else 1
-        self._pool = ThreadPoolExecutor(self._lanes, "onnxruntime-lane") if self._lanes > 1 else None
-        session = self._session(1 if self._lanes > 1 else self._threads)
+        self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
+        self._pool = ThreadPoolExecutor(self._cores, "onnxruntime-lane") if self._cores > 1 else None
+        first = 1 if self._pool is not None else self._threads
+        session = self._sessions[first] = self._opened(first)
         self._specs = step_graph_inputs(
             graph,
             [
@@ -85,10 +88,11 @@ class OnnxRuntimeSession:
         if self._closed:
             raise ValueError("this OnnxRuntimeSession is closed")
         rows = check_inputs(self._specs, inputs, self.max_batch)
-        parts = row_parts(inputs, rows, self._lanes)
+        parts = row_parts(inputs, rows, self._cores)
         if self._pool is None or len(parts) == 1:
-            return StepOutput(*self._to_run(self._threads).run(OUTPUTS, dict(inputs)))
-        session = self._to_run(1)
+            return StepOutput(*self._session(self._threads).run(OUTPUTS, dict(inputs)))
+        lanes = min(len(parts), self._cores)
+        session = self._session(self._cores // lanes)
         joined = [np.empty((rows, *inputs["sample"].shape[1:]), dtype=np.float32) for _ in OUTPUTS]
 
         def lane(own: Sequence[slice]) -> None:
@@ -97,7 +101,7 @@ class OnnxRuntimeSession:
                     place[part] = values
 
         # All of them end before an error is raised: nothing may go on reading the inputs.
-        running = [self._pool.submit(lane, parts[number :: self._lanes]) for number in range(self._lanes)]
+        running = [self._pool.submit(lane, parts[number::lanes]) for number in range(lanes)]
         for error in [future.exception() for future in running]:
             if error is not None:
                 raise error
@@ -130,28 +134,30 @@ class OnnxRuntimeSession:
     ) -> None:
         self.close()
 
-    def _to_run(self, threads: int) -> Any:
-        for idle in self._sessions.keys() - self._ran - {threads}:
-            del self._sessions[idle]
-        self._ran.add(threads)
-        return self._session(threads)
-
     def _session(self, threads: int) -> Any:
+        """One that will run; it takes the place of one that never did, or of the one that did longest ago."""
         if threads not in self._sessions:
-            options = self._ort.SessionOptions()
-            options.intra_op_num_threads = threads
-            # A U-Net is one chain of operators: a second pool for parallel branches only takes cores from the first.
-            options.inter_op_num_threads = 1
-            options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
-            # A failure arrives as an exception too; printing it once more would put two messages before the user.
-            options.log_severity_level = _LOG_FATAL_ONLY
-            try:
-                self._sessions[threads] = self._ort.InferenceSession(
-                    self._graph, options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # ONNX Runtime's errors share no base class
-                raise BundleError(
-                    f"ONNX Runtime {self._version} cannot load {self._graph}: {error}. Verify the bundle; if it is "
-                    "intact, it needs another version of ONNX Runtime or was built for another target."
-                ) from error
+            for idle in self._sessions.keys() - self._ran:
+                del self._sessions[idle]
+            while len(self._sessions) >= _KEPT_SESSIONS:
+                self._sessions.popitem(last=False)
+            self._sessions[threads] = self._opened(threads)
+        self._ran.add(threads)
+        self._sessions.move_to_end(threads)
         return self._sessions[threads]
+
+    def _opened(self, threads: int) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        # A U-Net is one chain of operators: a second pool for parallel branches only takes cores from the first.
+        options.inter_op_num_threads = 1
+        options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
+        # A failure arrives as an exception too; printing it once more would put two messages before the user.
+        options.log_severity_level = _LOG_FATAL_ONLY
+        try:
+            return self._ort.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise BundleError(
+                f"ONNX Runtime {self._version} cannot load {self._graph}: {error}. Verify the bundle; if it is "
+                "intact, it needs another version of ONNX Runtime or was built for another target."
+            ) from error

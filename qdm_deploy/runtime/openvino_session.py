@@ -30,8 +30,6 @@ __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
 KEPT_BATCH_SIZES = 4
-# Parts of a batch that run at once. More cores than this share a part.
-_MOST_STREAMS = 4
 # A part may be this large in its largest activation (docs/adr/0014).
 _SMALL_BYTES = 8 * 2**20
 
@@ -92,10 +90,10 @@ class OpenVinoSession:
             [item.any_name for item in self._model.outputs],
         )
         self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
-        self._streams = min(self._threads, _MOST_STREAMS) if mode == "throughput" else 1
+        self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         self._mode = mode
         self._small = SMALL
-        if self._streams > 1:
+        if self._cores > 1:
             self._small = max(SMALL, _SMALL_BYTES // max(largest_activation(self._model), 1))
         self._runners: OrderedDict[tuple[int, int], _Runner] = OrderedDict()  # by rows and parts
         self._graph_sha256 = sha256_of(graph)
@@ -125,7 +123,7 @@ class OpenVinoSession:
         if self._closed:
             raise ValueError("this OpenVinoSession is closed")
         rows = check_inputs(self._specs, inputs, self.max_batch)
-        parts = row_parts(inputs, rows, self._streams, self._small)
+        parts = row_parts(inputs, rows, self._cores, self._small)
         return self._runner(rows, len(parts)).run(inputs, parts)
 
     def describe(self) -> dict[str, object]:
@@ -161,7 +159,7 @@ class OpenVinoSession:
             self._runners.move_to_end(key)
             return self._runners[key]
         try:
-            runner = _Runner(self._compiled_for(rows // parts, min(self._streams, parts)), parts)
+            runner = _Runner(self._compiled_for(rows // parts, min(self._cores, parts)), parts)
         except Exception as error:
             raise self._load_error(error) from error
         if len(self._runners) == self._kept_batch_sizes:

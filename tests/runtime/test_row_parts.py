@@ -21,29 +21,34 @@ def links(*unconditional: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "lanes", "expected"),
+    ("inputs", "cores", "expected"),
     [
         (links(0, 1, 2, 3), 1, [4]),
         (links(0, 1, 2, 3), 2, [2, 2]),
-        (links(0, 1, 2, 3), 9, [4]),  # five of nine lanes would be idle
+        (links(0, 1, 2, 3), 9, [1, 1, 1, 1]),  # of two cores each
         (links(0, 1, 2, 3), 4, [1, 1, 1, 1]),
-        (links(0, 1, 2), 2, [3]),  # two rows after each other on one lane take longer than three on both
-        (links(0, 1, 2), 4, [3]),  # a lane would be idle
+        (links(0, 1, 2), 2, [3]),  # two rows after each other on one core take longer than three on both
+        (links(0, 1, 2), 4, [3]),  # a core would be idle
         (links(0, 1, 2), 3, [1, 1, 1]),
-        (links(0, 1, 2, 3, 4, 5), 4, [6]),
+        (links(0, 1, 2, 3, 4, 5), 4, [3, 3]),  # of two cores each
         (links(0, 1, 2, 3, 4, 5), 3, [2, 2, 2]),
-        (links(*range(10)), 2, [5, 5]),  # 2 + 2 + 2 rows on one lane would end later
-        (links(*range(16)), 2, [4, 4, 4, 4]),  # small parts, as many on every lane
+        (links(*range(10)), 2, [5, 5]),  # 2 + 2 + 2 rows on one core would end later
+        (links(*range(16)), 2, [4, 4, 4, 4]),  # small parts, as many on every core
         (links(*range(16)), 1, [16]),
-        (links(1, 1, 3, 3), 4, [4]),  # pairs stay together, and two of four lanes would be idle
+        (links(1, 1, 3, 3), 4, [2, 2]),  # pairs stay together
         (links(1, 1, 3, 3), 2, [2, 2]),
         (links(3, 1, 2, 3), 4, [4]),
         (links(0, 1, 2, 0), 2, [4]),
         ({"sample": np.zeros(4)}, 2, [2, 2]),  # unconditional
+        (links(*range(4)), 16, [1] * 4),
+        (links(*range(16)), 16, [1] * 16),  # one core each, before two rows on two each
+        (links(*range(32)), 16, [2] * 16),
+        (links(*range(12)), 16, [3] * 4),  # twelve parts of one row would leave four cores idle
+        (links(0), 16, [1]),
     ],
 )
-def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], lanes: int, expected: list[int]) -> None:
-    parts = row_parts(inputs, len(inputs["sample"]), lanes)
+def test_parts_are_equal_and_hold_their_links(inputs: dict[str, Any], cores: int, expected: list[int]) -> None:
+    parts = row_parts(inputs, len(inputs["sample"]), cores)
     assert [part.stop - part.start for part in parts] == expected
     assert np.concatenate([inputs["sample"][part] for part in parts]).tolist() == inputs["sample"].tolist()
     for part in parts:
@@ -112,6 +117,27 @@ def test_onnxruntime_gives_a_row_the_same_bits_in_both_modes(labelled: Any) -> N
         expected, found = whole.run(given), parted.run(given)
     np.testing.assert_array_equal(found.next_sample, expected.next_sample)
     np.testing.assert_array_equal(found.x0, expected.x0)
+
+
+def test_onnxruntime_shares_its_threads_among_the_parts(labelled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    own = OnnxRuntimeSession._opened
+
+    def noted(self: OnnxRuntimeSession, threads: int) -> Any:
+        opened.append(threads)
+        return own(self, threads)
+
+    monkeypatch.setattr(OnnxRuntimeSession, "_opened", noted)
+    with (
+        OnnxRuntimeSession(labelled.graph, threads=1) as one,
+        OnnxRuntimeSession(labelled.graph, threads=4, mode="throughput") as session,
+    ):
+        opened.clear()
+        for rows in (2, 4, 1, 4, 2):
+            given = inputs_for(rows, conditional=True)
+            np.testing.assert_array_equal(session.run(given).x0, one.run(given).x0)
+        # Two parts of two threads, four of one, the whole; two sessions are kept, so the first opens again.
+        assert opened == [2, 1, 4, 2]
 
 
 def test_an_error_in_one_lane_arrives(labelled: Any) -> None:

@@ -34,25 +34,27 @@ class MomentsNormForm(GroupNormForm):
             f"channels_{norm.channels}_{len(norm.shape)}d", np.array([0, *norm.per_channel[1:]])
         )
 
-        def summed(op_type: str, value: ir.Value, label: str) -> ir.Value:
-            flat = norm.add(op_type, [value, over_positions], label, [rows, norm.channels], keepdims=0)
-            return norm.add("Reshape", [flat, to_groups], f"{label}_in_groups", each)
+        def of_group(op_type: str, value: ir.Value, label: str) -> ir.Value:
+            flat = norm.add(op_type, [value, over_positions], f"channel_{label}", [rows, norm.channels], keepdims=0)
+            flat = norm.add("Reshape", [flat, to_groups], f"{label}_in_groups", each)
+            return norm.add(op_type, [flat, over_group], f"group_{label}", whole, keepdims=1)
 
         def channelwise(value: ir.Value, label: str) -> ir.Value:
             return norm.add("Reshape", [value, to_channels], label, [rows, *norm.per_channel[1:]])
 
-        mean = summed("ReduceMean", data, "mean")
+        # Minus the mean, to be added: the plugin makes a negation of its own of every subtraction.
+        mean = of_group("ReduceMean", data, "mean")
         if shift is None:
-            shift = norm.constant(f"zeros_{norm.groups}x{size}", np.zeros((1, norm.groups, size), dtype=np.float32))
+            minus = norm.constant(f"minus_{norm.groups}x{size}", np.full((1, norm.groups, size), -1, dtype=np.float32))
+            below = norm.add("Mul", [mean, minus], "minus_mean", each)
         else:
             shift = norm.add("Reshape", [shift, to_groups], "shift", each)
-            mean = norm.add("Add", [mean, shift], "shifted_mean", each)
-        mean = norm.add("ReduceMean", [mean, over_group], "group_mean", whole, keepdims=1)
-        mean = norm.add("Sub", [mean, shift], "mean_of_data", each)
-        centred = norm.add("Sub", [data, channelwise(mean, "channel_mean")], "centred")
+            mean_shift = norm.add("ReduceMean", [shift, over_group], "mean_shift", whole, keepdims=1)
+            mean = norm.add("Add", [mean, mean_shift], "mean_of_sum", whole)
+            below = norm.add("Sub", [shift, mean], "minus_mean", each)
+        centred = norm.add("Add", [data, channelwise(below, "minus_mean_by_channel")], "centred")
 
-        length = summed("ReduceL2", centred, "length")
-        length = norm.add("ReduceL2", [length, over_group], "group_length", whole, keepdims=1)
+        length = of_group("ReduceL2", centred, "length")
         count = norm.constant(f"count_{size * norm.positions}", np.array(size * norm.positions, dtype=np.float32))
         variance = norm.add("Div", [norm.add("Mul", [length, length], "square", whole), count], "variance", whole)
         epsilon = norm.constant(f"epsilon_{norm.epsilon:g}", np.array(norm.epsilon, dtype=np.float32))
