@@ -5,6 +5,7 @@ session looked up to two times slower than where it is alone, as it is in use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from traceback import format_exc
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.runtime.timing import SETTLING, TURN, milliseconds
 
-__all__ = ["Apart", "ApartSession", "Stepper", "opened_stepper", "timed_apart", "turn_medians"]
+__all__ = ["Apart", "ApartSession", "Stepper", "opened_apart", "opened_stepper", "timed_apart", "turn_medians"]
 
 K = TypeVar("K")
 
@@ -128,8 +129,14 @@ class ApartSession:
         return StepOutput(*self._apart.ask("run", dict(inputs)))
 
 
+def opened_apart(makers: Mapping[K, Callable[[], object]], *, at_once: int = 1) -> dict[K, Apart]:
+    """An ``Apart`` of each, so many opening beside each other; whoever asks closes them."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(makers, pool.map(Apart, makers.values()), strict=True))
+
+
 def timed_apart(
-    steppers: Mapping[K, Apart], inputs: Mapping[str, NDArray[Any]], *, runs: int, seconds: float
+    steppers: Mapping[K, Apart], inputs: Mapping[str, NDArray[Any]], *, runs: int, seconds: float, at_once: int = 1
 ) -> dict[K, list[float]]:
     """Milliseconds of one step, ``runs`` times for each ``Stepper``, a few in a row, round after round.
 
@@ -138,8 +145,12 @@ def timed_apart(
         inputs: of the step.
         runs: how often each is timed.
         seconds: what that may take; where it would take longer, as many runs as fit are timed, one after the other.
+        at_once: how many prepare the batch size beside each other, before the turns.
     """
     wanted = {name: {key: inputs[key] for key in stepper.ask("names")} for name, stepper in steppers.items()}
+    if at_once > 1:
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda name: steppers[name].ask("prepare", wanted[name]), steppers))
     first = {name: stepper.ask("prepare", wanted[name]) for name, stepper in steppers.items()}
     round_s = sum(first.values()) / 1000
     fit = int(seconds / round_s)

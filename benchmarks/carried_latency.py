@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from apart import Apart, ApartSession, opened_stepper, timed_apart
+from apart import Apart, ApartSession, opened_apart, opened_stepper, timed_apart
 from bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, say
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
@@ -81,7 +81,7 @@ def _forms(model: Case, folder: Path, asked: bool) -> dict[str, Contender]:
         return partial(OpenVinoSession, graph, mode="throughput")
 
     return {
-        f"openvino INT8, throughput, without {left_out}": Contender(partial(opened, left_out, form), integer=True)
+        f"openvino form without {left_out}": Contender(partial(opened, left_out, form), integer=True)
         for left_out, form in (LEFT_OUT if asked else {}).items()
         if left_out != "nothing"
     }
@@ -131,17 +131,21 @@ def time_them(folder: Path, given: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*/contenders.json")):
         card = json.loads(path.read_text())
+        card["contenders"] = wanted(card["contenders"], given.only)
         spec = ModelSpec.model_validate(card["spec"])
         quality = {label: item["eps SQNR dB"] for label, item in card["contenders"].items()}
         integer = {label: item["integer"] for label, item in card["contenders"].items()}
         with ExitStack() as stack:
-            opened = {
-                label: stack.enter_context(Apart(partial(opened_stepper, _read(item["opened"]))))
-                for label, item in card["contenders"].items()
+            makers = {
+                label: partial(opened_stepper, _read(item["opened"])) for label, item in card["contenders"].items()
             }
+            opened = opened_apart(makers, at_once=given.at_once)
+            for one in opened.values():
+                stack.enter_context(one)
             for batch in map(int, given.batches.split(",")):
                 say(f"{path.parent.name}, batch {batch}: timing {len(opened)} sessions in turn")
-                times = timed_apart(opened, random_inputs(spec, batch), runs=given.runs, seconds=given.seconds)
+                inputs, limits = random_inputs(spec, batch), {"runs": given.runs, "seconds": given.seconds}
+                times = timed_apart(opened, inputs, **limits, at_once=given.at_once)
                 found = timed_rows(
                     path.parent.name, batch, times, card["multiply_accumulates"], quality, integer, peaks
                 )
@@ -158,12 +162,11 @@ def main() -> None:
     arguments.add_argument("what", choices=("prepare", "time"))
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("--models", default="cifar10")
-    arguments.add_argument(
-        "--only", help="beginnings of names, separated by semicolons: make only these, and the baseline"
-    )
+    arguments.add_argument("--only", help="beginnings of names, separated by semicolons: only these, and the baseline")
     arguments.add_argument("--forms", action="store_true", help="and every part of the openvino form left out alone")
     arguments.add_argument("--light", action="store_true", help="make the folder compressible; the values are lost")
     arguments.add_argument("--batches", default="4,16")
+    arguments.add_argument("--at-once", type=int, default=1, help="sessions that are opened and prepared at once")
     arguments.add_argument("--runs", type=int, default=15)
     arguments.add_argument("--seconds", type=float, default=300.0, help="what a batch size may take")
     given = arguments.parse_args()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from apart import Apart, ApartSession, opened_stepper, timed_apart
@@ -42,6 +42,8 @@ from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
+
+V = TypeVar("V")
 
 BASELINE = "onnxruntime FP32"
 COLUMNS = ("model", "batch", "what", "median ms", "p95 ms", "over ORT FP32", "eps SQNR dB", "of peak %")
@@ -168,7 +170,7 @@ def timed_rows(
     return rows
 
 
-def wanted(found: dict[str, Contender], only: str | None) -> dict[str, Contender]:
+def wanted(found: Mapping[str, V], only: str | None) -> dict[str, V]:
     """All of them, or those whose names begin with one of the parts of ``only``, and the baseline."""
     parts = ("",) if only is None else tuple(only.split(";"))
     return {name: item for name, item in found.items() if name == BASELINE or name.startswith(parts)}
