@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
-    """16 pictures of 50 DDIM steps, the default engine, and whatever speed this machine has left."""
+    """16 pictures of 20 DDIM steps, the default engine, and whatever speed this machine has left."""
     folder = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QDM_CACHE_DIR", str(folder / "cache"))
-        return build(BuildOptions(out=folder / "fashion.qdm", verify_samples=16, verify_steps=50, min_speedup=0.0))
+        return build(BuildOptions(out=folder / "fashion.qdm", verify_samples=16, verify_steps=20, min_speedup=0.0))
 
 
 def test_it_ships(embedded: BuildResult) -> None:
@@ -39,7 +39,7 @@ def test_every_planned_layer_is_int8_in_the_engine(embedded: BuildResult) -> Non
 def test_the_pictures_are_those_of_the_float_model(embedded: BuildResult) -> None:
     rows = {row.target: row for row in embedded.report.quality}
     simulated = rows["tensorrt"]
-    assert (simulated.backend, simulated.sampler, simulated.steps, simulated.samples) == ("simulation", "ddim", 50, 16)
+    assert (simulated.backend, simulated.sampler, simulated.steps, simulated.samples) == ("simulation", "ddim", 20, 16)
     assert simulated.eps_sqnr_mean_db >= 42
     assert simulated.psnr_mean_db is not None
     assert simulated.psnr_mean_db >= 42
