@@ -30,7 +30,7 @@ from bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, s
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
 from openvino_forms import LEFT_OUT
-from speed_peers import Missing, Opened
+from speed_peers import PEERS, Missing, Opened
 from step_latency import COLUMNS, Contender, contenders, reference_of, sqnr_of, timed_rows, wanted
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
@@ -48,25 +48,27 @@ def prepare(folder: Path, models: list[str], only: str | None, *, forms: bool, l
     for name in models:
         model, place = case_to_time(name), folder / name
         reference = reference_of(model)
-        found: dict[str, Any] = {}
-        for label, contender in wanted(contenders(model, place) | _forms(model, place, forms), only).items():
+        card: dict[str, Any] = {
+            "spec": model.checkpoint.spec.model_dump(mode="json"),
+            "multiply_accumulates": multiply_accumulates(model),
+            "contenders": {},
+        }
+        everyone = wanted(contenders(model, place) | _forms(model, place, forms), only)
+        # Peers last, and what is done is written at once: of a large model a peer may need more memory than there is.
+        for label in sorted(everyone, key=lambda label: label in PEERS):
             if label.startswith("torch") or "step bins" in label:
                 continue
             try:
-                opened = contender.prepared()
+                opened = everyone[label].prepared()
             except Missing as why:
                 say(f"{label}: left out, {why}")
                 continue
             with Apart(partial(opened_stepper, opened)) as one:
                 quality = fmean(sqnr_of(reference, ApartSession(one), model))
-            found[label] = {"opened": _written(opened), "integer": contender.integer, "eps SQNR dB": quality}
+            ready = {"opened": _written(opened), "integer": everyone[label].integer, "eps SQNR dB": quality}
+            card["contenders"][label] = ready
+            (place / "contenders.json").write_text(json.dumps(card, indent=1))
             say(f"{label}: {quality:.2f} dB")
-        card = {
-            "spec": model.checkpoint.spec.model_dump(mode="json"),
-            "multiply_accumulates": multiply_accumulates(model),
-            "contenders": found,
-        }
-        (place / "contenders.json").write_text(json.dumps(card, indent=1))
         if light:
             _lighten(place)
 
