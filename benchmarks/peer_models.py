@@ -26,9 +26,9 @@ from qdm_export.step_graph import StepGraph
 __all__ = ["CALIBRATION_STEPS", "CalibrationMethod", "Rows", "modelopt_session", "quantized_static"]
 
 # The sampler that the rows were met with, as in bench.case.
-# Beyond this a graph cannot hold its weights.
-_PROTOBUF_LIMIT = 2**31
 CALIBRATION_STEPS = 50
+# Bytes beyond which a graph cannot hold its weights.
+_PROTOBUF_LIMIT = 2**31
 # Rows at once: with percentiles `quantize_static` holds the inputs and outputs of all layers of what it reads in one
 # go, 15 MB a row of the embedded model.
 BATCH = 16
