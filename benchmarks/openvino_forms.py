@@ -36,8 +36,6 @@ LEFT_OUT = {
     "upsampling in phases": replace(WHOLE, phases=False),
     "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
     "rational SiLU": replace(WHOLE, rational_silu=False),
-    "last convolution by taps": replace(WHOLE, taps=False),
-    "joint projections": replace(WHOLE, joint_projections=False),
 }
 
 

@@ -10,8 +10,7 @@ tensorrt     s8                not quantized            half     subtracted, con
 
 Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011). Layers that the plan keeps in
 float are part of the rest, except that openvino's convolutions among them multiply bfloat16, as does attention
-between very many positions (docs/adr/0017). openvino's SiLU, last convolution and time projections are written in
-another way as well (docs/adr/0018).
+between very many positions (docs/adr/0017). openvino's SiLU is a ratio of polynomials (docs/adr/0018).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
@@ -35,7 +34,6 @@ from qdm_export.passes.group_norm import GroupNormForm
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
-from qdm_export.passes.joint_projections import JointProjections
 from qdm_export.passes.moments_norm import MomentsNormForm
 from qdm_export.passes.output_correction import OutputCorrection
 from qdm_export.passes.quantize_inputs import QuantizeInputs
@@ -43,7 +41,6 @@ from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.rational_silu import RationalSilu
 from qdm_export.passes.step_gains import StepGains
-from qdm_export.passes.taps import Taps
 from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
@@ -71,8 +68,6 @@ class TargetForm:
         phases: an upsampling and the convolution behind it become four small convolutions.
         bfloat16_kernels: convolutions that the plan keeps in float and large attention multiply bfloat16.
         rational_silu: SiLU as a ratio of polynomials.
-        taps: a float convolution with few output channels goes tap by tap.
-        joint_projections: what blocks make of the time embedding is one matrix product.
         absorb_k: factors k disappear where they cost nothing.
     """
 
@@ -85,8 +80,6 @@ class TargetForm:
     phases: bool = False
     bfloat16_kernels: bool = False
     rational_silu: bool = False
-    taps: bool = False
-    joint_projections: bool = False
     absorb_k: bool = True
 
 
@@ -101,8 +94,6 @@ FORMS: dict[Target, TargetForm] = {
         phases=True,
         bfloat16_kernels=True,
         rational_silu=True,
-        taps=True,
-        joint_projections=True,
     ),
     "tensorrt": TargetForm(half=True, joint_heads=True),
 }
@@ -177,13 +168,9 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         passes += [Bfloat16Kernels(plan), Bfloat16Attention()]
     if form.norm is not None:
         passes.append(form.norm())
-    others: tuple[tuple[bool, type[ir.passes.PassBase]], ...] = (
-        (form.rational_silu, RationalSilu),
-        (form.taps, Taps),
-        (form.joint_projections, JointProjections),
-        (form.joint_heads, JointHeads),
-    )
-    passes += [own() for wanted, own in others if wanted]
+    for wanted, own in ((form.rational_silu, RationalSilu), (form.joint_heads, JointHeads)):
+        if wanted:
+            passes.append(own())
     if dtype != ir.DataType.FLOAT:
         passes.append(HalfPrecision(dtype))
     return [*passes, common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]

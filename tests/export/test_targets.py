@@ -294,7 +294,7 @@ def test_a_plan_without_int8_layers_is_the_float_graph(tiny: Any, emitted: Any, 
             tiny.float_graph("rgb"),
             floats,
             target,
-            form=replace(FORMS[target], bfloat16_kernels=False, rational_silu=False, taps=False),
+            form=replace(FORMS[target], bfloat16_kernels=False, rational_silu=False),
         )
         assert not any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
         for key, value in run_graph(model, feeds).items():
