@@ -53,7 +53,7 @@ def prepare(folder: Path, models: list[str], only: str | None, *, forms: bool, l
             "multiply_accumulates": multiply_accumulates(model),
             "contenders": {},
         }
-        everyone = wanted(contenders(model, place) | _forms(model, place, forms), only)
+        everyone = wanted(contenders(model, place) | (_forms(model, place) if forms else {}), only)
         # Peers last, and what is done is written at once: of a large model a peer may need more memory than there is.
         for label in sorted(everyone, key=lambda label: label in PEERS):
             if label.startswith("torch") or "step bins" in label:
@@ -73,18 +73,17 @@ def prepare(folder: Path, models: list[str], only: str | None, *, forms: bool, l
             _lighten(place)
 
 
-def _forms(model: Case, folder: Path, asked: bool) -> dict[str, Contender]:
+def _forms(model: Case, folder: Path) -> dict[str, Contender]:
     """The openvino target's graph with a part of its form left out, as `openvino_forms.py` times them."""
-    plan = model.built() if asked else None
+    plan = model.built()
 
     def opened(left_out: str, form: TargetForm) -> Opened:
-        assert plan is not None  # noqa: S101
         graph = save_form(emit(model.graph, plan, "openvino", form=form), folder / left_out, "openvino")
         return partial(OpenVinoSession, graph, mode="throughput")
 
     return {
         f"openvino form without {left_out}": Contender(partial(opened, left_out, form), integer=True)
-        for left_out, form in (LEFT_OUT if asked else {}).items()
+        for left_out, form in LEFT_OUT.items()
         if left_out != "nothing"
     }
 
