@@ -7,6 +7,9 @@ that is taken away for a moment; more images make more rounds.
 
     python benchmarks/end_to_end.py --save
     python benchmarks/end_to_end.py --images 192 --only "openvino INT8, throughput"
+    python benchmarks/end_to_end.py --bundle demo/fashion.qdm
+
+The graphs are made here, or taken from a bundle of the embedded model.
 """
 
 import tempfile
@@ -23,6 +26,7 @@ from bench import case, checkpoint_of, finish, parser, say, write_float, write_g
 from diffusers import DDIMScheduler
 from speed_peers import Opened
 
+from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, denoise
 from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import NoiseSchedule, step_table
@@ -88,6 +92,17 @@ class Diffusers:
         return time.perf_counter() - start, None
 
 
+def _graphs_made(folder: Path) -> tuple[Path, Path, Path]:
+    """Float, for ONNX Runtime, and for OpenVINO."""
+    model = case("fashion", samples=16)
+    plan = model.built()
+    return (
+        write_float(model, folder),
+        write_graph(model, plan, "onnxruntime", folder / "ort"),
+        write_graph(model, plan, "openvino", folder / "ov"),
+    )
+
+
 def main() -> None:
     arguments = parser("Images end to end, ours beside diffusers.")
     arguments.add_argument("--images", type=int, default=64)
@@ -96,14 +111,15 @@ def main() -> None:
     arguments.add_argument(
         "--only", help="beginnings of names, separated by semicolons: time only these, and diffusers"
     )
+    arguments.add_argument("--bundle", type=Path, help="take the graphs of this bundle of the embedded model")
     given = arguments.parse_args()
-    model = case("fashion", samples=16)
     rounds = [range(first, first + given.batch) for first in range(0, given.images, given.batch)]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        plan, folder = model.built(), Path(scratch)
-        float_graph = write_float(model, folder)
-        on_onnxruntime = write_graph(model, plan, "onnxruntime", folder / "ort")
-        on_openvino = write_graph(model, plan, "openvino", folder / "ov")
+        if given.bundle is None:
+            float_graph, on_onnxruntime, on_openvino = _graphs_made(Path(scratch))
+        else:
+            bundle = Bundle.open(given.bundle)
+            float_graph, on_onnxruntime, on_openvino = map(bundle.graph, ("float", "onnxruntime", "openvino"))
         sessions: dict[str, Opened] = {
             "onnxruntime FP32": partial(OnnxRuntimeSession, float_graph),
             "openvino FP32": partial(OpenVinoSession, float_graph, precision="f32"),

@@ -34,7 +34,9 @@ LEFT_OUT = {
     "nothing": WHOLE,
     "norms from moments": replace(WHOLE, norm=None),
     "upsampling in phases": replace(WHOLE, phases=False),
+    "attention layout": replace(WHOLE, attention_layout=False),
     "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
+    "bfloat16 in attention": replace(WHOLE, bfloat16_attention=None),
     "rational SiLU": replace(WHOLE, rational_silu=False),
 }
 

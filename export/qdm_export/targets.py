@@ -26,7 +26,8 @@ from onnx_ir.passes import common
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.errors import InputError, QdmError
 from qdm_export.absorb import Absorption, absorb_factors
-from qdm_export.passes.bfloat16_attention import Bfloat16Attention
+from qdm_export.passes.attention_layout import AttentionLayout
+from qdm_export.passes.bfloat16_attention import LEAST_SCORES, Bfloat16Attention
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
@@ -65,8 +66,10 @@ class TargetForm:
         norm: rewrites every GroupNormalization.
         packed_weights: codes of 4 bits are stored as INT4.
         joint_heads: attention does not take its heads apart.
+        attention_layout: what leads into attention is turned and flattened in an order that moves nothing.
         phases: an upsampling and the convolution behind it become four small convolutions.
-        bfloat16_kernels: convolutions that the plan keeps in float and large attention multiply bfloat16.
+        bfloat16_kernels: convolutions that the plan keeps in float multiply bfloat16.
+        bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
         rational_silu: SiLU as a ratio of polynomials.
         absorb_k: factors k disappear where they cost nothing.
     """
@@ -77,8 +80,10 @@ class TargetForm:
     norm: type[GroupNormForm] | None = None
     packed_weights: bool = False
     joint_heads: bool = False
+    attention_layout: bool = False
     phases: bool = False
     bfloat16_kernels: bool = False
+    bfloat16_attention: int | None = None
     rational_silu: bool = False
     absorb_k: bool = True
 
@@ -91,8 +96,10 @@ FORMS: dict[Target, TargetForm] = {
         unsigned=True,
         norm=MomentsNormForm,
         packed_weights=True,
+        attention_layout=True,
         phases=True,
         bfloat16_kernels=True,
+        bfloat16_attention=LEAST_SCORES,
         rational_silu=True,
     ),
     "tensorrt": TargetForm(half=True, joint_heads=True),
@@ -165,7 +172,11 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
     if form.phases:
         passes.append(UpsamplePhases(plan))
     if form.bfloat16_kernels:
-        passes += [Bfloat16Kernels(plan), Bfloat16Attention()]
+        passes.append(Bfloat16Kernels(plan))
+    if form.bfloat16_attention is not None:
+        passes.append(Bfloat16Attention(form.bfloat16_attention))
+    if form.attention_layout:
+        passes.append(AttentionLayout())
     if form.norm is not None:
         passes.append(form.norm())
     for wanted, own in ((form.rational_silu, RationalSilu), (form.joint_heads, JointHeads)):

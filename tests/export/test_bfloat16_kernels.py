@@ -48,6 +48,7 @@ def run_openvino(model: ir.Model, feeds: dict[str, Array], path: Path) -> Array:
 
 
 def run_graph_of(model: Any, feeds: dict[str, Array]) -> Array:
+    model.reshape({item.any_name: list(feeds[item.any_name].shape) for item in model.inputs})  # as the session does
     compiled = compile_graph(import_openvino().Core(), model, {"INFERENCE_PRECISION_HINT": "f32"})
     wanted = {item.any_name for item in compiled.inputs}
     result = compiled({name: values for name, values in feeds.items() if name in wanted})
@@ -134,6 +135,32 @@ def test_a_matrix_product_stays_float32(small: Any, kind: str) -> None:
     graph = small((32,))
     graph.output(graph.linear(kind=kind))
     assert not Bfloat16Kernels(in_float(graph.plan, ["linear"]))(graph.model).modified
+
+
+def test_openvino_adds_no_bias_in_bfloat16_and_moves_no_result(tiny: Any, emitted: Any, tmp_path: Path) -> None:
+    # In a graph with INT8 it takes casts for its own: it would round the bias, and round again what it is added to.
+    pytest.importorskip("openvino")
+    if "avx512_bf16" not in cpu_flags():
+        pytest.skip("would show what OpenVINO makes of a bfloat16 convolution's bias; this CPU has no AVX512-BF16")
+    plan, path, feeds = tiny.plan("labels"), tmp_path / "graph.onnx", emitted.feeds("labels", 2)
+    kept = next(layer.name for layer in plan.quantized if layer.layer.kind == "conv")
+    onnx.save(ir.to_proto(emit(tiny.float_graph("labels"), in_float(plan, [kept]), "openvino")), path)
+    model = read_graph(path, cpu_flags())
+    model.reshape({item.any_name: list(feeds[item.any_name].shape) for item in model.inputs})
+    compiled = compile_graph(import_openvino().Core(), model, {"INFERENCE_PRECISION_HINT": "f32"})
+    nodes = compiled.get_runtime_model().get_ops()
+    (product,) = (
+        node
+        for node in nodes
+        if node.get_rt_info()["layerType"].astype(str) == "Convolution"
+        and "bf16" in node.get_rt_info()["primitiveType"].astype(str)
+    )
+    assert [item.get_node().get_friendly_name() for item in product.input_values()] == [
+        f"{kept}/bfloat16",
+        f"{kept}/weight_bfloat16",
+    ]
+    readers = {item.get_node().get_rt_info()["layerType"].astype(str) for item in product.output(0).get_target_inputs()}
+    assert readers == {"Subgraph"}
 
 
 def test_running_it_again_changes_nothing(tiny: Any) -> None:

@@ -12,8 +12,8 @@ from qdm_export.passes.half_precision import BFLOAT16_OPSET
 
 __all__ = ["LEAST_SCORES", "Bfloat16Attention"]
 
-# Scores of one head, queries x keys, from which on its products are worth two casts: 32 x 32 positions.
-LEAST_SCORES = 1024 * 1024
+# Scores of one head, queries x keys, from which on its products are worth two casts: 16 x 16 positions.
+LEAST_SCORES = 256 * 256
 _HALF, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
@@ -24,7 +24,7 @@ class Bfloat16Attention(ir.passes.InPlacePass):
         least_scores: smallest number of queries x keys that is cast.
     """
 
-    def __init__(self, least_scores: int = LEAST_SCORES) -> None:
+    def __init__(self, least_scores: int) -> None:
         super().__init__()
         self._least = least_scores
 

@@ -8,6 +8,7 @@ again.
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.artifacts.plan import LayerPlan
@@ -43,10 +44,14 @@ def _cast(model: ir.Model, layer: LayerNode) -> None:
     data = insert_before(layer, "Cast", [], "bfloat16", to=int(_HALF)).outputs[0]
     data.type = node.outputs[0].type = ir.TensorType(_HALF)
     node.replace_input_with(0, data)
-    weight = values_of(layer.weight).astype(_HALF.numpy())
+    weight = (values_of(layer.weight) / 2).astype(_HALF.numpy())
     node.replace_input_with(1, constant(model, f"{layer.name}/weight_bfloat16", weight))
     if layer.bias is not None:
         node.replace_input_with(2, None)
         bias = values_of(layer.bias).reshape(1, -1, 1, 1)
         insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias)], "add_bias")
+    # Half the weights and twice the result are the same bits. Without something to multiply by in between, OpenVINO
+    # 2026.4 takes the cast for one of its own around INT8, adds the bias inside, where it is rounded with the sum, and
+    # reorders the result to channels first.
+    insert_after(layer, "Mul", [constant(model, "bfloat16/two", np.float32(2))], "doubled")
     insert_after(layer, "Cast", [], "float32", to=int(_FLOAT))

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qdm_export.passes.attention import TO_HEADS, keys_transpose, permutation, producer
 from qdm_export.passes.base import constant, graph_of, values_of
 
 __all__ = ["JointHeads"]
-
-_TO_HEADS = (0, 2, 1, 3)
 
 
 class JointHeads(ir.passes.InPlacePass):
@@ -51,19 +50,19 @@ class _Attention:
 
 
 def _matched(softmax: ir.Node) -> _Attention | None:
-    scores = _producer(softmax, 0, "MatMul")
+    scores = producer(softmax, 0, "MatMul")
     uses = list(softmax.outputs[0].uses())
     if scores is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].idx != 0:
         return None
     weighted = uses[0].node
-    queries, keys = _producer(scores, 0, "Mul"), _producer(scores, 1, "Mul")
+    queries, keys = producer(scores, 0, "Mul"), producer(scores, 1, "Mul")
     if queries is None or keys is None:
         return None
     sources, shapes = [], []
-    for transpose in (_producer(queries, 0, "Transpose"), _keys_transpose(keys), _producer(weighted, 1, "Transpose")):
-        if transpose is None or _permutation(transpose) != _TO_HEADS:
+    for transpose in (producer(queries, 0, "Transpose"), keys_transpose(keys), producer(weighted, 1, "Transpose")):
+        if transpose is None or permutation(transpose) != TO_HEADS:
             return None
-        split = _producer(transpose, 0, "Reshape")
+        split = producer(transpose, 0, "Reshape")
         if split is None or split.inputs[0] is None or split.inputs[1] is None or split.inputs[1].const_value is None:
             return None
         sources.append(split.inputs[0])
@@ -73,19 +72,6 @@ def _matched(softmax: ir.Node) -> _Attention | None:
     _, rows, heads, width = shapes[0]
     query, key, value = sources
     return _Attention(softmax, (queries, keys, weighted), (0, 0, 1), (query, key, value), rows, heads, width)
-
-
-def _keys_transpose(keys: ir.Node) -> ir.Node | None:
-    """The transpose into heads behind the exporter's chain that swaps the last two axes: reshape, transpose, reshape.
-
-    The chain flattens batch and heads, whose shapes it computes, swaps, and takes them apart again.
-    """
-    apart = _producer(keys, 0, "Reshape")
-    swap = None if apart is None else _producer(apart, 0, "Transpose")
-    flat = None if swap is None else _producer(swap, 0, "Reshape")
-    if swap is None or flat is None or _permutation(swap) != (0, 2, 1):
-        return None
-    return _producer(flat, 0, "Transpose")
 
 
 def _rewrite(model: ir.Model, found: _Attention) -> None:
@@ -122,22 +108,9 @@ def _rewrite(model: ir.Model, found: _Attention) -> None:
 
     joint = add("Concat", list(found.sources), "joint", [(rows, 3 * heads * width)], axis=2)
     apart = add("Reshape", [joint.outputs[0], shape], "apart", [(rows, 3 * heads, width)], allowzero=0)
-    turned = add("Transpose", [apart.outputs[0]], "turned", [(3 * heads, rows, width)], perm=_TO_HEADS)
+    turned = add("Transpose", [apart.outputs[0]], "turned", [(3 * heads, rows, width)], perm=TO_HEADS)
     three = add("Split", [turned.outputs[0]], "split", [(heads, rows, width)] * 3, axis=1, num_outputs=3)
     query, key, value = three.outputs
     key = add("Transpose", [key], "swapped", [(heads, width, rows)], perm=(0, 1, 3, 2)).outputs[0]
     for reader, index, operand in zip(found.readers, found.inputs, (query, key, value), strict=True):
         reader.replace_input_with(index, operand)
-
-
-def _producer(node: ir.Node, index: int, op_type: str) -> ir.Node | None:
-    """The node that makes an input, if it is of this type."""
-    value = node.inputs[index]
-    producer = None if value is None else value.producer()
-    if producer is None or producer.op_type != op_type:
-        return None
-    return producer
-
-
-def _permutation(transpose: ir.Node) -> tuple[int, ...]:
-    return tuple(transpose.attributes["perm"].as_ints()) if "perm" in transpose.attributes else ()

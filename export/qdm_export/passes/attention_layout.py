@@ -1,0 +1,81 @@
+"""Attention without passes over memory that only move its operands, for OpenVINO's CPU plugin.
+
+The plugin's convolutions have channels last, and attention wants rows of channels: in memory the same. But the exporter
+flattens the positions before it turns them, [B, C, H, W] to [B, C, H W] to [B, H W, C], and the plugin, which follows,
+turns the tensor around twice. Turned first and flattened then, nothing moves. Keys are swapped through a flattening of
+batch and heads; swapped by a transpose right before the product, the plugin's attention kernel reads them as they lie.
+
+No number changes.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qdm_export.passes.attention import keys_transpose, permutation, producer
+from qdm_export.passes.base import constant, graph_of
+
+__all__ = ["AttentionLayout"]
+
+
+class AttentionLayout(ir.passes.InPlacePass):
+    """Rewrites what leads into attention; runs before norms are rewritten."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite in place; a second time there is nothing left to rewrite."""
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "GroupNormalization":
+                modified |= _turn_first(model, node)
+            elif node.op_type == "Softmax":
+                modified |= _swap_keys_last(node)
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _turn_first(model: ir.Model, norm: ir.Node) -> bool:
+    """A norm of flattened positions, and the transpose behind it: norm, transpose, flatten."""
+    flat, readers = producer(norm, 0, "Reshape"), list(norm.outputs[0].uses())
+    data = None if flat is None else flat.inputs[0]
+    if data is None or data.shape is None or len(readers) != 1:
+        return False
+    turn, sizes = readers[0].node, list(data.shape)[1:]
+    if turn.op_type != "Transpose" or permutation(turn) != (0, 2, 1) or len(sizes) != 3:
+        return False
+    channels, height, width = sizes
+    if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+        return False
+    norm.replace_input_with(0, data)
+    norm.outputs[0].shape = data.shape
+    last = _before(turn, "Transpose", [norm.outputs[0]], "turned", [data.shape[0], height, width, channels],
+                   perm=(0, 2, 3, 1))  # fmt: skip
+    shape = constant(model, f"rows_{height * width}x{channels}", np.array([0, height * width, channels]))
+    rows = _before(turn, "Reshape", [last, shape], "flat", [data.shape[0], height * width, channels])
+    turn.outputs[0].replace_all_uses_with(rows)
+    model.graph.remove(turn, safe=True)
+    return True
+
+
+def _swap_keys_last(softmax: ir.Node) -> bool:
+    """Keys are taken into heads and scaled as [B, H, S, d], and swapped right before the product."""
+    scores = producer(softmax, 0, "MatMul")
+    scaled = None if scores is None else producer(scores, 1, "Mul")
+    to_heads = None if scaled is None else keys_transpose(scaled)
+    if scores is None or scaled is None or to_heads is None or to_heads.outputs[0].shape is None:
+        return False
+    keys = to_heads.outputs[0]
+    batch, heads, rows, width = to_heads.outputs[0].shape
+    scaled.replace_input_with(0, keys)
+    scaled.outputs[0].shape = keys.shape
+    swapped = _before(scores, "Transpose", [scaled.outputs[0]], "keys", [batch, heads, width, rows], perm=(0, 1, 3, 2))
+    scores.replace_input_with(1, swapped)
+    return True
+
+
+def _before(
+    node: ir.Node, op_type: str, inputs: list[ir.Value], label: str, shape: list[object], **attributes: tuple[int, ...]
+) -> ir.Value:
+    name = f"{node.name}/{label}"
+    output = ir.Value(name=name, type=inputs[0].type, shape=ir.Shape(shape))  # type: ignore[arg-type]
+    properties = dict(node.metadata_props)
+    made = ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
+    graph_of(node).insert_before(node, made)
+    return output
