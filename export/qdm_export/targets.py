@@ -171,12 +171,12 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         passes.append(QuantizeOutputs(plan))
     if form.phases:
         passes.append(UpsamplePhases(plan))
+    if form.attention_layout:
+        passes.append(AttentionLayout())
     if form.bfloat16_kernels:
         passes.append(Bfloat16Kernels(plan))
     if form.bfloat16_attention is not None:
         passes.append(Bfloat16Attention(form.bfloat16_attention))
-    if form.attention_layout:
-        passes.append(AttentionLayout())
     if form.norm is not None:
         passes.append(form.norm())
     for wanted, own in ((form.rational_silu, RationalSilu), (form.joint_heads, JointHeads)):

@@ -4,6 +4,7 @@ The plugin's convolutions have channels last, and attention wants rows of channe
 flattens the positions before it turns them, [B, C, H, W] to [B, C, H W] to [B, H W, C], and the plugin, which follows,
 turns the tensor around twice. Turned first and flattened then, nothing moves. Keys are swapped through a flattening of
 batch and heads; swapped by a transpose right before the product, the plugin's attention kernel reads them as they lie.
+So it does queries, where their transpose into heads comes last and the scale before it.
 
 No number changes.
 """
@@ -18,7 +19,7 @@ __all__ = ["AttentionLayout"]
 
 
 class AttentionLayout(ir.passes.InPlacePass):
-    """Rewrites what leads into attention; runs before norms are rewritten."""
+    """Rewrites what leads into attention; runs before norms are rewritten and products cast."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; a second time there is nothing left to rewrite."""
@@ -28,6 +29,7 @@ class AttentionLayout(ir.passes.InPlacePass):
                 modified |= _turn_first(model, node)
             elif node.op_type == "Softmax":
                 modified |= _swap_keys_last(node)
+                modified |= _scale_queries_first(node)
         return ir.passes.PassResult(model, modified=modified)
 
 
@@ -67,6 +69,25 @@ def _swap_keys_last(softmax: ir.Node) -> bool:
     scaled.outputs[0].shape = keys.shape
     swapped = _before(scores, "Transpose", [scaled.outputs[0]], "keys", [batch, heads, width, rows], perm=(0, 1, 3, 2))
     scores.replace_input_with(1, swapped)
+    return True
+
+
+def _scale_queries_first(softmax: ir.Node) -> bool:
+    """Queries are scaled before they are taken into heads, so that the transpose stands right before the product."""
+    scores = producer(softmax, 0, "MatMul")
+    scaled = None if scores is None else producer(scores, 0, "Mul")
+    to_heads = None if scaled is None else producer(scaled, 0, "Transpose")
+    source = None if to_heads is None else to_heads.inputs[0]
+    if scores is None or scaled is None or to_heads is None or source is None:
+        return False
+    factor = scaled.inputs[1]
+    if factor is None or factor.const_value is None or factor.const_value.size != 1:
+        return False
+    first = _before(to_heads, "Mul", [source, factor], "queries", list(source.shape or []))
+    turned = _before(
+        scores, "Transpose", [first], "queries", list(scaled.outputs[0].shape or []), perm=permutation(to_heads)
+    )
+    scores.replace_input_with(0, turned)
     return True
 
 

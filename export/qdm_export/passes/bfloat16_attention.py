@@ -35,10 +35,11 @@ class Bfloat16Attention(ir.passes.InPlacePass):
         for scores, softmax, mixed in found:
             for product, places in ((scores, (0, 1)), (mixed, (1,))):
                 for place in places:
-                    value = product.inputs[place]
+                    reader, position = _first_mover(product, place)
+                    value = reader.inputs[position]
                     if value is not None:
-                        casts[value] = casts.get(value) or cast(product, value, _HALF)
-                        product.replace_input_with(place, casts[value])
+                        casts[value] = casts.get(value) or cast(reader, value, _HALF)
+                        reader.replace_input_with(position, casts[value])
             for node in (scores, softmax, mixed):
                 node.outputs[0].type = ir.TensorType(_HALF)
             readers = list(mixed.outputs[0].uses())
@@ -62,6 +63,16 @@ class Bfloat16Attention(ir.passes.InPlacePass):
             return None
         queries, keys = _positions(scores), _positions(mixed.inputs[1])
         return (producer, softmax, mixed) if queries * keys >= self._least else None
+
+
+def _first_mover(product: ir.Node, place: int) -> tuple[ir.Node, int]:
+    """Who reads what is cast: the product, or the transpose right before it, which the plugin makes part of it."""
+    value = product.inputs[place]
+    moved = None if value is None else value.producer()
+    if value is None or moved is None or moved.op_type != "Transpose" or len(list(value.uses())) != 1:
+        return product, place
+    value.type = ir.TensorType(_HALF)
+    return moved, 0
 
 
 def _positions(value: ir.Value | None) -> int:
