@@ -1,4 +1,4 @@
-"""Attention between very many positions in bfloat16, for CPUs that multiply it twice as fast as float32.
+"""Attention between many positions in bfloat16, for CPUs that multiply it twice as fast as float32.
 
 Its two products have no weights and stay out of INT8. At 64 x 64 positions they take more of a step than all INT8
 convolutions together; at few positions they are nothing, and are left as they are. On a CPU without bfloat16 the
