@@ -35,11 +35,11 @@ class Bfloat16Attention(ir.passes.InPlacePass):
         for scores, softmax, mixed in found:
             for product, places in ((scores, (0, 1)), (mixed, (1,))):
                 for place in places:
-                    reader, position = _first_mover(product, place)
-                    value = reader.inputs[position]
+                    taker, position = _first_mover(product, place)
+                    value = taker.inputs[position]
                     if value is not None:
-                        casts[value] = casts.get(value) or cast(reader, value, _HALF)
-                        reader.replace_input_with(position, casts[value])
+                        casts[value] = casts.get(value) or cast(taker, value, _HALF)
+                        taker.replace_input_with(position, casts[value])
             for node in (scores, softmax, mixed):
                 node.outputs[0].type = ir.TensorType(_HALF)
             readers = list(mixed.outputs[0].uses())
