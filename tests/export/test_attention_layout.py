@@ -79,7 +79,7 @@ def test_openvino_turns_keys_into_heads_and_little_else(
     assert len(after) <= attentions * (1 if bfloat16_attention is None else 2)
 
 
-def test_a_norm_that_somebody_else_reads_stays_where_it_is(small: Any, run_graph: Any) -> None:
+def test_a_norm_that_somebody_else_reads_stays_where_it_is(small: Any) -> None:
     graph = small((4, 3, 5))
     ones, zeros = (graph.constant(n, np.full(4, v, np.float32)) for n, v in (("scale", 1), ("bias", 0)))
     flat = graph.node("Reshape", [graph.x, graph.constant("flat", np.array([0, 4, 15]))], [4, 15])
@@ -88,6 +88,15 @@ def test_a_norm_that_somebody_else_reads_stays_where_it_is(small: Any, run_graph
     other = graph.node("ReduceSum", [norm, graph.constant("axes", np.array([1]))], [1, 15])
     graph.output(turned)
     graph.output(other)
+    assert not AttentionLayout()(graph.model).modified
+
+
+def test_a_reshape_that_flattens_something_else_stays(small: Any) -> None:
+    graph = small((4, 3, 5))
+    ones, zeros = (graph.constant(n, np.full(12, v, np.float32)) for n, v in (("scale", 1), ("bias", 0)))
+    rows = graph.node("Reshape", [graph.x, graph.constant("flat", np.array([0, 12, 5]))], [12, 5])
+    norm = graph.node("GroupNormalization", [rows, ones, zeros], [12, 5], num_groups=2, epsilon=1e-3)
+    graph.output(graph.node("Transpose", [norm], [5, 12], perm=(0, 2, 1)))
     assert not AttentionLayout()(graph.model).modified
 
 

@@ -9,6 +9,8 @@ So it does queries, where their transpose into heads comes last and the scale be
 No number changes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -37,13 +39,13 @@ def _turn_first(model: ir.Model, norm: ir.Node) -> bool:
     """A norm of flattened positions, and the transpose behind it: norm, transpose, flatten."""
     flat, readers = producer(norm, 0, "Reshape"), list(norm.outputs[0].uses())
     data = None if flat is None else flat.inputs[0]
-    if data is None or data.shape is None or len(readers) != 1:
+    if flat is None or data is None or data.shape is None or len(data.shape) != 4 or len(readers) != 1:
         return False
-    turn, sizes = readers[0].node, list(data.shape)[1:]
-    if turn.op_type != "Transpose" or permutation(turn) != (0, 2, 1) or len(sizes) != 3:
-        return False
-    channels, height, width = sizes
+    turn, (channels, height, width) = readers[0].node, list(data.shape)[1:]
     if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+        return False
+    flattened = list(flat.outputs[0].shape or [])[1:] == [channels, height * width]
+    if not flattened or turn.op_type != "Transpose" or permutation(turn) != (0, 2, 1):
         return False
     norm.replace_input_with(0, data)
     norm.outputs[0].shape = data.shape
@@ -58,8 +60,7 @@ def _turn_first(model: ir.Model, norm: ir.Node) -> bool:
 
 def _swap_keys_last(softmax: ir.Node) -> bool:
     """Keys are taken into heads and scaled as [B, H, S, d], and swapped right before the product."""
-    scores = producer(softmax, 0, "MatMul")
-    scaled = None if scores is None else producer(scores, 1, "Mul")
+    scores, scaled = _scaled(softmax, 1)
     to_heads = None if scaled is None else keys_transpose(scaled)
     if scores is None or scaled is None or to_heads is None or to_heads.outputs[0].shape is None:
         return False
@@ -74,25 +75,37 @@ def _swap_keys_last(softmax: ir.Node) -> bool:
 
 def _scale_queries_first(softmax: ir.Node) -> bool:
     """Queries are scaled before they are taken into heads, so that the transpose stands right before the product."""
-    scores = producer(softmax, 0, "MatMul")
-    scaled = None if scores is None else producer(scores, 0, "Mul")
+    scores, scaled = _scaled(softmax, 0)
     to_heads = None if scaled is None else producer(scaled, 0, "Transpose")
-    source = None if to_heads is None else to_heads.inputs[0]
-    if scores is None or scaled is None or to_heads is None or source is None:
+    if scores is None or scaled is None or to_heads is None:
         return False
-    factor = scaled.inputs[1]
-    if factor is None or factor.const_value is None or factor.const_value.size != 1:
+    (source,), factor = to_heads.inputs, scaled.inputs[1]
+    if source is None or factor is None or source.shape is None or scaled.outputs[0].shape is None:
         return False
-    first = _before(to_heads, "Mul", [source, factor], "queries", list(source.shape or []))
-    turned = _before(
-        scores, "Transpose", [first], "queries", list(scaled.outputs[0].shape or []), perm=permutation(to_heads)
-    )
+    first = _before(to_heads, "Mul", [source, factor], "queries", list(source.shape))
+    shape = list(scaled.outputs[0].shape)
+    turned = _before(scores, "Transpose", [first], "queries", shape, perm=permutation(to_heads))
     scores.replace_input_with(0, turned)
     return True
 
 
+def _scaled(softmax: ir.Node, index: int) -> tuple[ir.Node | None, ir.Node | None]:
+    """The product in front, and what multiplies this factor of it, and nothing else, by one number."""
+    scores = producer(softmax, 0, "MatMul")
+    scaled = None if scores is None else producer(scores, index, "Mul")
+    number = None if scaled is None or scaled.inputs[1] is None else scaled.inputs[1].const_value
+    if scaled is None or number is None or number.size != 1 or len(list(scaled.outputs[0].uses())) != 1:
+        return scores, None
+    return scores, scaled
+
+
 def _before(
-    node: ir.Node, op_type: str, inputs: list[ir.Value], label: str, shape: list[object], **attributes: tuple[int, ...]
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value],
+    label: str,
+    shape: Sequence[object],
+    **attributes: tuple[int, ...],
 ) -> ir.Value:
     name = f"{node.name}/{label}"
     output = ir.Value(name=name, type=inputs[0].type, shape=ir.Shape(shape))  # type: ignore[arg-type]
