@@ -5,7 +5,6 @@ its own, when the model they come from is no longer in memory. `x0 SQNR dB` is t
 float graph, on random inputs.
 
     python benchmarks/attention_forms.py --models cifar10 --batch 4 --mode throughput --save
-    python benchmarks/attention_forms.py --models sd15 --batch 1 --runs 9
 """
 
 import tempfile

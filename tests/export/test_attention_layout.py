@@ -59,7 +59,11 @@ def turned(model: ir.Model, feeds: dict[str, Any], path: Path) -> set[str]:
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
     request = compile_graph(import_openvino().Core(), read, options).create_infer_request()
     request.infer({item.any_name: feeds[item.any_name] for item in read.inputs})
-    done = {node.node_name for node in request.profiling_info if node.node_type == "Transpose" and node.real_time}
+    done = {
+        node.node_name
+        for node in request.profiling_info
+        if node.node_type == "Transpose" and node.status.name == "EXECUTED"
+    }
     return {name for name in done if not name.endswith("transpose_b")}  # weights, when the graph was compiled
 
 
@@ -68,6 +72,8 @@ def test_openvino_turns_keys_into_heads_and_little_else(
     tiny: Any, emitted: Any, tmp_path: Path, bfloat16_attention: int | None
 ) -> None:
     pytest.importorskip("openvino")
+    if "avx512f" not in cpu_flags():
+        pytest.skip("would show which transposes OpenVINO's AVX-512 attention kernel absorbs; this CPU has no AVX-512")
     form = replace(FORMS["openvino"], bfloat16_attention=bfloat16_attention)
     graph = emit(tiny.float_graph("labels"), tiny.plan("labels"), "openvino", form=form)
     feeds = emitted.feeds("labels", 2)

@@ -9,13 +9,11 @@ So it does queries, where their transpose into heads comes last and the scale be
 No number changes.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
 from qdm_export.passes.attention import keys_transpose, permutation, producer
-from qdm_export.passes.base import constant, graph_of
+from qdm_export.passes.base import add_before, constant
 
 __all__ = ["AttentionLayout"]
 
@@ -49,10 +47,10 @@ def _turn_first(model: ir.Model, norm: ir.Node) -> bool:
         return False
     norm.replace_input_with(0, data)
     norm.outputs[0].shape = data.shape
-    last = _before(turn, "Transpose", [norm.outputs[0]], "turned", [data.shape[0], height, width, channels],
-                   perm=(0, 2, 3, 1))  # fmt: skip
+    image = ir.Shape([data.shape[0], height, width, channels])
+    last = add_before(turn, "Transpose", [norm.outputs[0]], "turned", image, perm=(0, 2, 3, 1))
     shape = constant(model, f"rows_{height * width}x{channels}", np.array([0, height * width, channels]))
-    rows = _before(turn, "Reshape", [last, shape], "flat", [data.shape[0], height * width, channels])
+    rows = add_before(turn, "Reshape", [last, shape], "flat", ir.Shape([data.shape[0], height * width, channels]))
     turn.outputs[0].replace_all_uses_with(rows)
     model.graph.remove(turn, safe=True)
     return True
@@ -68,7 +66,8 @@ def _swap_keys_last(softmax: ir.Node) -> bool:
     batch, heads, rows, width = to_heads.outputs[0].shape
     scaled.replace_input_with(0, keys)
     scaled.outputs[0].shape = keys.shape
-    swapped = _before(scores, "Transpose", [scaled.outputs[0]], "keys", [batch, heads, width, rows], perm=(0, 1, 3, 2))
+    shape = ir.Shape([batch, heads, width, rows])
+    swapped = add_before(scores, "Transpose", [scaled.outputs[0]], "keys", shape, perm=(0, 1, 3, 2))
     scores.replace_input_with(1, swapped)
     return True
 
@@ -80,11 +79,11 @@ def _scale_queries_first(softmax: ir.Node) -> bool:
     if scores is None or scaled is None or to_heads is None:
         return False
     (source,), factor = to_heads.inputs, scaled.inputs[1]
-    if source is None or factor is None or source.shape is None or scaled.outputs[0].shape is None:
+    if source is None or factor is None:
         return False
-    first = _before(to_heads, "Mul", [source, factor], "queries", list(source.shape))
-    shape = list(scaled.outputs[0].shape)
-    turned = _before(scores, "Transpose", [first], "queries", shape, perm=permutation(to_heads))
+    first = add_before(to_heads, "Mul", [source, factor], "queries", source.shape)
+    shape = scaled.outputs[0].shape
+    turned = add_before(scores, "Transpose", [first], "queries", shape, perm=permutation(to_heads))
     scores.replace_input_with(0, turned)
     return True
 
@@ -97,19 +96,3 @@ def _scaled(softmax: ir.Node, index: int) -> tuple[ir.Node | None, ir.Node | Non
     if scaled is None or number is None or number.size != 1 or len(list(scaled.outputs[0].uses())) != 1:
         return scores, None
     return scores, scaled
-
-
-def _before(
-    node: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value],
-    label: str,
-    shape: Sequence[object],
-    **attributes: tuple[int, ...],
-) -> ir.Value:
-    name = f"{node.name}/{label}"
-    output = ir.Value(name=name, type=inputs[0].type, shape=ir.Shape(shape))  # type: ignore[arg-type]
-    properties = dict(node.metadata_props)
-    made = ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
-    graph_of(node).insert_before(node, made)
-    return output

@@ -13,6 +13,7 @@ from qdm_export.topology import LayerNode, layer_nodes
 
 __all__ = [
     "PlanPass",
+    "add_before",
     "cast",
     "constant",
     "graph_of",
@@ -120,6 +121,18 @@ def named_node(
     return ir.node(
         op_type, inputs, attributes, outputs=[output], name=name, metadata_props=dict(layer.node.metadata_props)
     )
+
+
+def add_before(
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value], label: str, shape: ir.Shape | None, **attributes: Any
+) -> ir.Value:
+    """A float32 value from a new node before ``node``, named after it and traced to the same module."""
+    name = f"{node.name}/{label}"
+    output = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+    properties = dict(node.metadata_props)
+    made = ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
+    graph_of(node).insert_before(node, made)
+    return output
 
 
 def cast(node: ir.Node, value: ir.Value, to: ir.DataType, *, after: bool = False) -> ir.Value:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdm_export.passes.base import graph_of
+from qdm_export.passes.base import add_before, graph_of
 
 __all__ = ["GroupNorm", "GroupNormForm"]
 
@@ -55,13 +55,8 @@ class GroupNorm:
     def add(self, op_type: str, inputs: Sequence[ir.Value], label: str, shape: Sequence[object] | None = None,
             **attributes: float | int) -> ir.Value:  # fmt: skip
         """A node before the norm, named after it; ``shape`` is that of its result, the data's own by default."""
-        name = f"{self.node.name}/{label}"
-        output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
-        output.shape = self.data.shape if shape is None else ir.Shape(shape)  # type: ignore[arg-type]
-        properties = dict(self.node.metadata_props)
-        new = ir.node(op_type, inputs, attributes, outputs=[output], name=name, metadata_props=properties)
-        graph_of(self.node).insert_before(self.node, new)
-        return output
+        sizes = self.data.shape if shape is None else ir.Shape(shape)  # type: ignore[arg-type]
+        return add_before(self.node, op_type, inputs, label, sizes, **attributes)
 
     def constant(self, name: str, values: NDArray[np.generic]) -> ir.Value:
         """An initializer, shared by all norms that ask for this name."""

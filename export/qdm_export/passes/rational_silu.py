@@ -9,7 +9,7 @@ SiLU is then off by at most 1.3e-5: a thousandth of a step of the 8-bit codes th
 import numpy as np
 import onnx_ir as ir
 
-from qdm_export.passes.base import constant, graph_of
+from qdm_export.passes.base import add_before, constant
 from qdm_export.topology import silu_input
 
 __all__ = ["LIMIT", "RationalSilu"]
@@ -62,13 +62,8 @@ class _Builder:
 
     def add(self, op_type: str, label: str, *operands: ir.Value | float) -> ir.Value:
         """A node of the data's shape; numbers become constants that all SiLUs share."""
-        name = f"{self.node.name}/{label}"
-        output = ir.Value(name=name, shape=self.data.shape, type=ir.TensorType(ir.DataType.FLOAT))
         inputs = [self.number(item) if isinstance(item, float) else item for item in operands]
-        properties = dict(self.node.metadata_props)
-        made = ir.node(op_type, inputs, outputs=[output], name=name, metadata_props=properties)
-        graph_of(self.node).insert_before(self.node, made)
-        return output
+        return add_before(self.node, op_type, inputs, label, self.data.shape)
 
     def number(self, value: float) -> ir.Value:
         """A scalar float32 constant."""
