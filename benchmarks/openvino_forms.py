@@ -38,6 +38,7 @@ LEFT_OUT = {
     "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
     "bfloat16 in attention": replace(WHOLE, bfloat16_attention=None),
     "rational SiLU": replace(WHOLE, rational_silu=False),
+    "time projections looked up": replace(WHOLE, time_projections=False),
 }
 
 

@@ -43,6 +43,7 @@ from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
 from qdm_export.passes.rational_silu import RationalSilu
 from qdm_export.passes.step_gains import StepGains
+from qdm_export.passes.time_projections import TimeProjections
 from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.passes.zero_offsets import ZeroOffsets
 
@@ -72,6 +73,7 @@ class TargetForm:
         bfloat16_kernels: convolutions that the plan keeps in float multiply bfloat16.
         bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
         rational_silu: SiLU as a ratio of polynomials.
+        time_projections: what linear layers make of the timestep alone is looked up.
         absorb_k: factors k disappear where they cost nothing.
     """
 
@@ -86,12 +88,18 @@ class TargetForm:
     bfloat16_kernels: bool = False
     bfloat16_attention: int | None = None
     rational_silu: bool = False
+    time_projections: bool = False
     absorb_k: bool = True
 
 
 FORMS: dict[Target, TargetForm] = {
     "onnxruntime": TargetForm(
-        unsigned=True, quantized_outputs=True, norm=InstanceNormForm, packed_weights=True, phases=True
+        unsigned=True,
+        quantized_outputs=True,
+        norm=InstanceNormForm,
+        packed_weights=True,
+        phases=True,
+        time_projections=True,
     ),
     "openvino": TargetForm(
         unsigned=True,
@@ -102,6 +110,7 @@ FORMS: dict[Target, TargetForm] = {
         bfloat16_kernels=True,
         bfloat16_attention=LEAST_SCORES,
         rational_silu=True,
+        time_projections=True,
     ),
     "tensorrt": TargetForm(half=True, joint_heads=True),
 }
@@ -178,6 +187,8 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         passes.append(Bfloat16Kernels(plan))
     if form.bfloat16_attention is not None:
         passes.append(Bfloat16Attention(form.bfloat16_attention))
+    if form.time_projections:
+        passes.append(TimeProjections())
     if form.norm is not None:
         passes.append(form.norm())
     for wanted, own in ((form.rational_silu, RationalSilu), (form.joint_heads, JointHeads)):

@@ -23,10 +23,11 @@ from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
 from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, largest_activation, read_graph
+from qdm_deploy.runtime.openvino_precision import choose_precision, keep_float32
 from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
-__all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession", "choose_precision"]
+__all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
 KEPT_BATCH_SIZES = 4
@@ -89,7 +90,8 @@ class OpenVinoSession:
             ],
             [item.any_name for item in self._model.outputs],
         )
-        self._precision, self._reason = choose_precision(precision, self._model, cpu_flags())
+        self._precision, self._reason = choose_precision(precision, cpu_flags())
+        self._kept_float32 = keep_float32(self._model) if self._precision == "bf16" else 0
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         self._mode = mode
         self._small = SMALL
@@ -187,6 +189,7 @@ class OpenVinoSession:
             "version": self._version,
             "cpu": [cpu_model(), *sorted(cpu_flags())],
             "options": self._options,
+            "kept in float32": self._kept_float32,
         }
 
     def _load_error(self, error: Exception) -> BundleError:
@@ -222,44 +225,3 @@ class _Runner:
         for request in self._requests:
             request.wait()
         return StepOutput(self._joined[OUTPUTS[0]], self._joined[OUTPUTS[1]])
-
-
-def choose_precision(asked: str, model: Any, flags: frozenset[str]) -> tuple[str, str]:
-    """Precision of what is not INT8 in a graph, and the reason.
-
-    Args:
-        asked: "bf16", "f32" or "auto".
-        model: the graph as OpenVINO read it.
-        flags: instruction sets of the CPU, as ``cpu_flags`` names them.
-
-    Returns:
-        "bf16" or "f32", and a sentence for ``describe()``.
-    """
-    if asked != "auto":
-        return asked, "asked for"
-    if "amx_bf16" not in flags:
-        # With AVX512-BF16 alone a bf16 rest takes 0 to 16 % off a step, and 1 to 5 dB (benchmarks/step_latency).
-        return "f32", "this CPU has no bf16 matrix unit (AMX)"
-    if _computes_with_timestep(model):
-        return "f32", "the graph computes its time embedding from the timestep, which bf16 rounds above 256"
-    return "bf16", "this CPU multiplies bf16 matrices (AMX)"
-
-
-def _computes_with_timestep(model: Any) -> bool:
-    """Whether the timestep becomes a float in the graph, instead of only choosing rows of tables.
-
-    Under the bf16 hint OpenVINO also rounds that float: 8 bits of mantissa make one timestep of 992 .. 995.
-    """
-    waiting = [item.get_node() for item in model.inputs if "timestep" in item.names]
-    seen: set[str] = set()
-    while waiting:
-        for output in waiting.pop().outputs():
-            for target in output.get_target_inputs():
-                node = target.get_node()
-                kind = node.get_output_element_type(0)
-                if node.get_type_name() == "Convert" and kind.is_real():
-                    return True
-                if kind.is_integral() and node.get_friendly_name() not in seen:
-                    seen.add(node.get_friendly_name())
-                    waiting.append(node)
-    return False

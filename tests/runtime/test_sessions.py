@@ -12,8 +12,7 @@ import pytest
 from qdm_deploy.errors import BundleError, InputError
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_graph import import_openvino
-from qdm_deploy.runtime.openvino_session import OpenVinoSession, choose_precision
+from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.session import StepOutput
 
 
@@ -223,18 +222,6 @@ def test_cpu_information(tmp_path: Path) -> None:
     assert cpu_flags(info) == {"fpu", "avx2", "amx_bf16"}
     assert cpu_model(info) == "Some CPU @ 2.0GHz: x"
     assert (cpu_flags(tmp_path / "absent"), cpu_model(tmp_path / "absent")) == (frozenset(), "")
-
-
-def test_precision_is_chosen_for_the_cpu_and_the_graph(plain: Any, arithmetic: Any) -> None:
-    core = import_openvino().Core()
-    table, computed = core.read_model(plain.graph), core.read_model(arithmetic.graph)
-    amx = frozenset({"amx_bf16", "avx512_bf16"})
-    assert choose_precision("auto", table, amx) == ("bf16", "this CPU multiplies bf16 matrices (AMX)")
-    assert choose_precision("auto", table, frozenset({"avx512_bf16"}))[0] == "f32"
-    precision, reason = choose_precision("auto", computed, amx)
-    assert (precision, "from the timestep" in reason) == ("f32", True)
-    assert choose_precision("bf16", computed, frozenset()) == ("bf16", "asked for")
-    assert choose_precision("f32", table, amx) == ("f32", "asked for")
 
 
 def test_the_sampler_update_stays_float32_under_bf16(labelled: Any) -> None:

@@ -1,0 +1,132 @@
+"""Projections of the time embedding as a table: the same numbers, and only where the timestep alone decides them."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+
+from qdm_deploy.artifacts.plan import Target
+from qdm_export.passes import time_projections
+from qdm_export.passes.instance_norm import InstanceNormForm
+from qdm_export.passes.moments_norm import MomentsNormForm
+from qdm_export.passes.time_projections import CENTRED, TimeProjections
+from qdm_export.targets import FORMS, emit
+
+Array = NDArray[Any]
+T, D, C, GROUPS = 40, 32, 8, 2
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def embedding_of(graph: Any, rng: np.random.Generator, timesteps: int = T) -> ir.Value:
+    rows = graph.constant("time_table", rng.normal(size=(timesteps, D)).astype(np.float32))
+    looked_up = graph.node("Gather", [rows, graph.t], [D], axis=0)
+    looked_up.producer().name = "time_embedding"
+    looked_up.name = "time_embedding"
+    return looked_up
+
+
+def projection(
+    graph: Any, rng: np.random.Generator, name: str, data: ir.Value, *, transposed: bool = False
+) -> ir.Value:
+    weight = rng.normal(size=(D, C) if transposed else (C, D)).astype(np.float32)
+    operands = [
+        graph.constant(f"{name}.weight", weight),
+        graph.constant(f"{name}.bias", rng.normal(size=C).astype(np.float32)),
+    ]
+    return graph.node("Gemm", [data, *operands], [C], transB=0 if transposed else 1)
+
+
+def block(graph: Any, data: ir.Value, shift: ir.Value, *, read_elsewhere: bool = False) -> ir.Value:
+    """What a residual block does with its projection: added to every position, then a group norm."""
+    at = len(graph.graph)
+    ones, zeros = (
+        graph.constant(f"{name}{at}", np.full(C, value, np.float32)) for name, value in (("scale", 1), ("bias", 0))
+    )
+    wide = graph.node("Unsqueeze", [shift, graph.constant(f"last{at}", np.array([2, 3]))], [C, 1, 1])
+    total = graph.node("Add", [data, wide], [C, 6, 5])
+    norm = graph.node("GroupNormalization", [total, ones, zeros], [C, 6, 5], num_groups=GROUPS, epsilon=1e-5)
+    return graph.node("Add", [norm, total], [C, 6, 5]) if read_elsewhere else norm
+
+
+def feeds(timesteps: int = T) -> dict[str, Array]:
+    x = np.random.default_rng(8).normal(size=(3, C, 6, 5)).astype(np.float32)
+    return {"x": x, "timestep": np.array([0, timesteps // 2, timesteps - 1])}
+
+
+@pytest.mark.parametrize("form", [None, InstanceNormForm, MomentsNormForm])
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+def test_products_become_one_lookup_and_nothing_changes(
+    small: Any, run_graph: Any, form: Any, read_elsewhere: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    graph = small((C, 6, 5))
+    embedding = embedding_of(graph, rng)
+    first, second = (projection(graph, rng, f"p{i}", embedding, transposed=bool(i)) for i in range(2))
+    graph.output(block(graph, block(graph, graph.x, first), second, read_elsewhere=read_elsewhere))
+    (expected,) = run_graph(graph.model, feeds(), optimize=False).values()
+    assert TimeProjections()(graph.model).modified
+    found = operators(graph.model)
+    assert (found["Gemm"], found["Gather"], found["Split"]) == (0, 1, 1)
+    if form is not None:
+        assert form()(graph.model).modified
+    (result,) = run_graph(graph.model, feeds(), optimize=False).values()
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+    assert not TimeProjections()(graph.model).modified
+
+
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+def test_only_what_a_norm_alone_reads_is_centred(small: Any, read_elsewhere: bool) -> None:
+    rng = np.random.default_rng(0)
+    graph = small((C, 6, 5))
+    shift = projection(graph, rng, "p", embedding_of(graph, rng))
+    graph.output(block(graph, graph.x, shift, read_elsewhere=read_elsewhere))
+    TimeProjections()(graph.model)
+    (split,) = [node for node in graph.model.graph if node.op_type == "Split"]
+    assert split.outputs[0].meta.get(CENTRED) == (None if read_elsewhere else GROUPS)
+    table = graph.model.graph.initializers["time_projection_table"].const_value.numpy()
+    means = np.abs(table.reshape(T, GROUPS, -1).mean(axis=2)).max()
+    assert means > 0.1 if read_elsewhere else means < 1e-6
+    # The norm in the form of its moments then takes the mean of its input alone: one reduction fewer.
+    MomentsNormForm()(graph.model)
+    labels = {str(node.name).rpartition("/")[2] for node in graph.model.graph if node.op_type == "ReduceMean"}
+    assert labels == {"channel_mean", "group_mean", "variance"}
+
+
+def test_a_table_much_larger_than_the_weights_is_not_made(small: Any) -> None:
+    rng = np.random.default_rng(0)
+    graph = small((C, 6, 5))
+    graph.output(block(graph, graph.x, projection(graph, rng, "p", embedding_of(graph, rng, timesteps=2 * D + 1))))
+    assert not TimeProjections()(graph.model).modified
+    assert operators(graph.model)["Gemm"] == 1
+
+
+def test_an_embedding_with_a_label_in_it_stays(small: Any) -> None:
+    rng = np.random.default_rng(0)
+    graph = small((C, 6, 5))
+    labelled = graph.node("Add", [embedding_of(graph, rng), graph.constant("label", np.ones(D, np.float32))], [D])
+    graph.output(block(graph, graph.x, projection(graph, rng, "p", labelled)))
+    assert not TimeProjections()(graph.model).modified
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_whole_step_says_the_same(
+    tiny: Any, emitted: Any, run_graph: Any, monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    whole, plan = tiny.float_graph("rgb"), tiny.plan("rgb")
+    form = replace(FORMS[target], bfloat16_attention=None)
+    monkeypatch.setattr(time_projections, "_LARGEST", 100)  # the tiny model's embedding is narrow
+    table, product = (emit(whole, plan, target, form=replace(form, time_projections=on)) for on in (True, False))
+    assert operators(product)["Gemm"] > operators(table)["Gemm"]
+    given = emitted.feeds("rgb", 3)
+    for found, expected in zip(
+        *(run_graph(model, given, optimize=False).values() for model in (table, product)), strict=True
+    ):
+        error = np.square(found - expected).sum() / np.square(expected).sum()
+        assert 10 * np.log10(error) < -45  # codes next to a boundary may round the other way
