@@ -1,11 +1,10 @@
-"""Linear layers that read nothing but the time embedding, as columns of one table with a row per timestep.
+"""What residual blocks make of the time embedding: each projects it to its channels, for itself.
 
-Every residual block projects the time embedding for itself. Where that depends on the timestep alone
-(``time_table``), so do the projections, and one lookup takes the place of two dozen products that read the whole of
-their weights for each row of a batch. The table is computed in float64.
+Where the embedding depends on the timestep alone (``time_table``), so do the projections, and one lookup takes the
+place of two dozen products that read the whole of their weights for each row of a batch.
 
-A projection that is only added in front of a group norm is centred in each group: the norm takes the mean of a group
-away again, so nothing changes, and the norm need not ask for it.
+A projection that is only added in front of a group norm is centred in each group, by its weights: the norm takes the
+mean of a group away again, so nothing changes, and the norm need not ask for it. All is computed in float64.
 """
 
 import numpy as np
@@ -26,47 +25,14 @@ _RESHAPES = ("Unsqueeze", "Reshape")
 
 
 class TimeProjections(ir.passes.InPlacePass):
-    """Replaces every Gemm with constant operands that reads the looked-up time embedding."""
+    """Centres every Gemm of constants that a group norm alone reads, and looks up those of the timestep alone."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        lookup = next((node for node in model.graph if node.name == "time_embedding"), None)
-        if lookup is None or lookup.op_type != "Gather":
-            return ir.passes.PassResult(model, modified=False)
-        embedding, embeddings = lookup.outputs[0], _table(lookup)
-        products = [use.node for use in embedding.uses() if _is_projection(use.node)]
-        if not products or len(embeddings) > _LARGEST * embeddings.shape[1]:
-            return ir.passes.PassResult(model, modified=False)
-        columns, outputs = [], []
-        for node in products:
-            old, values = node.outputs[0], _projected(node, embeddings)
-            new = ir.Value(name=f"{old.name}/looked_up", shape=old.shape, type=old.type)
-            groups = _groups_behind(old)
-            if groups is not None:
-                values = _centred(values, groups)
-                new.meta[CENTRED] = groups
-            old.replace_all_uses_with(new)
-            columns.append(values.astype(np.float32))
-            outputs.append(new)
-        table = constant(model, "time_projection_table", np.concatenate(columns, axis=1))
-        widths = constant(model, "time_projection_widths", np.array([part.shape[1] for part in columns]))
-        batch = None if embedding.shape is None else embedding.shape[0]
-        row = ir.Value(
-            name="time_projections",
-            shape=ir.Shape([batch, sum(part.shape[1] for part in columns)]),
-            type=ir.TensorType(ir.DataType.FLOAT),
-        )
-        gather = ir.node("Gather", [table, lookup.inputs[1]], {"axis": 0}, outputs=[row], name="time_projections")
-        split = ir.node("Split", [row, widths], {"axis": 1}, outputs=outputs, name="time_projections/each")
-        model.graph.insert_after(lookup, [gather, split])
-        common.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, modified=True)
-
-
-def _table(lookup: ir.Node) -> NDArray[np.float64]:
-    table = lookup.inputs[0]
-    assert table is not None  # noqa: S101  # a Gather without data is no ONNX
-    return values_of(table).astype(np.float64)
+        projections = [node for node in model.graph if _is_projection(node)]
+        centred = [node for node in projections if _centre(model, node)]
+        looked_up = _look_up(model, projections)
+        return ir.passes.PassResult(model, modified=bool(centred or looked_up))
 
 
 def behind_reshapes(value: ir.Value) -> ir.Value:
@@ -79,17 +45,29 @@ def behind_reshapes(value: ir.Value) -> ir.Value:
 
 
 def _is_projection(node: ir.Node) -> bool:
-    operands = node.inputs[1:]
     plain = all(name not in node.attributes or node.attributes[name].as_float() == 1.0 for name in ("alpha", "beta"))
-    constants = all(operand is not None and operand.const_value is not None for operand in operands)
-    return node.op_type == "Gemm" and plain and constants
+    constants = all(operand is not None and operand.const_value is not None for operand in node.inputs[1:])
+    return node.op_type == "Gemm" and len(node.inputs) == 3 and plain and constants
 
 
-def _projected(node: ir.Node, embeddings: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[T, C]: the layer's output for every timestep."""
-    weight, *bias = (values_of(operand).astype(np.float64) for operand in node.inputs[1:] if operand is not None)
-    product: NDArray[np.float64] = embeddings @ (weight if weight_is_transposed(node) else weight.T)
-    return product + bias[0] if bias else product
+def _operands(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Weight [C, D] and bias [C]."""
+    weight, bias = (values_of(operand).astype(np.float64) for operand in node.inputs[1:] if operand is not None)
+    return (weight.T if weight_is_transposed(node) else weight), bias
+
+
+def _centre(model: ir.Model, node: ir.Node) -> bool:
+    output = node.outputs[0]
+    groups = _groups_behind(output)
+    if groups is None or CENTRED in output.meta:
+        return False
+    weight, bias = (_without_group_means(values, groups) for values in _operands(node))
+    stored = weight.T if weight_is_transposed(node) else weight
+    for index, values in ((1, stored), (2, bias)):
+        name = f"{node.inputs[index].name}/centred"  # type: ignore[union-attr]  # a projection has three inputs
+        node.replace_input_with(index, constant(model, name, values.astype(np.float32)))
+    output.meta[CENTRED] = groups
+    return True
 
 
 def _groups_behind(value: ir.Value) -> int | None:
@@ -109,7 +87,41 @@ def _groups_behind(value: ir.Value) -> int | None:
     return None
 
 
-def _centred(values: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
-    each = values.reshape(len(values), groups, -1)
-    centred: NDArray[np.float64] = each - each.mean(axis=2, keepdims=True)
+def _without_group_means(values: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
+    """[C, ...] less the mean over the channels of each group."""
+    each = values.reshape(groups, -1, *values.shape[1:])
+    centred: NDArray[np.float64] = each - each.mean(axis=1, keepdims=True)
     return centred.reshape(values.shape)
+
+
+def _look_up(model: ir.Model, projections: list[ir.Node]) -> bool:
+    """One Gather and one Split in place of the projections of the looked-up embedding."""
+    lookup = next((node for node in model.graph if node.name == "time_embedding" and node.op_type == "Gather"), None)
+    if lookup is None or lookup.inputs[0] is None:
+        return False
+    embedding, rows = lookup.outputs[0], values_of(lookup.inputs[0]).astype(np.float64)
+    products = [node for node in projections if node.inputs[0] is embedding]
+    if not products or len(rows) > _LARGEST * rows.shape[1]:
+        return False
+    columns, outputs = [], []
+    for node in products:
+        weight, bias = _operands(node)
+        old = node.outputs[0]
+        new = ir.Value(name=f"{old.name}/looked_up", shape=old.shape, type=old.type)
+        new.meta.update(old.meta)
+        old.replace_all_uses_with(new)
+        columns.append((rows @ weight.T + bias).astype(np.float32))
+        outputs.append(new)
+    table = constant(model, "time_projection_table", np.concatenate(columns, axis=1))
+    widths = constant(model, "time_projection_widths", np.array([part.shape[1] for part in columns]))
+    batch = None if embedding.shape is None else embedding.shape[0]
+    row = ir.Value(
+        name="time_projections",
+        shape=ir.Shape([batch, sum(part.shape[1] for part in columns)]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+    gather = ir.node("Gather", [table, lookup.inputs[1]], {"axis": 0}, outputs=[row], name="time_projections")
+    split = ir.node("Split", [row, widths], {"axis": 1}, outputs=outputs, name="time_projections/each")
+    model.graph.insert_after(lookup, [gather, split])
+    common.RemoveUnusedNodesPass()(model)
+    return True
