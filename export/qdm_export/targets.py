@@ -11,7 +11,8 @@ tensorrt     s8                not quantized            half     subtracted, con
 Half is float16, or bfloat16 for models that leave the range of float16 (docs/adr/0011). Layers that the plan keeps in
 float are part of the rest, except that openvino's convolutions among them multiply bfloat16, as does attention
 between many positions (docs/adr/0017). openvino's attention reads its operands as convolutions leave them
-(docs/adr/0019), and its SiLU is a ratio of polynomials (docs/adr/0018).
+(docs/adr/0019), and its SiLU is a ratio of polynomials (docs/adr/0018). Both CPU targets look up what residual blocks
+project the timestep to (docs/adr/0004).
 
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
