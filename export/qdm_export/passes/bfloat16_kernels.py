@@ -31,12 +31,22 @@ class Bfloat16Kernels(PlanPass):
     def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
         """Raises the graph's opset to the first whose Conv takes bfloat16, where a layer is cast."""
         kept = {item.name for item in self.plan.layers if item.precision == "float" and item.layer.float_reason is None}
-        found = [layer for layer in layer_nodes(model) if layer.name in kept and layer.kind == "conv"]
+        found = [layer for layer in layer_nodes(model) if layer.name in kept and _has_neighbours(layer)]
         for layer in found:
             _cast(model, layer)
         if found:
             model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
         return bool(found)
+
+
+def _has_neighbours(layer: LayerNode) -> bool:
+    """Whether it is a convolution of more than one position.
+
+    One of a single position is a shortcut: its result is a block's own, no norm in between, and it sums few products,
+    so that the rounding of its weights, the same at every step, shows in the contrast of the pictures (docs/adr/0017).
+    """
+    shape = values_of(layer.weight).shape
+    return layer.kind == "conv" and any(size > 1 for size in shape[2:])
 
 
 def _cast(model: ir.Model, layer: LayerNode) -> None:
