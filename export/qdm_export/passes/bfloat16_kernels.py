@@ -2,8 +2,8 @@
 
 Only what is multiplied is rounded, and the result once: a plan keeps a layer out of INT8 for its noise, and 8
 significant bits in both factors add far less of it than 8-bit codes (docs/adr/0017). Layers that never become INT8,
-such as the first and the last convolution, stay as they are, and so do shortcuts. On a CPU without bfloat16 the session takes the casts out
-again.
+such as the first and the last convolution, stay as they are, and so do shortcuts. On a CPU without bfloat16 the session
+takes the casts out again.
 """
 
 from collections.abc import Sequence
