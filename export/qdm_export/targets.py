@@ -71,7 +71,7 @@ class TargetForm:
         joint_heads: attention does not take its heads apart.
         attention_layout: what leads into attention is turned and flattened in an order that moves nothing.
         phases: an upsampling and the convolution behind it become four small convolutions.
-        bfloat16_kernels: convolutions that the plan keeps in float multiply bfloat16.
+        bfloat16_kernels: convolutions that the plan keeps in float, but no shortcuts, multiply bfloat16.
         bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
         rational_silu: SiLU as a ratio of polynomials.
         time_projections: what linear layers make of the timestep alone is looked up.

@@ -59,7 +59,7 @@ def choose_precision(asked: str, flags: frozenset[str]) -> tuple[str, str]:
         return asked, "asked for"
     if "amx_bf16" in flags:
         return "bf16", "this CPU multiplies bf16 matrices (AMX)"
-    # With AVX512-BF16 alone a bf16 rest takes 1 to 4 % off a step, and 0.7 dB (docs/adr/0020).
+    # With AVX512-BF16 alone a bf16 rest takes up to 8 % off a step, and 0.8 dB (docs/adr/0020).
     return "f32", "this CPU has no bf16 matrix unit (AMX)"
 
 
