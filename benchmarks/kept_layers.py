@@ -1,8 +1,8 @@
 """What it costs to keep a few layers in float on the openvino target: in INT8 after all, in float32, in bfloat16.
 
 The default plan of the embedded model, which keeps the noisiest layers out of INT8, with these multiplied in float32
-and (but for shortcuts) in bfloat16, beside the plan that keeps none; and with everything that is not INT8 in bfloat16. Every graph runs in
-a process of its own, in turn. SQNR is teacher-forced against the float model, over a few steps.
+and (but for shortcuts) in bfloat16, beside the plan that keeps none; and with everything that is not INT8 in bfloat16.
+Every graph runs in a process of its own, in turn. SQNR is teacher-forced against the float model, over a few steps.
 
     python benchmarks/kept_layers.py --save
 """

@@ -10,7 +10,7 @@ it is taken from a graph that was read from text, under the name that this OpenV
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qdm_deploy.runtime.openvino_graph import import_openvino
@@ -82,12 +82,13 @@ def keep_float32(model: Any) -> int:
         {node.get_friendly_name() for node in nodes if node.get_type_name() in kinds}
         for kinds in (frozenset({"Parameter"}), _PRODUCTS, _CONVOLUTIONS, frozenset({_MEAN}))
     )
-    from_inputs = _following(nodes, inputs)
-    later = products - (convolutions - _following(nodes, products))  # not the first convolutions
-    begun = _following(nodes, later) | later
+    read = {node.get_friendly_name(): _names_read(node) for node in nodes}  # in the graph's order
+    from_inputs = _following(read, inputs)
+    later = products - (convolutions - _following(read, products))  # not the first convolutions
+    begun = _following(read, later) | later
     # Without a norm in the form of its moments nothing tells where the end begins.
-    before_end = _leading_to(nodes, means) if means else from_inputs
-    of_channels = _of_channels(nodes)
+    before_end = _leading_to(read, means) if means else from_inputs
+    of_channels = _of_channels(nodes, read)
     kept = [
         node
         for node in nodes
@@ -142,40 +143,40 @@ def _mark() -> tuple[Any, str]:
     return node.get_rt_info()[name], name
 
 
-def _read(node: Any) -> list[Any]:
-    return [value.get_node() for value in node.input_values()]
+def _names_read(node: Any) -> list[str]:
+    return [value.get_node().get_friendly_name() for value in node.input_values()]
 
 
-def _following(nodes: Iterable[Any], origins: set[str]) -> set[str]:
+def _following(read: Mapping[str, list[str]], origins: set[str]) -> set[str]:
     """Names of what reads, at any distance, one of ``origins``."""
     found: set[str] = set()
-    for node in nodes:
-        if any((name := parent.get_friendly_name()) in origins or name in found for parent in _read(node)):
-            found.add(node.get_friendly_name())
+    for name, parents in read.items():
+        if any(parent in origins or parent in found for parent in parents):
+            found.add(name)
     return found
 
 
-def _leading_to(nodes: list[Any], ends: set[str]) -> set[str]:
+def _leading_to(read: Mapping[str, list[str]], ends: set[str]) -> set[str]:
     """Names of what one of ``ends`` depends on."""
     found: set[str] = set()
-    for node in reversed(nodes):
-        if (name := node.get_friendly_name()) in ends or name in found:
-            found.update(parent.get_friendly_name() for parent in _read(node))
+    for name in reversed(list(read)):
+        if name in ends or name in found:
+            found.update(read[name])
     return found
 
 
-def _of_channels(nodes: Iterable[Any]) -> set[str]:
+def _of_channels(nodes: Iterable[Any], read: Mapping[str, list[str]]) -> set[str]:
     """Names of what follows a sum over positions and is no larger than it."""
     limits: dict[str, int] = {}  # elements of a row of the sum behind it
     found: set[str] = set()
     for node in nodes:
-        kind, size = node.get_type_name(), _row_size(node)
-        above = [limits[name] for parent in _read(node) if (name := parent.get_friendly_name()) in limits]
+        name, kind, size = node.get_friendly_name(), node.get_type_name(), _row_size(node)
+        above = [limits[parent] for parent in read[name] if parent in limits]
         if above and size is not None and size <= max(above) and kind not in _PRODUCTS:
-            limits[node.get_friendly_name()] = max(above)
-            found.add(node.get_friendly_name())
+            limits[name] = max(above)
+            found.add(name)
         elif kind in _STATISTICS and size is not None:
-            limits[node.get_friendly_name()] = size
+            limits[name] = size
     return found
 
 
