@@ -23,8 +23,8 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
     assert result.report.recipe["keep_fp"] == choice
     assert "sensitivity" in result.report.stage_seconds
     assert all(check.ok for check in result.report.checks)
-    # The openvino graph multiplies the convolutions in bfloat16, and the manifest says what that needs.
-    convolutions = [item.name for item in kept if item.layer.kind == "conv"]
+    # The openvino graph multiplies the convolutions but shortcuts in bfloat16, and the manifest says what that needs.
+    convolutions = [item.name for item in kept if item.layer.weight_shape[2:] not in ((), (1, 1))]
     assert Bundle.open(result.bundle).manifest.compatibility.opset == (22 if convolutions else 21)
     graph = onnx.load(result.bundle / "unet" / "openvino.onnx", load_external_data=False).graph
     casts = [node.name for node in graph.node if node.op_type == "Cast" and node.name.endswith("/bfloat16")]
