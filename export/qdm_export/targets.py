@@ -39,6 +39,7 @@ from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
 from qdm_export.passes.moments_norm import MomentsNormForm
 from qdm_export.passes.output_correction import OutputCorrection
+from qdm_export.passes.pointwise_convolutions import PointwiseConvolutions
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
@@ -70,6 +71,7 @@ class TargetForm:
         packed_weights: codes of 4 bits are stored as INT4.
         joint_heads: attention does not take its heads apart.
         attention_layout: what leads into attention is turned and flattened in an order that moves nothing.
+        pointwise: linear layers over an image's positions are convolutions of one position.
         phases: an upsampling and the convolution behind it become four small convolutions.
         bfloat16_kernels: convolutions that the plan keeps in float, but no shortcuts, multiply bfloat16.
         bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
@@ -85,6 +87,7 @@ class TargetForm:
     packed_weights: bool = False
     joint_heads: bool = False
     attention_layout: bool = False
+    pointwise: bool = False
     phases: bool = False
     bfloat16_kernels: bool = False
     bfloat16_attention: int | None = None
@@ -107,6 +110,7 @@ FORMS: dict[Target, TargetForm] = {
         norm=MomentsNormForm,
         packed_weights=True,
         attention_layout=True,
+        pointwise=True,
         phases=True,
         bfloat16_kernels=True,
         bfloat16_attention=LEAST_SCORES,
@@ -168,36 +172,29 @@ def emit(
 
 def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> list[ir.passes.PassBase]:
     """What makes the form, in the order in which it builds on each other."""
-    passes: list[ir.passes.PassBase] = [
+    passes: list[ir.passes.PassBase | None] = [
         BiasCorrections(plan),
         OutputCorrection(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
         QuantizeWeights(plan, packed=form.packed_weights),
+        None if form.unsigned else ZeroOffsets(plan, dtype.numpy()),
+        QuantizeInputs(plan, unsigned=form.unsigned),
+        QuantizeOutputs(plan) if form.quantized_outputs else None,
+        UpsamplePhases(plan) if form.phases else None,
+        AttentionLayout() if form.attention_layout else None,
+        PointwiseConvolutions(plan) if form.pointwise else None,
+        Bfloat16Kernels(plan) if form.bfloat16_kernels else None,
+        None if form.bfloat16_attention is None else Bfloat16Attention(form.bfloat16_attention),
+        TimeProjections() if form.time_projections else None,
+        None if form.norm is None else form.norm(),
+        RationalSilu() if form.rational_silu else None,
+        JointHeads() if form.joint_heads else None,
+        None if dtype == ir.DataType.FLOAT else HalfPrecision(dtype),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
     ]
-    if not form.unsigned:
-        passes.append(ZeroOffsets(plan, dtype.numpy()))
-    passes.append(QuantizeInputs(plan, unsigned=form.unsigned))
-    if form.quantized_outputs:
-        passes.append(QuantizeOutputs(plan))
-    if form.phases:
-        passes.append(UpsamplePhases(plan))
-    if form.attention_layout:
-        passes.append(AttentionLayout())
-    if form.bfloat16_kernels:
-        passes.append(Bfloat16Kernels(plan))
-    if form.bfloat16_attention is not None:
-        passes.append(Bfloat16Attention(form.bfloat16_attention))
-    if form.time_projections:
-        passes.append(TimeProjections())
-    if form.norm is not None:
-        passes.append(form.norm())
-    for wanted, own in ((form.rational_silu, RationalSilu), (form.joint_heads, JointHeads)):
-        if wanted:
-            passes.append(own())
-    if dtype != ir.DataType.FLOAT:
-        passes.append(HalfPrecision(dtype))
-    return [*passes, common.RemoveUnusedNodesPass(), common.TopologicalSortPass()]
+    return [each for each in passes if each is not None]
 
 
 def _refuse_simulated_only(plan: QuantizationPlan) -> None:

@@ -4,11 +4,12 @@ The plugin computes the norm on tensors whose channels come first, and its convo
 a reorder before and one behind. Here only sums over the positions touch the large tensor, in any layout; what belongs
 to groups happens on [B, groups, channels of a group]. Scale and shift then fuse with SiLU and the quantize that follow.
 
-A channel's variance is its mean square less the square of its mean, from two sums that both read the tensor as it is;
-a group's adds how far the means of its channels lie apart. Sums are float32 also where the tensor is bfloat16. The
-difference costs digits where a channel's mean is large beside its spread: 88 dB of the norm's output are left at 30
-times the spread, 68 dB at 100 times.
+A group's variance is its mean square less the square of its mean, from two sums that both read the tensor as it is.
+They are float32 also where the tensor is bfloat16. The difference costs digits where a mean is large beside its spread:
+88 dB of the norm's output are left at 30 times the spread, 68 dB at 100 times.
 """
+
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ __all__ = ["MomentsNormForm"]
 
 
 class MomentsNormForm(GroupNormForm):
-    """Mean and mean square of every channel, what belongs to groups, one multiply and one add.
+    """Mean and length of every channel, of them mean and mean square of every group, one multiply and one add.
 
     What a residual block adds to every position of a channel alike, its time embedding, is added to the mean instead.
     """
@@ -28,59 +29,89 @@ class MomentsNormForm(GroupNormForm):
     def rewritten(self, norm: GroupNorm) -> ir.Value:
         """y = (x - mean) gamma / sqrt(variance + epsilon) + beta, as one multiply and one add."""
         data, shift = _without_shift(norm)
-        rows, size = (None if data.shape is None else data.shape[0]), norm.channels // norm.groups
-        flat, whole, each = [rows, norm.channels], [rows, norm.groups, 1], [rows, norm.groups, size]
-        over_positions = norm.constant(f"positions_{len(norm.shape)}d", np.arange(2, len(norm.shape) + 1))
-        over_group = norm.constant("over_group", np.array([2]))
-        to_groups = norm.constant(f"groups_{norm.groups}", np.array([0, norm.groups, -1]))
-        to_channels = norm.constant(
-            f"channels_{norm.channels}_{len(norm.shape)}d", np.array([0, *norm.per_channel[1:]])
-        )
-
-        def in_groups(value: ir.Value, label: str) -> ir.Value:
-            return norm.add("Reshape", [value, to_groups], label, each)
-
-        def of_channel(op_type: str, label: str) -> ir.Value:
-            return in_groups(norm.add(op_type, [data, over_positions], f"channel_{label}", flat, keepdims=0), label)
-
-        def group_mean(value: ir.Value, label: str) -> ir.Value:
-            return norm.add("ReduceMean", [value, over_group], label, whole, keepdims=1)
-
-        def channelwise(value: ir.Value, label: str) -> ir.Value:
-            return norm.add("Reshape", [value, to_channels], label, [rows, *norm.per_channel[1:]])
-
-        own_mean, length = of_channel("ReduceMean", "mean"), of_channel("ReduceL2", "length")
-        mean = own_mean
-        centred = False
-        if shift is not None:
+        channels = _Channels(norm, data)
+        if shift is None:
+            mean, mean_square = channels.of_groups()
+        else:
             centred = behind_reshapes(shift).meta.get(CENTRED) == norm.groups
-            shift = in_groups(behind_reshapes(shift), "shift")
-            mean = norm.add("Add", [own_mean, shift], "mean_of_sum", each)
-        middle = group_mean(own_mean if centred else mean, "group_mean")
+            shift = channels.in_groups(behind_reshapes(shift), "shift")
+            mean, mean_square = channels.of_shifted_groups(shift, centred=centred)
+        whole, each = channels.whole, channels.each
 
-        # Of a group: the mean of its channels' own variances, and the variance of their means.
-        count = norm.constant(f"count_{norm.positions}", np.array(norm.positions, dtype=np.float32))
-        square = norm.add("Div", [norm.add("Mul", [length, length], "square", each), count], "mean_square", each)
-        own = norm.add("Sub", [square, norm.add("Mul", [own_mean, own_mean], "squared_mean", each)], "within", each)
-        own = norm.add("Relu", [own], "positive", each)  # rounding may leave a constant channel less than nothing
-        distance = norm.add("Sub", [mean, middle], "distance", each)
-        between = norm.add("Mul", [distance, distance], "between", each)
+        squared_mean = norm.add("Mul", [mean, mean], "squared_mean", whole)
+        # Rounding may leave a constant group less than nothing.
+        variance = norm.add("Sub", [mean_square, squared_mean], "variance", whole)
+        variance = norm.add("Relu", [variance], "positive", whole)
         epsilon = norm.constant(f"epsilon_{norm.epsilon:g}", np.array(norm.epsilon, dtype=np.float32))
-        both = norm.add("Add", [norm.add("Add", [own, between], "deviation", each), epsilon], "epsilon", each)
-        gamma = norm.constant(f"{norm.gamma}/groups", norm.scale.reshape(1, norm.groups, size))
         half = norm.constant("minus_half", np.array(-0.5, dtype=np.float32))
-        spread = norm.add("Pow", [group_mean(both, "variance"), half], "spread", whole)
+        spread = norm.add("Pow", [norm.add("Add", [variance, epsilon], "epsilon", whole), half], "spread", whole)
+        gamma = norm.constant(f"{norm.gamma}/groups", norm.scale.reshape(channels.constant_shape))
         scale = norm.add("Mul", [gamma, spread], "scale", each)
         # Minus the mean, to be added: the plugin makes a negation of its own of a subtraction at the end of a chain.
         if shift is None:
-            minus = norm.constant(f"minus_{norm.groups}x{size}", np.full((1, norm.groups, size), -1, dtype=np.float32))
-            below = norm.add("Mul", [middle, minus], "minus_mean", each)
+            minus = np.full(channels.constant_shape, -1, dtype=np.float32)
+            minus_one = norm.constant(f"minus_{norm.groups}x{minus.shape[-1]}", minus)
+            below = norm.add("Mul", [mean, minus_one], "minus_mean", each)
         else:
-            below = norm.add("Sub", [shift, middle], "minus_mean", each)
-        beta = norm.constant(f"{norm.beta}/groups", norm.bias.reshape(1, norm.groups, size))
+            below = norm.add("Sub", [shift, mean], "minus_mean", each)
+        beta = norm.constant(f"{norm.beta}/groups", norm.bias.reshape(channels.constant_shape))
         offset = norm.add("Add", [norm.add("Mul", [below, scale], "scaled_mean", each), beta], "offset", each)
-        scaled = norm.add("Mul", [data, channelwise(scale, "channel_scale")], "gamma")
-        return norm.add("Add", [scaled, channelwise(offset, "channel_offset")], "beta")
+        scaled = norm.add("Mul", [data, channels.back(scale, "channel_scale")], "gamma")
+        return norm.add("Add", [channels.back(offset, "channel_offset"), scaled], "beta")
+
+
+class _Channels:
+    """Mean and length over the positions of every channel, as [B, groups, channels of a group]."""
+
+    def __init__(self, norm: GroupNorm, data: ir.Value) -> None:
+        rows = None if data.shape is None else data.shape[0]
+        self.norm, self.size = norm, norm.channels // norm.groups
+        self.constant_shape = (1, norm.groups, self.size)
+        self.whole, self.each = [rows, norm.groups, 1], [rows, norm.groups, self.size]
+        self._rows = rows
+        over_positions = norm.constant(f"positions_{len(norm.shape)}d", np.arange(2, len(norm.shape) + 1))
+
+        def over(op_type: str, label: str) -> ir.Value:
+            flat = [rows, norm.channels]
+            value = norm.add(op_type, [data, over_positions], f"channel_{label}", flat, keepdims=0)
+            return self.in_groups(value, label)
+
+        self.mean, self.length = over("ReduceMean", "mean"), over("ReduceL2", "length")
+
+    def of_groups(self) -> tuple[ir.Value, ir.Value]:
+        """Mean and mean square of every group, [B, groups, 1]."""
+        length = self._over_group("ReduceL2", self.length, "group_length")
+        return self._over_group("ReduceMean", self.mean, "group_mean"), self._mean_square(length, self.whole, self.size)
+
+    def of_shifted_groups(self, shift: ir.Value, *, centred: bool) -> tuple[ir.Value, ir.Value]:
+        """The same of x + t, where t is the same at every position: (x + t)^2 = x^2 + t (2 x + t)."""
+        add = self.norm.add
+        shifted = add("Add", [self.mean, shift], "mean_of_sum", self.each)
+        mean = self._over_group("ReduceMean", self.mean if centred else shifted, "group_mean")
+        cross = add("Mul", [shift, add("Add", [self.mean, shifted], "twice_mean", self.each)], "cross", self.each)
+        square = add("Add", [self._mean_square(self.length, self.each), cross], "square_of_sum", self.each)
+        return mean, self._over_group("ReduceMean", square, "group_mean_square")
+
+    def in_groups(self, value: ir.Value, label: str) -> ir.Value:
+        """[B, C] as [B, groups, channels of a group]."""
+        shape = self.norm.constant(f"groups_{self.norm.groups}", np.array([0, self.norm.groups, -1]))
+        return self.norm.add("Reshape", [value, shape], label, self.each)
+
+    def back(self, value: ir.Value, label: str) -> ir.Value:
+        """Such a value lined up with the data."""
+        sizes = self.norm.per_channel[1:]
+        shape = self.norm.constant(f"channels_{self.norm.channels}_{len(self.norm.shape)}d", np.array([0, *sizes]))
+        return self.norm.add("Reshape", [value, shape], label, [self._rows, *sizes])
+
+    def _over_group(self, op_type: str, value: ir.Value, label: str) -> ir.Value:
+        axis = self.norm.constant("over_group", np.array([2]))
+        return self.norm.add(op_type, [value, axis], label, self.whole, keepdims=1)
+
+    def _mean_square(self, length: ir.Value, shape: list[Any], channels: int = 1) -> ir.Value:
+        count = self.norm.positions * channels
+        divisor = self.norm.constant(f"count_{count}", np.array(count, dtype=np.float32))
+        square = self.norm.add("Mul", [length, length], "square", shape)
+        return self.norm.add("Div", [square, divisor], "mean_square", shape)
 
 
 def _without_shift(norm: GroupNorm) -> tuple[ir.Value, ir.Value | None]:
