@@ -10,7 +10,7 @@ run beside each other on a share of the cores each and wait for each other once 
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -117,7 +117,7 @@ class OpenVinoSession:
         return tuple(spec.name for spec in self._specs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
-        """Run one step; ``StepSession.run`` says what it takes and raises. The result is a view of OpenVINO's memory.
+        """Run one step; ``StepSession.run`` says what it takes and raises. The next step overwrites the result.
 
         Raises:
             BundleError: OpenVINO cannot compile the graph for this number of rows.
@@ -161,7 +161,7 @@ class OpenVinoSession:
             self._runners.move_to_end(key)
             return self._runners[key]
         try:
-            runner = _Runner(self._compiled_for(rows // parts, min(self._cores, parts)), parts)
+            runner = _Runner(self._compiled_for(rows // parts, min(self._cores, parts)), self.input_names, parts)
         except Exception as error:
             raise self._load_error(error) from error
         if len(self._runners) == self._kept_batch_sizes:
@@ -200,28 +200,39 @@ class OpenVinoSession:
 
 
 class _Runner:
-    """A graph compiled for one size of part, and a request for each part of a batch."""
+    """A graph compiled for one size of part, and a request for each part of a batch.
 
-    def __init__(self, compiled: Any, parts: int) -> None:
+    Every request reads and writes memory that is bound to it once: binding a step's arrays anew takes OpenVINO's Python
+    longer than copying them.
+    """
+
+    def __init__(self, compiled: Any, names: Sequence[str], parts: int) -> None:
         self._requests = [compiled.create_infer_request() for _ in range(parts)]
-        self._joined: dict[str, NDArray[np.float32]] = {}
-        if parts > 1:  # they write their results side by side
-            tensor = import_openvino().Tensor
-            for name in OUTPUTS:
-                rows, *shape = compiled.output(name).shape
-                self._joined[name] = np.empty((parts * rows, *shape), dtype=np.float32)
-                for part, request in enumerate(self._requests):
-                    place = self._joined[name][part * rows : (part + 1) * rows]
-                    request.set_tensor(name, tensor(place, shared_memory=True))
+        self._inputs: list[dict[str, NDArray[Any]]] = []  # of each request
+        self._results: dict[str, NDArray[np.float32]] = {}  # of all of them, side by side
+        tensor = import_openvino().Tensor
+        for request in self._requests:
+            own = {name: _array_of(compiled.input(name)) for name in names}
+            for name, values in own.items():
+                request.set_tensor(name, tensor(values, shared_memory=True))
+            self._inputs.append(own)
+        for name in OUTPUTS:
+            rows, *shape = compiled.output(name).shape
+            self._results[name] = np.empty((parts * rows, *shape), dtype=np.float32)
+            for part, request in enumerate(self._requests):
+                place = self._results[name][part * rows : (part + 1) * rows]
+                request.set_tensor(name, tensor(place, shared_memory=True))
 
     def run(self, inputs: Mapping[str, NDArray[Any]], parts: list[slice]) -> StepOutput:
         """One step of the whole batch."""
-        if not self._joined:
-            results = self._requests[0].infer(dict(inputs), share_inputs=True, share_outputs=True)
-            return StepOutput(results[OUTPUTS[0]], results[OUTPUTS[1]])
-        held = [part_of(inputs, part) for part in parts]  # a request reads them until it is done
-        for request, own in zip(self._requests, held, strict=True):
-            request.start_async(own, share_inputs=True)
+        for request, own, part in zip(self._requests, self._inputs, parts, strict=True):
+            for name, values in part_of(inputs, part).items():
+                np.copyto(own[name], values)
+            request.start_async()
         for request in self._requests:
             request.wait()
-        return StepOutput(self._joined[OUTPUTS[0]], self._joined[OUTPUTS[1]])
+        return StepOutput(*(self._results[name] for name in OUTPUTS))
+
+
+def _array_of(port: Any) -> NDArray[Any]:
+    return np.empty(list(port.shape), dtype=_DTYPES[port.element_type.get_type_name()])
