@@ -70,7 +70,7 @@ def build_plan(request: BuildRequest, announce: Announce) -> float:
                 path.write_bytes(memoryview(config.get_timing_cache().serialize()))
         if flavour.inspects:
             announce("inspecting the engine", 0, 0)
-            request.layers.write_text(_inspected(library, logger, plan), encoding="utf-8")
+            request.layers.write_text(_inspected(library, logger, plan, request.profile), encoding="utf-8")
     return seconds
 
 
@@ -147,6 +147,8 @@ def _config(library: Any, builder: Any, flavour: Flavour, request: BuildRequest,
     config.profiling_verbosity = (
         library.ProfilingVerbosity.DETAILED
     )  # without it the engine's layers have no names or types
+    # On by default, and float32 products would have the 10 bits of a float16's fraction.
+    config.clear_flag(library.BuilderFlag.TF32)
     config.builder_optimization_level = request.options.optimization_level
     if request.options.workspace_bytes is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, request.options.workspace_bytes)
@@ -202,13 +204,20 @@ def _profile(builder: Any, network: Any, request: BuildRequest) -> Any:
     return profile
 
 
-def _inspected(library: Any, logger: Any, plan: Any) -> str:
+def _inspected(library: Any, logger: Any, plan: Any, profile: BatchProfile) -> str:
     engine = library.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
+    context = None if engine is None else engine.create_execution_context()
+    if context is None:
         raise EngineError(
             "the engine was built and cannot be loaded again: " + ("; ".join(logger.errors) or "no reason given")
         )
-    information: str = engine.create_engine_inspector().get_engine_information(library.LayerInformationFormat.JSON)
+    # Without shapes TensorRT 10 says "N/A due to dynamic shapes" for the type of what a kernel reads.
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT:
+            context.set_input_shape(name, (profile.opt, *tuple(engine.get_tensor_shape(name))[1:]))
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    information: str = inspector.get_engine_information(library.LayerInformationFormat.JSON)
     return information
 
 

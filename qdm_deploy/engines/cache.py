@@ -62,7 +62,7 @@ class EngineIdentity(BaseModel):
     @property
     def key(self) -> str:
         """SHA-256 of the identity, 64 hex digits: the folder's name in the cache."""
-        document = {"format": 1, **self.model_dump(mode="json")}
+        document = {"format": 2, **self.model_dump(mode="json")}
         return hashlib.sha256(canonical_json(document)).hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Kernel", "KernelKind", "TensorFact", "kind_of", "operations_of"]
+__all__ = ["UNTOLD", "Kernel", "KernelKind", "TensorFact", "kind_of", "operations_of"]
 
 KernelKind = Literal[
     "convolution",
@@ -31,6 +31,11 @@ KernelKind = Literal[
     "other",
 ]
 
+# The element type where TensorRT does not tell it: some layers of version 10, in an engine of dynamic shapes.
+UNTOLD = "untold"
+# Its own words for a kernel that multiplies 8-bit integers.
+_INT8_TACTIC = re.compile(r"i8i8|i8i32|int8|imma")
+
 # How the operations of a kernel that does nothing else read, data movement left out. The scaling of a quantization may
 # have moved into the kernel before it, and the shift of a zero offset may ride along.
 _QUANTIZE = re.compile(r"(Cast)?(Add|Sub)?(Mul)?MinMaxRounCast")
@@ -43,7 +48,7 @@ _GENERATED_TYPES = ("kgen", "runtime_function", "runtime_fusion", "fusion", "poi
 
 
 class TensorFact(BaseModel):
-    """Element type in TensorRT's words ("Int8", "Half", "Float", ...) and shape, -1 for the batch."""
+    """Element type in TensorRT's words ("Int8", "Half", "Float", ...; ``UNTOLD``) and shape, -1 for the batch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,7 +105,10 @@ class Kernel(BaseModel):
         if self.kind not in ("convolution", "gemm", "attention") or not self.inputs:
             return False
         second = self.inputs[1] if self.kind == "attention" and len(self.inputs) > 1 else self.weight
-        return self.inputs[0].dtype == "Int8" and (second is None or second.dtype == "Int8")
+        told = {operand.dtype for operand in (self.inputs[0], second) if operand is not None} - {UNTOLD}
+        if self.inputs[0].dtype == UNTOLD:
+            return told <= {"Int8"} and _INT8_TACTIC.search(self.tactic.lower()) is not None
+        return told == {"Int8"}
 
     @property
     def round_trips(self) -> int:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qdm_deploy.engines.kernels import Kernel, TensorFact, kind_of
+from qdm_deploy.engines.kernels import UNTOLD, Kernel, TensorFact, kind_of
 from qdm_deploy.errors import EngineError
 
 __all__ = ["kernels_from_inspector", "kernels_from_log"]
@@ -40,6 +40,7 @@ _DTYPES = (
     ("int32", "Int32"),
     ("int64", "Int64"),
     ("bool", "Bool"),
+    ("n/a", UNTOLD),
 )
 
 

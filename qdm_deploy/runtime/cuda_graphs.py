@@ -10,7 +10,7 @@ Source: TensorRT developer guide (CUDA graphs); CUDA Runtime API (graph manageme
 from collections import OrderedDict
 from collections.abc import Callable
 
-from qdm_deploy.errors import EngineError
+from qdm_deploy.errors import QdmError
 from qdm_deploy.runtime.cuda import CudaRuntime
 
 __all__ = ["StepGraphs"]
@@ -82,6 +82,6 @@ class StepGraphs:
     def _discard_capture(self) -> None:
         try:
             graph = self._cuda.end_capture(self._stream)
-        except EngineError:
+        except QdmError:
             return  # the failure made the recording invalid, and ending it says so
         self._cuda.destroy_graph(graph)

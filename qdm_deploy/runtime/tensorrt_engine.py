@@ -3,11 +3,13 @@
 Ownership is explicit: the runtime, the engine and each execution context are references of this object and are dropped
 by ``close``, contexts first. TensorRT gets one context per batch size, because a recorded graph holds its context's
 state; all of them share one block of scratch memory, since steps run one after another on one stream. TensorRT-RTX
-compiles kernels for a shape when it meets it and records its own graphs, so it gets one context and is told to.
+compiles kernels for a shape when it meets it and records its own graphs, so it gets one context and is told to. It also
+waits for these kernels: by default it would run others until they are there, and one seed could give two pictures.
 
 Source: TensorRT and TensorRT-RTX Python API (ICudaEngine, IExecutionContext, IRuntimeConfig); NvInferRuntime.h.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from qdm_deploy.engines.flavour import Flavour
 from qdm_deploy.engines.request import BatchProfile
-from qdm_deploy.errors import BundleError, EngineError, EngineRefused
+from qdm_deploy.errors import BundleError, EngineError, EngineRefused, ResourceProblem
 from qdm_deploy.runtime.cuda import CudaRuntime
 from qdm_deploy.runtime.session import OUTPUTS, TensorSpec, step_graph_inputs
 
@@ -23,6 +25,7 @@ __all__ = ["StepEngine"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"FLOAT": np.dtype(np.float32), "INT64": np.dtype(np.int64)}
 _PROFILE = 0
+_OUT_OF_MEMORY = re.compile(r"out of ?memory|MemoryAllocation", re.IGNORECASE)
 
 
 class StepEngine:
@@ -32,29 +35,33 @@ class StepEngine:
         flavour: The library.
         plan: The serialized engine.
         cuda: The CUDA functions.
-        own_graphs: Whether TensorRT-RTX records CUDA graphs.
+        cuda_graphs: Whether steps are recorded: by the caller, or by TensorRT-RTX itself.
 
     Raises:
         EngineRefused: The library cannot load it: built by another version, for another GPU, or damaged.
+        EngineError: The library does not start.
+        ResourceProblem: The GPU's memory ran out.
         BundleError: It is not the engine of a step graph.
     """
 
-    def __init__(self, flavour: Flavour, plan: Path, cuda: CudaRuntime, *, own_graphs: bool = True) -> None:
+    def __init__(self, flavour: Flavour, plan: Path, cuda: CudaRuntime, *, cuda_graphs: bool = True) -> None:
         self._flavour = flavour
         self._library = flavour.load()
         self._cuda = cuda
-        self._own_graphs = own_graphs
+        self._cuda_graphs = cuda_graphs
+        # A recording holds its context's state; without recordings of ours one context is set to each size in turn.
+        self._context_per_size = cuda_graphs and not flavour.records_graphs
         self._logger = _logger(self._library)
         self._scratch = 0
         self._contexts: dict[int, Any] = {}
         self._rows: dict[int, int] = {}  # what each context is set to
-        self._runtime: Any = self._library.Runtime(self._logger)
+        try:
+            self._runtime: Any = self._library.Runtime(self._logger)
+        except TypeError as error:  # what the binding raises when the native constructor returns null
+            raise self._refusal("start") from error
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
-            raise EngineRefused(
-                f"{flavour.backend} {self.version} cannot load the engine {plan}: "
-                f"{'; '.join(self._logger.errors) or 'no reason given'}"
-            )
+            raise self._refusal(f"load the engine {plan}", EngineRefused)
         self.inputs, self.outputs, self.profile = self._described(plan)
 
     @property
@@ -74,7 +81,7 @@ class StepEngine:
 
     def keep_only(self, batch_sizes: tuple[int, ...]) -> None:
         """Drop the contexts of other batch sizes; the caller has waited for their work."""
-        if not self._flavour.records_graphs:
+        if self._context_per_size:
             for rows in set(self._contexts).difference(batch_sizes):
                 del self._contexts[rows]
 
@@ -88,7 +95,7 @@ class StepEngine:
             self._cuda.free(scratch)
 
     def _context(self, rows: int, addresses: dict[str, int], stream: int) -> Any:
-        key = 0 if self._flavour.records_graphs else rows
+        key = rows if self._context_per_size else 0
         known = self._contexts.get(key)
         if known is not None and self._rows.get(key) == rows:
             return known
@@ -101,7 +108,10 @@ class StepEngine:
         for spec in self.inputs:
             if not context.set_input_shape(spec.name, (rows, *spec.shape)):
                 raise self._refusal(f"take {rows} rows of {spec.name}")
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._refusal(f"infer the shapes of a step of {rows} rows") from error
         if missing:
             raise self._refusal(f"infer shapes without {', '.join(missing)}")
         self._contexts[key], self._rows[key] = context, rows
@@ -111,7 +121,10 @@ class StepEngine:
         if self._flavour.records_graphs:
             config = self._engine.create_runtime_config()
             strategies = self._library.CudaGraphStrategy
-            config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if self._own_graphs else strategies.DISABLED
+            config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if self._cuda_graphs else strategies.DISABLED
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self._library.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             context = self._engine.create_execution_context(config)
         else:
             strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -130,9 +143,14 @@ class StepEngine:
         self._cuda.synchronize(stream)
         return context
 
-    def _refusal(self, what: str) -> EngineError:
+    def _refusal(self, what: str, kind: type[EngineError] = EngineError) -> EngineError | ResourceProblem:
         reasons = "; ".join(self._logger.errors[-3:]) or "no reason given"
-        return EngineError(
+        if _OUT_OF_MEMORY.search(reasons):  # says nothing against the engine
+            return ResourceProblem(
+                f"{self._flavour.backend} {self.version} cannot {what}: the GPU's memory ran out ({reasons}); end what "
+                "else runs on it, or serve smaller batches"
+            )
+        return kind(
             f"{self._flavour.backend} {self.version} cannot {what}: {reasons}. See docs/troubleshooting.md; the CPU "
             "backends run the same bundle"
         )

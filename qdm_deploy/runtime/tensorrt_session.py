@@ -151,7 +151,7 @@ class TensorRtSession:
         with ExitStack() as stack:
             self._stream = cuda.new_stream()
             stack.callback(cuda.destroy_stream, self._stream)
-            self._engine = StepEngine(flavour, plan, cuda, own_graphs=cuda_graphs)
+            self._engine = StepEngine(flavour, plan, cuda, cuda_graphs=cuda_graphs)
             stack.callback(self._engine.close)
             specs, largest = self._engine.inputs, self._engine.profile.max
             self._specs = {spec.name: spec for spec in specs}

@@ -228,6 +228,25 @@ def test_inspector_json(split: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "tactic", "expected"),
+    [
+        ("Int8", "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32", True),
+        ("Int8", "sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc", False),
+        ("Half", "sm80_xmma_fprop_implicit_gemm_i8i8_i8i32_f32", False),
+        ("N/A due to dynamic shapes", "sm90_xmma_fprop_implicit_gemm_i8i8_i8i32_f32", True),
+    ],
+)
+def test_a_type_that_is_not_told_is_read_from_the_tactic(weights: str, tactic: str, expected: bool) -> None:
+    untold = {"Name": "t", "Dimensions": [-1, 32, 16, 16], "Format/Datatype": "N/A due to dynamic shapes"}
+    convolution = {
+        "Name": "c", "LayerType": "CaskConvolution", "Inputs": [untold], "Outputs": [untold],
+        "Weights": {"Type": weights, "Count": 9216}, "TacticName": tactic,
+    }  # fmt: skip
+    (kernel,) = kernels_from_inspector(json.dumps({"Layers": [convolution]}))
+    assert kernel.is_int8 == expected
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("no json", "the engine inspector's answer is not JSON"),

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -224,3 +225,26 @@ def test_driver_release_is_read_from_the_kernel_module(tmp_path: Path) -> None:
 def test_the_number_of_auxiliary_streams_is_not_negative() -> None:
     with pytest.raises(InputError, match="the number of auxiliary streams is 0 or more, not -1"):
         BuildOptions(auxiliary_streams=-1)
+
+
+@pytest.mark.usefixtures("rtx")
+def test_float32_products_are_not_tf32(tmp_path: Path, new_graph: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = importlib.import_module("tensorrt_rtx")
+    allowed, real = [], library.Builder
+
+    class Watched:
+        def __init__(self, logger: Any) -> None:
+            self.builder = real(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.builder, name)
+
+        def build_serialized_network(self, network: object, config: Any) -> None:
+            allowed.append(config.get_flag(library.BuilderFlag.TF32))
+
+    monkeypatch.setattr(library, "Builder", Watched)
+    graph = new_graph()
+    graph.node("Relu", ["x"], "y")
+    with pytest.raises(EngineError, match="no engine could be built"):
+        build_plan(request_for(tmp_path, "tensorrt-rtx", graph.save(tmp_path / "g.onnx")), lambda *reached: None)
+    assert allowed == [False]

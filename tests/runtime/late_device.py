@@ -182,6 +182,7 @@ class Library:
     TensorLocation = SimpleNamespace(DEVICE="device")
     TensorIOMode = SimpleNamespace(INPUT="in")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="off")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     device_memory_size_v2 = 1000
 
@@ -191,6 +192,7 @@ class Library:
         self.contexts: list[Context] = []
         self.scratch: set[int] = set()
         self.strategies: list[str] = []
+        self.specializations: list[str | None] = []
         self.broken = False
         self.names = [*self.session.input_names, "next_sample", "x0"]
         self.num_io_tensors = len(self.names)
@@ -201,7 +203,9 @@ class Library:
 
     def load(self, plan: bytes) -> Any:
         if plan != b"good plan":
-            self.logger.log(SimpleNamespace(name="ERROR"), "magicTag does not match")
+            why = "[defaultAllocator.cpp::allocateAsync] Error Code 1: Cuda Runtime (out of memory)"
+            why = why if plan == b"too large" else "magicTag does not match"
+            self.logger.log(SimpleNamespace(name="ERROR"), why)
             return None
         return self
 
@@ -226,8 +230,9 @@ class Library:
         return [(size, 3, 4, 4) for size in (1, 4, 6)]
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace(cuda_graph_strategy=None)
+        return SimpleNamespace(cuda_graph_strategy=None, dynamic_shapes_kernel_specialization_strategy="lazy")
 
     def create_execution_context(self, how: Any) -> Context:
         self.strategies.append(getattr(how, "cuda_graph_strategy", how))
+        self.specializations.append(getattr(how, "dynamic_shapes_kernel_specialization_strategy", None))
         return Context(self)

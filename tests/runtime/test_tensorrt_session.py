@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.engines.flavour import FLAVOURS, Flavour
 from qdm_deploy.engines.gpu import Gpu
-from qdm_deploy.errors import BundleError, EngineError, InputError
+from qdm_deploy.errors import BundleError, EngineError, InputError, ResourceProblem
 from qdm_deploy.runtime.denoise import Conditioning, denoise
 from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.session import StepInputs, StepLoop
@@ -87,6 +87,7 @@ def test_steps_are_recorded_once_per_batch_size_and_replayed(
         assert device.calls.count("record") == (2 if recorded else 0)
         assert device.calls.count("launch") == (3 if recorded else 0)
         assert library.strategies == (["user", "user"] if recorded else ["whole"])
+        assert library.specializations == ([None, None] if recorded else ["eager"])
         assert len(library.scratch) == (1 if recorded else 0)  # contexts share it
         for rows in (3, 4, 5, 1):  # a fifth batch size drops the one used longest ago, and 1 is recorded again
             session.run(inputs_of(plain, rows))
@@ -98,8 +99,8 @@ def test_without_cuda_graphs_nothing_is_recorded(
     plain: Any, open_session: Open, flavour: Flavour, device: LateDevice
 ) -> None:
     with open_session(plain, cuda_graphs=False) as session, OnnxRuntimeSession(plain.graph, threads=1) as reference:
-        for _ in range(2):
-            inputs = inputs_of(plain, 3)
+        for rows in (3, 2, 3):
+            inputs = inputs_of(plain, rows)
             np.testing.assert_array_equal(session.run(inputs).x0, reference.run(inputs).x0)
         assert session.describe()["cuda_graphs"] == "off"
         assert "record" not in device.calls
@@ -195,6 +196,12 @@ def test_an_engine_that_cannot_be_loaded_leaves_nothing_behind(
 ) -> None:
     with pytest.raises(EngineError, match=f"{flavour.backend} 11.1.0 cannot load .*engine.plan: magicTag does not"):
         open_session(plain, plan=b"bad plan")
+    assert (device.blocks, device.streams) == ({}, set())
+
+
+def test_a_full_gpu_says_nothing_against_the_engine(plain: Any, open_session: Open, device: LateDevice) -> None:
+    with pytest.raises(ResourceProblem, match=r"cannot load the engine .*: the GPU's memory ran out"):
+        open_session(plain, plan=b"too large")
     assert (device.blocks, device.streams) == ({}, set())
 
 
