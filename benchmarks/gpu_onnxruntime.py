@@ -1,5 +1,6 @@
 """ONNX Runtime's own GPU providers on the graphs of the GPU suite: what a user would run in place of an engine."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from qdm_deploy.report.metrics import sqnr_db
 __all__ = ["measure_provider", "offered_providers"]
 
 PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+# What runs the nodes that a provider leaves.
+_FALLBACKS = {
+    "CPUExecutionProvider": (),
+    "CUDAExecutionProvider": ("CPUExecutionProvider",),
+    "TensorrtExecutionProvider": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
 _OUTPUTS = ["next_sample", "x0"]
 _DEVICE = ("cuda", 0)
 
@@ -40,12 +47,13 @@ def offered_providers() -> list[str]:
 def measure_provider(
     graph: Path, provider: str, model: ModelSpec, batches: tuple[int, ...], runs: int
 ) -> dict[str, Any]:
-    """Distance from the CPU, and the times of a step whose tensors travel and of one where all stay on the GPU."""
+    """Distance from the CPU, nodes by provider, and times of a step whose tensors travel and of one on the GPU."""
     inputs = random_inputs(model, 4)
     expected = _session(graph, "CPUExecutionProvider").run(_OUTPUTS, dict(inputs))
     session = _session(graph, provider)
     found = session.run(_OUTPUTS, dict(inputs))
     result: dict[str, Any] = {
+        "nodes": _placed(session),
         "sqnr_db_against_cpu": {name: sqnr_db(a, b) for name, a, b in zip(_OUTPUTS, expected, found, strict=True)},
         "ms": {},
     }
@@ -68,10 +76,21 @@ def measure_provider(
 def _session(graph: Path, provider: str, options: dict[str, str] | None = None) -> Any:
     import onnxruntime as ort
 
-    session = ort.InferenceSession(graph, providers=[(provider, options or {}), "CPUExecutionProvider"])
+    recorded = ort.SessionOptions()
+    # A provider that is listed may still leave nodes to the CPU, and its times would be the CPU's.
+    recorded.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = ort.InferenceSession(graph, recorded, providers=[(provider, options or {}), *_FALLBACKS[provider]])
     if provider not in session.get_providers():
         raise EnvironmentProblem(f"onnxruntime fell back to {', '.join(session.get_providers())}")
     return session
+
+
+def _placed(session: Any) -> dict[str, int]:
+    """Nodes by the provider that runs them."""
+    placed: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        placed[part.ep_name] += len(part.get_nodes())
+    return dict(placed)
 
 
 def _bound(session: Any, inputs: Inputs, runs: int) -> dict[str, float]:
