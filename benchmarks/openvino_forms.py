@@ -35,7 +35,6 @@ LEFT_OUT = {
     "norms from moments": replace(WHOLE, norm=None),
     "upsampling in phases": replace(WHOLE, phases=False),
     "attention layout": replace(WHOLE, attention_layout=False),
-    "attention's products as convolutions": replace(WHOLE, pointwise=False),
     "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
     "bfloat16 in attention": replace(WHOLE, bfloat16_attention=None),
     "rational SiLU": replace(WHOLE, rational_silu=False),

@@ -129,7 +129,7 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def _adds_bias(node: ir.Node, value: ir.Value, item: LayerNode) -> bool:
-    """The Add of a linear layer's own bias, which stands behind what was inserted."""
-    if node.op_type != "Add" or node.metadata_props != item.node.metadata_props:
+    """The Add of a MatMul's own bias, which stands behind what was inserted."""
+    if item.node.op_type != "MatMul" or node.op_type != "Add" or node.metadata_props != item.node.metadata_props:
         return False
     return any(other is not None and other is not value and other.is_initializer() for other in node.inputs)

@@ -39,7 +39,6 @@ from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
 from qdm_export.passes.moments_norm import MomentsNormForm
 from qdm_export.passes.output_correction import OutputCorrection
-from qdm_export.passes.pointwise_convolutions import PointwiseConvolutions
 from qdm_export.passes.quantize_inputs import QuantizeInputs
 from qdm_export.passes.quantize_outputs import QuantizeOutputs
 from qdm_export.passes.quantize_weights import QuantizeWeights
@@ -71,7 +70,6 @@ class TargetForm:
         packed_weights: codes of 4 bits are stored as INT4.
         joint_heads: attention does not take its heads apart.
         attention_layout: what leads into attention is turned and flattened in an order that moves nothing.
-        pointwise: linear layers over an image's positions are convolutions of one position.
         phases: an upsampling and the convolution behind it become four small convolutions.
         bfloat16_kernels: convolutions that the plan keeps in float, but no shortcuts, multiply bfloat16.
         bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
@@ -87,7 +85,6 @@ class TargetForm:
     packed_weights: bool = False
     joint_heads: bool = False
     attention_layout: bool = False
-    pointwise: bool = False
     phases: bool = False
     bfloat16_kernels: bool = False
     bfloat16_attention: int | None = None
@@ -110,7 +107,6 @@ FORMS: dict[Target, TargetForm] = {
         norm=MomentsNormForm,
         packed_weights=True,
         attention_layout=True,
-        pointwise=True,
         phases=True,
         bfloat16_kernels=True,
         bfloat16_attention=LEAST_SCORES,
@@ -183,7 +179,6 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         QuantizeOutputs(plan) if form.quantized_outputs else None,
         UpsamplePhases(plan) if form.phases else None,
         AttentionLayout() if form.attention_layout else None,
-        PointwiseConvolutions(plan) if form.pointwise else None,
         Bfloat16Kernels(plan) if form.bfloat16_kernels else None,
         None if form.bfloat16_attention is None else Bfloat16Attention(form.bfloat16_attention),
         TimeProjections() if form.time_projections else None,

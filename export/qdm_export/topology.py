@@ -36,8 +36,6 @@ _PREFIX = "net.unet."
 MIN_CHANNELS = 16
 # Operators that keep every channel in its place; a skip branch stays recognisable through them.
 _CHANNELWISE = {"Resize", "Pad", "Identity", "Cast", "Dropout"}
-# What may stand between a weight's codes and their DequantizeLinear.
-_OF_CODES = {"Cast", "Reshape", "Transpose"}
 _NORMS = {"GroupNormalization", "InstanceNormalization", "LayerNormalization", "BatchNormalization"}
 _NORM_REACH = _CHANNELWISE | {"Transpose", "Reshape", "Relu", "Gelu"}
 
@@ -126,13 +124,14 @@ def topology_of(model: ir.Model) -> Topology:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """A constant, or the dequantized codes of one, which may be packed, or turned into a convolution's."""
+    """A constant, or the dequantized codes of one, which may be packed."""
     producer = value.producer()
     if producer is None or producer.op_type != "DequantizeLinear":
         return value.is_initializer()
     codes = producer.inputs[0]
-    while codes is not None and (made_by := codes.producer()) is not None and made_by.op_type in _OF_CODES:
-        codes = made_by.inputs[0]
+    unpack = None if codes is None else codes.producer()
+    if unpack is not None and unpack.op_type == "Cast":
+        codes = unpack.inputs[0]
     return codes is not None and codes.is_initializer()
 
 
