@@ -57,6 +57,8 @@ class MomentsNormForm(GroupNormForm):
         beta = norm.constant(f"{norm.beta}/groups", norm.bias.reshape(channels.constant_shape))
         offset = norm.add("Add", [norm.add("Mul", [below, scale], "scaled_mean", each), beta], "offset", each)
         scaled = norm.add("Mul", [data, channels.back(scale, "channel_scale")], "gamma")
+        # The offset first: the plugin orders operations by first operands, and makes scale and offset in one kernel if
+        # nothing that reads the scale comes in between.
         return norm.add("Add", [channels.back(offset, "channel_offset"), scaled], "beta")
 
 
