@@ -3,10 +3,10 @@
     from qdm_deploy.serving.ray import application
     serve.run(application("fashion.qdm", replicas=2))
 
-Ray's proxy balances, and Ray replaces dead replicas. A request whose replica dies gets an error and can be repeated: 500
-or 503 from the proxy, or 408 from the next replica, where the dead one had taken its body (Ray 2.60 hands such a request
-on, but keeps no copy). Needs the extras ``serve`` and ``ray``. Ray's own control ports know no keys: keep them inside a
-trusted network.
+Ray's proxy balances, and Ray replaces dead replicas. A request whose replica dies gets an error and can be repeated:
+500 or 503 from the proxy, or 408 from the next replica, where the dead one had taken its body (Ray 2.60 hands such a
+request on, but keeps no copy). Needs the extras ``serve`` and ``ray``. Ray's own control ports know no keys: keep them
+inside a trusted network.
 """
 
 import os
