@@ -41,8 +41,7 @@ _MARKED = """<?xml version="1.0"?>
 """
 _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _PRODUCTS = _CONVOLUTIONS | {"MatMul"}
-_MEAN = "ReduceMean"
-_STATISTICS = frozenset({_MEAN, "ReduceL2"})
+_STATISTICS = frozenset({"ReduceMean", "ReduceL2"})
 
 
 def choose_precision(asked: str, flags: frozenset[str]) -> tuple[str, str]:
@@ -68,7 +67,8 @@ def keep_float32(model: Any) -> int:
 
     - What begins: everything up to the second product, which is the timestep's own arithmetic (8 bits cannot tell 993
       from 994), the first convolution and the norm behind it.
-    - What ends: the last norm, its activation, the last convolution, the sampler's update.
+    - What ends, behind the last product but one: the sum that the last norm reads, the norm, its activation, the last
+      convolution, the sampler's update.
     - What norms compute for each channel or group. The sums over large tensors accumulate in float32 by themselves.
 
     Args:
@@ -78,16 +78,16 @@ def keep_float32(model: Any) -> int:
         How many operations were marked.
     """
     nodes = model.get_ordered_ops()
-    inputs, products, convolutions, means = (
+    inputs, products, convolutions = (
         {node.get_friendly_name() for node in nodes if node.get_type_name() in kinds}
-        for kinds in (frozenset({"Parameter"}), _PRODUCTS, _CONVOLUTIONS, frozenset({_MEAN}))
+        for kinds in (frozenset({"Parameter"}), _PRODUCTS, _CONVOLUTIONS)
     )
     read = {node.get_friendly_name(): _names_read(node) for node in nodes}  # in the graph's order
     from_inputs = _following(read, inputs)
     later = products - (convolutions - _following(read, products))  # not the first convolutions
     begun = _following(read, later) | later
-    # Without a norm in the form of its moments nothing tells where the end begins.
-    before_end = _leading_to(read, means) if means else from_inputs
+    earlier = products & _leading_to(read, products)  # not the last ones
+    before_end = _leading_to(read, earlier) | earlier
     of_channels = _of_channels(nodes, read)
     kept = [
         node

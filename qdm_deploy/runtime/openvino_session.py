@@ -22,7 +22,13 @@ from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, largest_activation, read_graph
+from qdm_deploy.runtime.openvino_graph import (
+    compile_graph,
+    import_openvino,
+    largest_activation,
+    read_graph,
+    without_bfloat16,
+)
 from qdm_deploy.runtime.openvino_precision import choose_precision, keep_float32
 from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
@@ -91,7 +97,10 @@ class OpenVinoSession:
             [item.any_name for item in self._model.outputs],
         )
         self._precision, self._reason = choose_precision(precision, cpu_flags())
-        self._kept_float32 = keep_float32(self._model) if self._precision == "bf16" else 0
+        self._kept_float32 = 0
+        if self._precision == "bf16":
+            without_bfloat16(self._model)  # the graph's own casts: under the hint they copy bfloat16 to bfloat16
+            self._kept_float32 = keep_float32(self._model)
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         self._mode = mode
         self._small = SMALL

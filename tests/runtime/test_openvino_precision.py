@@ -88,6 +88,21 @@ def test_a_computed_time_embedding_tells_neighbours_apart(arithmetic: Any) -> No
     assert len(np.unique(found["bf16"][:, 0, 0, 0])) == len(timesteps)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("f32", True), ("bf16", False)])
+def test_casts_of_the_graph_are_gone_where_everything_is_bfloat16(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, expected: bool
+) -> None:
+    monkeypatch.setattr("qdm_deploy.runtime.openvino_session.cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    plan = tiny.plan("labels")
+    kept = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "kept") for item in plan.layers))
+    graph = tmp_path / "graph.onnx"
+    ir.save(emit(tiny.float_graph("labels"), kept, "openvino"), graph)
+    with OpenVinoSession(graph, precision=precision) as session:
+        names = [node.get_friendly_name() for node in session._model.get_ops()]
+        found = [name for name in names if name.endswith("/bfloat16")]
+    assert bool(found) == expected
+
+
 def test_compiled_graphs_with_other_marks_are_other_graphs(plain: Any) -> None:
     with OpenVinoSession(plain.graph, precision="bf16") as half, OpenVinoSession(plain.graph, precision="f32") as whole:
         ours, theirs = (session._compiled_identity("graph") for session in (half, whole))
