@@ -133,9 +133,9 @@ def _engine(backend: str, graph: Path, model: ModelSpec, batches: tuple[int, ...
         session = stack.enter_context(open_tensorrt(graph, backend, profile=profile))
         plain = stack.enter_context(open_tensorrt(graph, backend, profile=profile, cuda_graphs=False))
         reference = stack.enter_context(OnnxRuntimeSession(graph))
-        result["session"] = session.describe()
         inputs = random_inputs(model, 4)
         expected, found = reference.run(inputs), session.run(inputs)
+        result["session"] = session.describe()  # after a step: only then is it known whether steps can be recorded
         result["sqnr_db_against_onnxruntime"] = {
             name: sqnr_db(getattr(expected, name), getattr(found, name)) for name in ("next_sample", "x0")
         }

@@ -3,10 +3,12 @@
 A recording holds the addresses and sizes it was made with, so a batch size has a recording of its own, made by an
 execution context of its own; it is made anew after anything it holds has changed (``forget``). Before the recording the
 step runs once in the plain way: the library does its deferred work for a new shape then, which must not be recorded.
+A step that cannot be recorded goes on running in the plain way, which costs launches and nothing else.
 
 Source: TensorRT developer guide (CUDA graphs); CUDA Runtime API (graph management).
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -14,6 +16,8 @@ from qdm_deploy.errors import QdmError
 from qdm_deploy.runtime.cuda import CudaRuntime
 
 __all__ = ["StepGraphs"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class StepGraphs:
@@ -29,7 +33,8 @@ class StepGraphs:
         self._cuda = cuda
         self._stream = stream
         self._kept = kept
-        self._graphs: OrderedDict[int, int] = OrderedDict()
+        self._graphs: OrderedDict[int, int | None] = OrderedDict()  # None: it cannot be recorded
+        self.refusal: str | None = None  # why a step could not be recorded, the last time
 
     def run(self, rows: int, queue: Callable[[], None]) -> None:
         """Queue one step of ``rows`` rows: the recording if there is one, else the step itself, and record it then.
@@ -39,24 +44,33 @@ class StepGraphs:
             queue: Queues the step's work on the stream; it is called again to record it.
 
         Raises:
-            EngineError: The step cannot be recorded.
+            EngineError: The step cannot be queued.
         """
-        graph = self._graphs.get(rows)
-        if graph is not None:
+        if rows in self._graphs:
             self._graphs.move_to_end(rows)
-            self._cuda.launch(graph, self._stream)
+            graph = self._graphs[rows]
+            if graph is None:
+                queue()
+            else:
+                self._cuda.launch(graph, self._stream)
             return
         queue()
         self._cuda.synchronize(self._stream)
         while len(self._graphs) >= self._kept:
             self.forget(next(iter(self._graphs)))
-        self._graphs[rows] = self._recorded(queue)
+        try:
+            self._graphs[rows] = self._recorded(queue)
+        except QdmError as error:
+            self._graphs[rows], self.refusal = None, str(error)
+            _LOG.warning("steps of %d rows run without a CUDA graph: %s", rows, error)
 
     def forget(self, rows: int) -> None:
         """Drop the recording of a batch size, if there is one: its next step is recorded anew."""
-        graph = self._graphs.pop(rows, None)
+        if rows not in self._graphs:
+            return
+        graph = self._graphs.pop(rows)
+        self._cuda.synchronize(self._stream)  # it may still be running
         if graph is not None:
-            self._cuda.synchronize(self._stream)  # it may still be running
             self._cuda.destroy_graph(graph)
 
     def close(self) -> None:
@@ -65,8 +79,8 @@ class StepGraphs:
             self.forget(rows)
 
     @property
-    def recorded(self) -> tuple[int, ...]:
-        """Batch sizes with a recording, least recently used first."""
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes that are kept, least recently used first."""
         return tuple(self._graphs)
 
     def _recorded(self, queue: Callable[[], None]) -> int:

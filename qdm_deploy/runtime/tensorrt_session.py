@@ -215,8 +215,10 @@ class TensorRtSession:
         return self._fetched(rows)
 
     def describe(self) -> dict[str, object]:
-        """Backend, version, GPU, batch profile, whether CUDA graphs are used and by whom, hash of the graph."""
+        """Backend, version, GPU, batch profile, who makes CUDA graphs or why there are none, hash of the graph."""
         recorded_by = self._flavour.backend if self._flavour.records_graphs else "qdm-deploy"
+        if self._graphs is not None and self._graphs.refusal is not None:
+            recorded_by = f"refused: {self._graphs.refusal}"
         return {
             "backend": self._flavour.backend,
             "version": self._engine.version,
@@ -262,7 +264,7 @@ class TensorRtSession:
             queue()
             return
         self._graphs.run(rows, queue)
-        self._engine.keep_only(self._graphs.recorded)
+        self._engine.keep_only(self._graphs.batch_sizes)
 
     def _fetched(self, rows: int) -> StepOutput:
         results = self._results.download(self._device, rows, self._stream)
