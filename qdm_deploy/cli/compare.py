@@ -8,6 +8,7 @@ import click
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.tables import db, print_table
 from qdm_deploy.cli.verb import Verb, option
+from qdm_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,13 +26,17 @@ _PRECISION = click.Choice(["int8", "float"])
     short_help="Measure how far apart two bundles, backends or precisions are.",
     examples=(
         "qdm-deploy compare a.qdm b.qdm",
-        "qdm-deploy compare a.qdm a.qdm --precision-a float               INT8 beside its own float reference",
-        "qdm-deploy compare a.qdm a.qdm --backend-a onnxruntime --backend-b openvino --out strip.png",
+        "qdm-deploy compare a.qdm --precision-a float                     INT8 beside its own float reference",
+        "qdm-deploy compare a.qdm --backend-a onnxruntime --backend-b openvino --out strip.png",
     ),
 )
 @click.argument("a", metavar="A", type=click.Path(path_type=Path), help="Bundle that is the reference.")
 @click.argument(
-    "b", metavar="B", type=click.Path(path_type=Path), help="Bundle that is measured against it; may be the same."
+    "b",
+    metavar="[B]",
+    required=False,
+    type=click.Path(path_type=Path),
+    help="Bundle that is measured against it.  [default: A, on another backend or in another precision]",
 )
 @option(
     "--backend-a",
@@ -58,7 +63,7 @@ _PRECISION = click.Choice(["int8", "float"])
     help="Safetensors file with encoder_hidden_states for a text-conditional model.",
 )
 @click.pass_obj
-def compare(output: Output, /, **options: Any) -> None:
+def compare(output: Output, /, b: Path | None, **options: Any) -> None:
     """Sample from A and B with the same seeds and print the error of B in decibels, step by step.
 
     The model error feeds both with A's samples, so a step's error is its own; the sample error lets both run freely, so
@@ -67,7 +72,12 @@ def compare(output: Output, /, **options: Any) -> None:
     from qdm_deploy.pipeline import CompareOptions
     from qdm_deploy.pipeline import compare as run
 
-    found = run(CompareOptions(**options), output.progress)
+    if b is None and all(options[f"{what}_a"] == options[f"{what}_b"] for what in ("backend", "precision")):
+        raise InputError(
+            "one bundle was given, and A and B run it alike; give another bundle, or another backend or precision for "
+            "one of them (--backend-a, --backend-b, --precision-a, --precision-b)"
+        )
+    found = run(CompareOptions(b=b or options["a"], **options), output.progress)
     row = found.quality
 
     def text(console: "Console") -> None:

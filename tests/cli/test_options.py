@@ -230,6 +230,16 @@ def test_the_files_for_fid_arrive(replace: Replace, invoke: Invoke, tmp_path: Pa
     assert options_of(replace, invoke, "evaluate", line) == expected
 
 
+def test_one_bundle_is_compared_with_itself_where_something_differs(replace: Replace, invoke: Invoke) -> None:
+    expected = CompareOptions(a=Path("a"), b=Path("a"), backend_a="onnxruntime", backend_b="openvino")
+    line = "a --backend-a onnxruntime --backend-b openvino"
+    assert options_of(replace, invoke, "compare", line) == expected
+    replace("compare", lambda options, progress: pytest.fail("was called"))
+    result = invoke("compare", "a")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: one bundle was given, and A and B run it alike; give another bundle, or")
+
+
 def test_help_names_what_the_pipeline_takes(invoke: Invoke) -> None:
     def words(verb: str, option: str) -> str:
         command = engine.commands["build"] if verb == "engine build" else cli.commands[verb]
