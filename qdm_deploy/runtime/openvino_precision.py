@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qdm_deploy.runtime.openvino_graph import import_openvino
+from qdm_deploy.runtime.openvino_weights import has_no_positions
 
 __all__ = ["choose_precision", "keep_float32"]
 
@@ -70,6 +71,7 @@ def keep_float32(model: Any) -> int:
     - What ends, behind the last product but one: the sum that the last norm reads, the norm, its activation, the last
       convolution, the sampler's update.
     - What norms compute for each channel or group. The sums over large tensors accumulate in float32 by themselves.
+    - What is computed of the timestep and a label for each channel: ``with_exact_weights`` says why.
 
     Args:
         model: an ``openvino.Model`` of a step graph.
@@ -94,7 +96,12 @@ def keep_float32(model: Any) -> int:
         for node in nodes
         if (name := node.get_friendly_name()) in from_inputs
         and node.get_type_name() != "Result"
-        and (name not in begun or name not in before_end or name in of_channels)
+        and (
+            name not in begun
+            or name not in before_end
+            or name in of_channels
+            or (has_no_positions(node) and node.get_type_name() not in _STATISTICS)
+        )
     ]
     mark = _mark()
     for node in kept:
