@@ -71,7 +71,7 @@ def keep_float32(model: Any) -> int:
     - What ends, behind the last product but one: the sum that the last norm reads, the norm, its activation, the last
       convolution, the sampler's update.
     - What norms compute for each channel or group. The sums over large tensors accumulate in float32 by themselves.
-    - What is computed of the timestep and a label for each channel: ``with_exact_weights`` says why.
+    - What is computed of the timestep and a label for each channel: ``keep_weights_exact`` says why.
 
     Args:
         model: an ``openvino.Model`` of a step graph.

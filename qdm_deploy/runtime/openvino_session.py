@@ -30,7 +30,7 @@ from qdm_deploy.runtime.openvino_graph import (
     without_bfloat16,
 )
 from qdm_deploy.runtime.openvino_precision import choose_precision, keep_float32
-from qdm_deploy.runtime.openvino_weights import with_exact_weights
+from qdm_deploy.runtime.openvino_weights import keep_weights_exact
 from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
@@ -98,10 +98,10 @@ class OpenVinoSession:
             [item.any_name for item in self._model.outputs],
         )
         self._precision, self._reason = choose_precision(precision, cpu_flags())
-        self._kept_float32 = 0
+        self._exact_weights = self._kept_float32 = 0
         if self._precision == "bf16":
             without_bfloat16(self._model)  # the graph's own casts: under the hint they copy bfloat16 to bfloat16
-            with_exact_weights(self._model)
+            self._exact_weights = keep_weights_exact(self._model)
             self._kept_float32 = keep_float32(self._model)
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         self._mode = mode
@@ -201,6 +201,7 @@ class OpenVinoSession:
             "cpu": [cpu_model(), *sorted(cpu_flags())],
             "options": self._options,
             "kept in float32": self._kept_float32,
+            "weights kept exact": self._exact_weights,
         }
 
     def _load_error(self, error: Exception) -> BundleError:

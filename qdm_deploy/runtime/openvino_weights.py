@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from qdm_deploy.runtime.openvino_graph import import_openvino
 
-__all__ = ["has_no_positions", "with_exact_weights"]
+__all__ = ["has_no_positions", "keep_weights_exact"]
 
 
-def with_exact_weights(model: Any) -> Any:
-    """The same model, changed in place, for a bf16 hint.
+def keep_weights_exact(model: Any) -> int:
+    """Change a model in place so that a bf16 hint rounds no weights of embeddings and shortcuts.
 
     - Products [B, K] by [K, C], which make channels of an embedding, become convolutions of a single position: these
       keep the mark that lets ``keep_float32`` hold them in float32, which the plugin drops from a matrix product.
@@ -25,17 +25,23 @@ def with_exact_weights(model: Any) -> Any:
 
     Args:
         model: an ``openvino.Model`` of a step graph without bfloat16.
+
+    Returns:
+        How many layers were changed.
     """
+    changed = 0
     for node in model.get_ordered_ops():
         weight = _float_weight(node)
         if weight is None:
             continue
         if node.get_type_name() == "MatMul" and has_no_positions(node):
             _as_convolution(node, weight if node.get_attributes()["transpose_b"] else weight.T)
+            changed += 1
         elif node.get_type_name() == "Convolution" and weight.shape[2:] == (1, 1) and not has_no_positions(node):
             _in_two_parts(node, weight)
+            changed += 1
     model.validate_nodes_and_infer_types()
-    return model
+    return changed
 
 
 def has_no_positions(node: Any) -> bool:

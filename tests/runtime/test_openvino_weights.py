@@ -1,4 +1,4 @@
-"""Weights that a bfloat16 rest on OpenVINO must not round: the same model in float32, and what the plugin makes of it."""
+"""Weights that a bfloat16 rest on OpenVINO must not round."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from qdm_deploy.report.metrics import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
 from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, multiplies_bfloat16, read_graph
 from qdm_deploy.runtime.openvino_precision import keep_float32
-from qdm_deploy.runtime.openvino_weights import has_no_positions, with_exact_weights
+from qdm_deploy.runtime.openvino_weights import has_no_positions, keep_weights_exact
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import emit
 
@@ -29,6 +29,12 @@ def graph(tiny: Any, tmp_path: Path) -> Path:
     floating = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "a float graph") for item in plan.layers))
     ir.save(emit(tiny.float_graph("labels"), floating, "openvino"), tmp_path / "graph.onnx")
     return tmp_path / "graph.onnx"
+
+
+def exact(graph: Path) -> Any:
+    model = read_graph(graph, frozenset())
+    assert keep_weights_exact(model) > 4
+    return model
 
 
 def run(model: Any, inputs: dict[str, Any], precision: str = "f32") -> Any:
@@ -52,12 +58,12 @@ def weights(model: Any) -> dict[str, Any]:
 def test_float32_gives_what_it_gave(tiny: Any, graph: Path) -> None:
     inputs = random_inputs(tiny.checkpoint("labels").spec, 3)
     before = run(read_graph(graph, frozenset()), inputs).get_tensor("next_sample").data
-    after = run(with_exact_weights(read_graph(graph, frozenset())), inputs).get_tensor("next_sample").data
+    after = run(exact(graph), inputs).get_tensor("next_sample").data
     assert sqnr_db(before, after) > 100
 
 
 def test_shortcuts_lose_nothing_and_embeddings_are_convolutions(graph: Path) -> None:
-    before, model = read_graph(graph, frozenset()), with_exact_weights(read_graph(graph, frozenset()))
+    before, model = read_graph(graph, frozenset()), exact(graph)
     given, made = weights(before), weights(model)
     assert len(given) > 0
     for name, weight in given.items():
@@ -75,7 +81,7 @@ def test_shortcuts_lose_nothing_and_embeddings_are_convolutions(graph: Path) -> 
     reason="this CPU has no instructions for bfloat16; would have shown which kernels run in float32",
 )
 def test_embeddings_run_in_float32_and_shortcuts_in_bfloat16(tiny: Any, graph: Path) -> None:
-    model = with_exact_weights(read_graph(graph, frozenset()))
+    model = exact(graph)
     shortcuts = [name for name in weights(model) if f"{name}/rest" in weights(model)]
     embeddings = set(weights(model)).difference(shortcuts, [f"{name}/rest" for name in shortcuts])
     keep_float32(model)
@@ -116,5 +122,6 @@ def test_whatever_reads_a_shortcut_gets_all_of_it(build: Build) -> None:
     model = openvino.Model([opset.result(build(opset, shortcut))], [data], "shortcut")
     inputs = {"x": generator.normal(size=(ROWS, CHANNELS, SIDE, SIDE)).astype(np.float32)}
     before = run(model.clone(), inputs).get_output_tensor(0).data
-    after = run(with_exact_weights(model), inputs).get_output_tensor(0).data
+    assert keep_weights_exact(model) == 1
+    after = run(model, inputs).get_output_tensor(0).data
     assert sqnr_db(before, after) > 100
