@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
 from bench import case_to_time, finish, parser, say, write_graph
+from hinted_session import HintedSession
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.runtime import OpenVinoSession
@@ -24,15 +25,6 @@ from qdm_deploy.runtime.random_inputs import random_inputs
 
 COLUMNS = ("model", "batch", "mode", "rest", "median ms", "least ms", "faster", "SQNR dB", "last step dB")
 MODES = ("throughput", "latency")
-
-
-class Hinted(OpenVinoSession):
-    """The bf16 hint on everything: what the session does without ``keep_float32``."""
-
-    def __init__(self, graph: Path, **options: Any) -> None:
-        """Open ``graph``."""
-        super().__init__(graph, precision="f32", **options)
-        self._options["INFERENCE_PRECISION_HINT"] = "bf16"
 
 
 def main() -> None:
@@ -49,7 +41,7 @@ def main() -> None:
             graph = write_graph(model, model.built(), "openvino", Path(scratch))
             rests = {
                 "float32": partial(OpenVinoSession, graph, precision="f32"),
-                "bfloat16": partial(Hinted, graph),
+                "bfloat16": partial(HintedSession, graph),
                 "bfloat16 but for what is kept": partial(OpenVinoSession, graph, precision="bf16"),
             }
             opened: dict[tuple[str, str], Apart] = {

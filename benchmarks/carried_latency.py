@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 from apart import Apart, ApartSession, opened_apart, opened_stepper, timed_apart
 from bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, say
+from hinted_session import HintedSession
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from nncf_form import openvino_form
 from openvino_forms import LEFT_OUT
@@ -38,7 +39,7 @@ from qdm_deploy.runtime import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import TargetForm, emit
 
-_SESSIONS = {**CPU_SESSIONS, "nncf": openvino_form}
+_SESSIONS = {**CPU_SESSIONS, "nncf": openvino_form, "hinted": HintedSession}
 _ALIKE = 4096
 _LARGE = 16 * _ALIKE
 

@@ -33,6 +33,7 @@ from bench import (
     write_float,
     write_graph,
 )
+from hinted_session import HintedSession
 from machine_peak import float_peak, integer_peak, multiply_accumulates
 from speed_peers import PEERS, Missing, Opened
 
@@ -84,9 +85,9 @@ def contenders(model: Case, folder: Path) -> dict[str, Contender]:
         BASELINE: Contender(lambda: partial(OnnxRuntimeSession, float_graph), integer=False),
         f"{BASELINE}, as exported": Contender(lambda: partial(OnnxRuntimeSession, exported()), integer=False),
         "openvino FP32": Contender(lambda: partial(OpenVinoSession, exported(), precision="f32"), integer=False),
-        "openvino BF16": Contender(lambda: partial(OpenVinoSession, exported(), precision="bf16"), integer=False),
+        "openvino BF16": Contender(lambda: partial(HintedSession, exported()), integer=False),
         "openvino BF16, throughput": Contender(
-            lambda: partial(OpenVinoSession, exported(), precision="bf16", mode="throughput"), integer=False
+            lambda: partial(HintedSession, exported(), mode="throughput"), integer=False
         ),
     }
     for name, peer in PEERS.items():
