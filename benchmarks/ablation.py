@@ -19,11 +19,12 @@ from bench import FIRST_SEED, Case, case, finish, parser, say, write_float, writ
 
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
-from qdm_deploy.pipeline.quality import compare_with, reference_run
-from qdm_deploy.pipeline.simulation import TorchSession
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.build.quality import compare_with, reference_run
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.report.model import QualityRow
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
-from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
 

@@ -20,7 +20,8 @@ from bench import case_to_time, finish, parser, save_form, say, write_float
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.runtime import StepSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.passes.bfloat16_attention import LEAST_SCORES
 from qdm_export.targets import FORMS, emit

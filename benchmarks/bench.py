@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from random_models import random_model
 
 from qdm_calibration.collect import collect_calibration_set
+from qdm_calibration.importance import StepImportance, importance_table, measure_importance
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
@@ -25,12 +26,11 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.importance import StepImportance, importance_table, measure_importance
-from qdm_deploy.pipeline.options import BuildOptions
-from qdm_deploy.pipeline.planning import planned
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.build.options import BuildOptions
+from qdm_deploy.build.planning import planned
 from qdm_deploy.report.machine import library_versions, machine_card
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
 from qdm_export.shared_weights import save_with_shared_weights

@@ -20,7 +20,7 @@ from bench import case_to_time, finish, parser, say, write_graph
 from hinted_session import HintedSession
 from step_latency import reference_of, sqnr_of
 
-from qdm_deploy.runtime import OpenVinoSession
+from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 
 COLUMNS = ("model", "batch", "mode", "rest", "median ms", "least ms", "faster", "SQNR dB", "last step dB")

@@ -35,7 +35,7 @@ from speed_peers import PEERS, Missing, Opened
 from step_latency import COLUMNS, Contender, contenders, reference_of, sqnr_of, timed_rows, wanted
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.runtime import OpenVinoSession
+from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import TargetForm, emit
 

@@ -14,12 +14,12 @@ import numpy as np
 from bench import finish, parser, say
 from made_pictures import features_of_made
 
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.report.distribution import frechet_distance, gaussian_of
-from qdm_deploy.report.paired_distribution import frechet_difference
-from qdm_deploy.runtime import OpenVinoSession
-from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier, Features
+from qdm_deploy.backends import OpenVinoSession
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier, Features
+from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of
+from qdm_deploy.metrics.paired_distribution import frechet_difference
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
 from qdm_export.step_graph import StepGraph

@@ -27,8 +27,9 @@ from diffusers import DDIMScheduler
 from speed_peers import Opened
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession, StepSession, denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.runtime import StepSession, denoise
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.unet import Checkpoint
 

@@ -16,8 +16,8 @@ from gpu_graphs import forms_of_plan
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.engine import audit_row
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.build.engine_audit import audit_row
 from qdm_export.float_graph import export_float_graph
 from qdm_export.unet import load_checkpoint
 

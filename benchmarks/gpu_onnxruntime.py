@@ -10,9 +10,9 @@ from gpu_timing import summary, timed
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.build.speed import random_inputs
 from qdm_deploy.errors import EnvironmentProblem
-from qdm_deploy.pipeline.speed import random_inputs
-from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.metrics.error import sqnr_db
 
 __all__ = ["measure_provider", "offered_providers"]
 

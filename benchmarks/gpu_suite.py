@@ -26,16 +26,16 @@ from gpu_timing import loop_ms, mixed_rows, run_ms
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.tensorrt.session import open_tensorrt
+from qdm_deploy.build.speed import random_inputs
 from qdm_deploy.engines.engine import engine_from_onnx
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import installed_gpu
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import EnvironmentProblem
-from qdm_deploy.pipeline.speed import random_inputs
+from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.report.machine import library_versions, machine_card
-from qdm_deploy.report.metrics import sqnr_db
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.tensorrt_session import open_tensorrt
 
 Document = dict[str, Any]
 

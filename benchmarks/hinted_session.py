@@ -6,7 +6,7 @@ A module of its own, because the process that runs it need not import PyTorch.
 from pathlib import Path
 from typing import Any
 
-from qdm_deploy.runtime import OpenVinoSession
+from qdm_deploy.backends import OpenVinoSession
 
 __all__ = ["HintedSession"]
 

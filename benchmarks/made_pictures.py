@@ -3,10 +3,10 @@
 import numpy as np
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.components.pictures import to_pictures
+from qdm_deploy.evaluate.feature_classifier import FeatureClassifier, Features
 from qdm_deploy.runtime import StepSession, denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.runtime.feature_classifier import FeatureClassifier, Features
-from qdm_deploy.runtime.images import to_pictures
 from qdm_deploy.samplers import StepTable
 
 __all__ = ["features_of_made"]

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from qdm_deploy.runtime import OpenVinoSession, StepSession
-from qdm_deploy.runtime.openvino_graph import import_openvino
+from qdm_deploy.backends import OpenVinoSession
+from qdm_deploy.backends.openvino.graph import import_openvino
+from qdm_deploy.runtime import StepSession
 
 __all__ = ["openvino_form"]
 

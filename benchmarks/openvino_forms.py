@@ -25,7 +25,7 @@ from bench import case_to_time, finish, parser, save_form, say
 from numpy.typing import NDArray
 from step_latency import reference_of, sqnr_of
 
-from qdm_deploy.runtime import OpenVinoSession
+from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import FORMS, emit
 

@@ -30,8 +30,8 @@ from peer_models import CALIBRATION_STEPS
 import qdm_calibration.plan
 import qdm_deploy.samplers
 import qdm_export.unet
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_export.unet import load_checkpoint
 
 HERE = Path(__file__).parent

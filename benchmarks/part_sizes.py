@@ -17,7 +17,7 @@ import numpy as np
 from apart import Apart, opened_stepper
 from bench import CPU_SESSIONS, case_to_time, finish, parser, say, write_graph
 
-from qdm_deploy.runtime.openvino_session import KEPT_BATCH_SIZES
+from qdm_deploy.backends.openvino.session import KEPT_BATCH_SIZES
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.timing import SETTLING
 

@@ -17,16 +17,16 @@ from bench import finish, parser, say
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import sha256_of
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.tensorrt.cuda import CudaRuntime
+from qdm_deploy.backends.tensorrt.session import TensorRtSession
+from qdm_deploy.build.speed import random_inputs
 from qdm_deploy.engines.builder import build_plan
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import installed_gpu
 from qdm_deploy.engines.request import BatchProfile, BuildOptions, BuildRequest
 from qdm_deploy.errors import EnvironmentProblem, QdmError
-from qdm_deploy.pipeline.speed import random_inputs
-from qdm_deploy.report.metrics import sqnr_db
-from qdm_deploy.runtime.cuda import CudaRuntime
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.tensorrt_session import TensorRtSession
+from qdm_deploy.metrics.error import sqnr_db
 
 BACKEND = "tensorrt-rtx"
 CURRENT = "current"

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.report.distribution import frechet_distance, gaussian_of
-from qdm_deploy.report.metrics import psnr_per_image_db
-from qdm_deploy.report.paired_distribution import frechet_difference
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of
+from qdm_deploy.metrics.error import psnr_per_image_db
+from qdm_deploy.metrics.paired_distribution import frechet_difference
 from qdm_deploy.runtime import denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.step_graph import StepGraph
 from qdm_export.unet import load_checkpoint

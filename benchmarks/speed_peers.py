@@ -13,9 +13,10 @@ from bench import Case, checkpoint_of, write_exported
 from nncf_form import openvino_form
 from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
 
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.runtime import OnnxRuntimeSession, StepSession
-from qdm_deploy.runtime.openvino_graph import import_openvino
+from qdm_deploy.backends import OnnxRuntimeSession
+from qdm_deploy.backends.openvino.graph import import_openvino
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph
 from qdm_export.topology import MODULE_KEY

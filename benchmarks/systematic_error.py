@@ -21,11 +21,12 @@ from bench import FIRST_SEED, Case, case, finish, parser, say, write_float, writ
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.report.distribution import gaussian_of
-from qdm_deploy.report.paired_distribution import frechet_difference
-from qdm_deploy.runtime import OpenVinoSession, StepSession, denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.backends import OpenVinoSession
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.metrics.distribution import gaussian_of
+from qdm_deploy.metrics.paired_distribution import frechet_difference
+from qdm_deploy.runtime import StepSession, denoise
 from qdm_deploy.samplers import step_table
 from qdm_export.float_graph import export_float_graph
 

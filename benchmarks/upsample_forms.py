@@ -22,7 +22,7 @@ from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.artifacts.plan import Target
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import FORMS, emit
 

@@ -24,13 +24,14 @@ from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.pipeline.quality import ReferenceRun, output_sqnr_db, reference_run
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.report.distribution import frechet_distance, gaussian_of
-from qdm_deploy.report.metrics import psnr_per_image_db
-from qdm_deploy.runtime import OpenVinoSession, StepSession, denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
-from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.backends import OpenVinoSession
+from qdm_deploy.build.quality import ReferenceRun, output_sqnr_db, reference_run
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of
+from qdm_deploy.metrics.error import psnr_per_image_db
+from qdm_deploy.runtime import StepSession, denoise
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 from qdm_export.float_graph import export_float_graph
 from qdm_export.step_graph import StepGraph

@@ -20,8 +20,8 @@ from paper_rows.laboratory import BATCH, PSNR, Laboratory
 from qdm_calibration.ranges import activation_scale
 from qdm_calibration.statistics import TensorCollector
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.report.metrics import psnr_per_image_db, sqnr_per_step_db
-from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.metrics.error import psnr_per_image_db, sqnr_per_step_db
 from qdm_deploy.samplers import StepTable, initial_noise, step_noise, step_table
 
 __all__ = ["MU", "OPERATIONS", "PREVIOUS", "SIGMA", "Grid", "ancestral_run", "ancestral_step", "operation_numbers"]

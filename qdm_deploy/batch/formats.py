@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.batch.options import Format
 from qdm_deploy.batch.pictures import Picture
-from qdm_deploy.runtime.images import encode_picture
+from qdm_deploy.components.pictures import encode_picture
 
 __all__ = ["is_folder", "read_indices", "write_shard"]
 

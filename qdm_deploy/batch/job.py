@@ -21,8 +21,8 @@ from qdm_deploy.artifacts.files import canonical_json, sha256_of
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.options import BatchOptions, Format
 from qdm_deploy.batch.staging import publish, staged
+from qdm_deploy.components.conditioning import label_number
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.conditioning import label_number
 from qdm_deploy.runtime.cpu import available_cores
 
 __all__ = ["JOB_NAME", "Job", "Shard", "job_of", "join_job", "read_job", "threads_for"]

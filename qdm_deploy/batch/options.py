@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qdm_deploy.choices import one_of, within
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.choices import one_of, within
 from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["FORMATS", "BatchOptions", "Format"]

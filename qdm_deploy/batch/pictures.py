@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.job import Job, Shard
-from qdm_deploy.runtime.conditioning import conditioning_of
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.components.pictures import ImageMetadata, made_by, to_pictures
 from qdm_deploy.runtime.denoise import check_denoising, denoise
-from qdm_deploy.runtime.images import ImageMetadata, made_by, to_pictures
 from qdm_deploy.runtime.rows import conditioning_rows
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import NoiseSchedule, step_table

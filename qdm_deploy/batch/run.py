@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import disk_problems
+from qdm_deploy.backends.opening import automatic_backend, open_session
 from qdm_deploy.batch.formats import is_folder, write_shard
 from qdm_deploy.batch.job import Job, Shard, job_of, join_job, threads_for
 from qdm_deploy.batch.marker import Marker, digest_of, forget, intact, read_marker, size_of, write_marker
@@ -21,10 +22,9 @@ from qdm_deploy.batch.pictures import PictureSource
 from qdm_deploy.batch.place import Place
 from qdm_deploy.batch.staging import locked, publish, staged, sweep
 from qdm_deploy.batch.stopping import Stopped, Stopping
+from qdm_deploy.components.conditioning import read_hidden_states
 from qdm_deploy.errors import CheckFailed, TryAgain
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime.backends import automatic_backend, open_session
-from qdm_deploy.runtime.conditioning import read_hidden_states
 from qdm_deploy.runtime.cpu import cpu_model
 
 __all__ = ["PlaceResult", "commit", "run_place"]

@@ -28,8 +28,8 @@ def doctor(output: Output) -> int:
     Every line is OK, WARN (something works less well or not at all) or FAIL (qdm-deploy cannot run), with what to do.
     Nothing is changed. The exit code is 1 when a line is FAIL, otherwise 0.
     """
+    from qdm_deploy.backends.doctor import examine
     from qdm_deploy.engines.cache import EngineCache
-    from qdm_deploy.runtime.doctor import examine
 
     findings = examine(EngineCache().root)
     failed = [finding for finding in findings if finding.status == "FAIL"]

@@ -3,15 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdm_deploy.pipeline.bundle_from_checkpoint import build
+    from qdm_deploy.build.bundle_from_checkpoint import build
+    from qdm_deploy.build.engine_audit import CachedEngines, EngineResult, build_engine, cached_engines, prune_engines
+    from qdm_deploy.build.options import BuildOptions
+    from qdm_deploy.build.publish import BuildResult
+    from qdm_deploy.evaluate.evaluation import evaluate
+    from qdm_deploy.evaluate.options import EvaluateOptions
     from qdm_deploy.pipeline.comparison import Comparison, compare
-    from qdm_deploy.pipeline.engine import CachedEngines, EngineResult, build_engine, cached_engines, prune_engines
-    from qdm_deploy.pipeline.evaluate_options import EvaluateOptions
-    from qdm_deploy.pipeline.evaluation import evaluate
     from qdm_deploy.pipeline.images_from_bundle import GenerateResult, generate
     from qdm_deploy.pipeline.inspection import Inspection, inspect
-    from qdm_deploy.pipeline.options import BuildOptions, CompareOptions, GenerateOptions
-    from qdm_deploy.pipeline.publish import BuildResult
+    from qdm_deploy.pipeline.options import CompareOptions, GenerateOptions
     from qdm_deploy.pipeline.service import ServeOptions, serve
     from qdm_deploy.pipeline.triton_repository import TritonExport, export_triton
     from qdm_deploy.pipeline.verification import Verification, verify
@@ -44,30 +45,30 @@ __all__ = [
 ]
 
 _HOME = {
-    "BuildOptions": "options",
-    "BuildResult": "publish",
-    "CachedEngines": "engine",
-    "CompareOptions": "options",
-    "Comparison": "comparison",
-    "EngineResult": "engine",
-    "EvaluateOptions": "evaluate_options",
-    "GenerateOptions": "options",
-    "GenerateResult": "images_from_bundle",
-    "Inspection": "inspection",
-    "ServeOptions": "service",
-    "TritonExport": "triton_repository",
-    "Verification": "verification",
-    "build": "bundle_from_checkpoint",
-    "build_engine": "engine",
-    "cached_engines": "engine",
-    "compare": "comparison",
-    "evaluate": "evaluation",
-    "export_triton": "triton_repository",
-    "generate": "images_from_bundle",
-    "inspect": "inspection",
-    "prune_engines": "engine",
-    "serve": "service",
-    "verify": "verification",
+    "BuildOptions": "build.options",
+    "BuildResult": "build.publish",
+    "CachedEngines": "build.engine_audit",
+    "CompareOptions": "pipeline.options",
+    "Comparison": "pipeline.comparison",
+    "EngineResult": "build.engine_audit",
+    "EvaluateOptions": "evaluate.options",
+    "GenerateOptions": "pipeline.options",
+    "GenerateResult": "pipeline.images_from_bundle",
+    "Inspection": "pipeline.inspection",
+    "ServeOptions": "pipeline.service",
+    "TritonExport": "pipeline.triton_repository",
+    "Verification": "pipeline.verification",
+    "build": "build.bundle_from_checkpoint",
+    "build_engine": "build.engine_audit",
+    "cached_engines": "build.engine_audit",
+    "compare": "pipeline.comparison",
+    "evaluate": "evaluate.evaluation",
+    "export_triton": "pipeline.triton_repository",
+    "generate": "pipeline.images_from_bundle",
+    "inspect": "pipeline.inspection",
+    "prune_engines": "build.engine_audit",
+    "serve": "pipeline.service",
+    "verify": "pipeline.verification",
 }
 
 
@@ -76,4 +77,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"qdm_deploy.{_HOME[name]}"), name)

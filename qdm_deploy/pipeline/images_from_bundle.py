@@ -10,12 +10,13 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_directory
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
+from qdm_deploy.backends import choose_backend, open_session
+from qdm_deploy.components.conditioning import conditioning_of, label_number, read_hidden_states
+from qdm_deploy.components.pictures import ImageMetadata, contact_sheet, made_by, read_metadata, save_png, to_pictures
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.options import GenerateOptions
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime import choose_backend, denoise, open_session
-from qdm_deploy.runtime.conditioning import conditioning_of, label_number, read_hidden_states
-from qdm_deploy.runtime.images import ImageMetadata, contact_sheet, made_by, read_metadata, save_png, to_pictures
+from qdm_deploy.runtime import denoise
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
 __all__ = ["GenerateResult", "generate"]

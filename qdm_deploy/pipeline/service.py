@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.choices import within
 from qdm_deploy.errors import EnvironmentProblem, InputError
-from qdm_deploy.runtime.choices import within
 
 if TYPE_CHECKING:
     from qdm_deploy.serving.http.settings import HttpSettings

@@ -8,11 +8,11 @@ from pathlib import Path
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_directory
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.choices import one_of, within
 from qdm_deploy.engines.onnx_files import data_files
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.pipeline.triton_config import config_text, step_tensors
 from qdm_deploy.pipeline.triton_readme import readme
-from qdm_deploy.runtime.choices import one_of, within
 
 __all__ = ["TritonExport", "export_triton"]
 

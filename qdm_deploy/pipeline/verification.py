@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle, check_bundle
-from qdm_deploy.pipeline.selftest import run_float_selftest, run_selftest
+from qdm_deploy.backends import MixedSession, open_session
+from qdm_deploy.build.selftest import run_float_selftest, run_selftest
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import CheckRow
-from qdm_deploy.runtime import MixedSession, open_session
 
 __all__ = ["Verification", "verify"]
 

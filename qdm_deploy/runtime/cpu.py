@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["available_cores", "cpu_flags", "cpu_model"]
+__all__ = ["available_cores", "cpu_flags", "cpu_model", "saturates_int8"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -30,6 +30,18 @@ def available_cores(cgroup_quota: Path = _CGROUP_QUOTA) -> int:
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Instruction sets as Linux names them (``avx2``, ``amx_int8``...); empty where ``cpuinfo`` does not exist."""
     return frozenset(_field(cpuinfo, "flags").split())
+
+
+def saturates_int8(flags: frozenset[str]) -> bool:
+    """Whether an x86 CPU adds two products of u8 and s8 in 16 bits, so that large ones are cut off.
+
+    AVX2 and the first AVX-512 CPUs do (``vpmaddubsw``: 255 * 127 * 2 is more than 32,767). VNNI and AMX add in 32 bits.
+    A backend must then compute integer products in another way, or its results have little to do with the plan.
+
+    Args:
+        flags: instruction sets, as ``cpu_flags`` names them; empty where they are not known.
+    """
+    return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
 def cpu_model(cpuinfo: Path = _CPUINFO) -> str:

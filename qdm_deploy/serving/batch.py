@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.backends.mixed_session import MixedSession
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.mixed_session import MixedSession
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import step_noise
 from qdm_deploy.samplers.columns import COEFFICIENTS

@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.backends.opening import choose_backend, open_session
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.backends import choose_backend, open_session
 from qdm_deploy.runtime.cpu import available_cores
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.serving.batch import BatchRunner, batch_sizes

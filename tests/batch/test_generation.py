@@ -13,9 +13,9 @@ from PIL import Image
 
 from qdm_deploy.batch import batch_status, verify_batch
 from qdm_deploy.batch.formats import read_indices
+from qdm_deploy.components.pictures import read_metadata
 from qdm_deploy.errors import BundleError, CheckFailed, InputError
 from qdm_deploy.pipeline import GenerateOptions, generate
-from qdm_deploy.runtime.images import read_metadata
 
 Make = Callable[..., Any]
 Shards = Callable[[Path], dict[str, bytes]]
@@ -97,7 +97,7 @@ def test_neither_ranks_nor_their_number_change_a_byte(make: Make, shards: Shards
 
 def test_every_batch_has_the_same_number_of_rows(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels may round a row differently in a smaller batch, so the last batch of a shard is filled up."""
-    from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
+    from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 
     rows = []
     run = OnnxRuntimeSession.run

@@ -29,9 +29,9 @@ from paper_rows.sources import SINGLE_STEPS, source_rows, timestep_rows
 from paper_rows.tables import LETTERS, rows_of
 
 from qdm_calibration.plan import PlanOptions
-from qdm_deploy.pipeline.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.pipeline.simulation import TorchSession
-from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime import Conditioning, denoise
 from qdm_deploy.samplers import apply_step
 from qdm_export.step_graph import StepGraph

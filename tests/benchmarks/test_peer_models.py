@@ -8,8 +8,8 @@ import pytest
 from bench import Case
 from peer_models import BATCH, CalibrationMethod, Rows, quantized_static
 
-from qdm_deploy.pipeline.quality import output_sqnr_db, reference_run
-from qdm_deploy.pipeline.simulation import TorchSession
+from qdm_deploy.build.quality import output_sqnr_db, reference_run
+from qdm_deploy.build.simulation import TorchSession
 from qdm_deploy.runtime import Conditioning
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.step_graph import StepGraph

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qdm_deploy.runtime.doctor import Finding
+from qdm_deploy.backends.doctor import Finding
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = [
@@ -62,7 +62,7 @@ def test_the_cache_that_is_looked_at_is_the_one_that_is_used(
 def test_fail_sets_the_exit_code_and_each_problem_has_its_fix(
     monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Any], one_document: Callable[[str], dict[str, Any]]
 ) -> None:
-    monkeypatch.setattr("qdm_deploy.runtime.doctor.examine", lambda cache: FINDINGS)
+    monkeypatch.setattr("qdm_deploy.backends.doctor.examine", lambda cache: FINDINGS)
     result = invoke("doctor")
     assert (result.exit_code, result.stderr) == (1, "")
     assert result.stdout == (

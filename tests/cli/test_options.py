@@ -9,11 +9,11 @@ import click
 import pytest
 
 from qdm_deploy.artifacts.plan import TARGETS
+from qdm_deploy.backends import BACKENDS
 from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
 from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions, ServeOptions
-from qdm_deploy.runtime import BACKENDS
 from qdm_deploy.samplers import SAMPLERS
 
 Invoke = Callable[..., Any]

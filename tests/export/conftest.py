@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.artifacts.topology import Layer
+from qdm_deploy.backends.onnxruntime.session import session_options
 from qdm_export.float_graph import example_inputs
 from qdm_export.step_graph import step_inputs
 from qdm_export.targets import Rest, emit
@@ -24,7 +25,7 @@ Feeds = dict[str, Array]
 def session(
     model: ir.Model | Path, *, optimized: Path | None = None, optimize: bool = True
 ) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     if not optimize:

@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, read_graph
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 from qdm_export.passes.attention_layout import AttentionLayout
 from qdm_export.targets import FORMS, emit
 

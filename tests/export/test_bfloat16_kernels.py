@@ -14,8 +14,8 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, read_graph
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, read_graph
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.targets import FORMS, emit
 from qdm_export.topology import layer_nodes

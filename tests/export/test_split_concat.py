@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from qdm_deploy.build.checks import run_graph
 from qdm_deploy.errors import ExportError
-from qdm_deploy.pipeline.checks import run_graph
-from qdm_deploy.report.metrics import max_abs_difference
+from qdm_deploy.metrics.error import max_abs_difference
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.check import check_onnx
 from qdm_export.float_graph import save_graph

@@ -13,7 +13,7 @@ from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import weight_scale
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums, upsampled
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.metrics.error import sqnr_db
 from qdm_export.targets import FORMS, emit
 from qdm_export.topology import topology_of
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
-from qdm_deploy.pipeline import planning
-from qdm_deploy.pipeline.options import BuildOptions
-from qdm_deploy.pipeline.planning import planned
-from qdm_deploy.pipeline.sensitivity import Budgeted
+from qdm_deploy.build import planning
+from qdm_deploy.build.options import BuildOptions
+from qdm_deploy.build.planning import planned
+from qdm_deploy.build.sensitivity import Budgeted
 from qdm_export.targets import emit
 
 

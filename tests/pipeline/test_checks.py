@@ -10,7 +10,8 @@ import pytest
 from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_scaled_inputs
-from qdm_deploy.pipeline.checks import (
+from qdm_deploy.backends import OnnxRuntimeSession
+from qdm_deploy.build.checks import (
     check_bfloat16_graph,
     check_float_graph,
     check_half_graph,
@@ -18,9 +19,9 @@ from qdm_deploy.pipeline.checks import (
     check_layers,
     run_graph,
 )
-from qdm_deploy.pipeline.measure import simulation_of
-from qdm_deploy.pipeline.quality import network_output
-from qdm_deploy.runtime import Conditioning, OnnxRuntimeSession
+from qdm_deploy.build.measure import simulation_of
+from qdm_deploy.build.quality import network_output
+from qdm_deploy.runtime import Conditioning
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers.columns import NO_CLIP
 from qdm_export import absorb, targets

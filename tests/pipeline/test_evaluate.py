@@ -14,19 +14,11 @@ import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import InputError
-from qdm_deploy.pipeline import (
-    BuildOptions,
-    CompareOptions,
-    EvaluateOptions,
-    build,
-    compare,
-    evaluate,
-    evaluation,
-    sample_cache,
-)
-from qdm_deploy.pipeline.sample_cache import SampleCache
+from qdm_deploy.evaluate import evaluation, sample_cache
+from qdm_deploy.evaluate.feature_classifier import SHIPPED
+from qdm_deploy.evaluate.sample_cache import SampleCache
+from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, build, compare, evaluate
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, frechet_sentence
-from qdm_deploy.runtime.feature_classifier import SHIPPED
 
 
 def options(bundle: Path, cache: Path, **changes: Any) -> EvaluateOptions:

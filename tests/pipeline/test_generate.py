@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qdm_deploy.components.pictures import read_metadata
 from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError
 from qdm_deploy.pipeline import BuildResult, GenerateOptions, GenerateResult, generate
-from qdm_deploy.runtime.images import read_metadata
 
 
 def make(bundle: Path, out: Path, **changes: Any) -> GenerateResult:

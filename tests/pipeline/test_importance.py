@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qdm_calibration.importance import StepImportance, disturbance, measure_importance
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.errors import CheckFailed
-from qdm_deploy.pipeline.importance import StepImportance, disturbance, measure_importance
-from qdm_deploy.pipeline.simulation import TorchSession
 from qdm_deploy.runtime import denoise
-from qdm_deploy.runtime.conditioning import conditioning_of
 from qdm_deploy.samplers import NoiseSchedule, step_table
 
 SPEC = ModelSpec(name="linear", sample_shape=(2, 6, 6), num_train_timesteps=1000)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.errors import EnvironmentProblem, InputError
+from qdm_deploy.evaluate.inception import Inception, real_pictures
 from qdm_deploy.pipeline import EvaluateOptions, evaluate
-from qdm_deploy.pipeline.inception import Inception, real_pictures
 
 needs_library = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="needs the extra fid (torch-fidelity)")
 
@@ -86,7 +86,7 @@ def test_our_frechet_distance_is_the_fid_of_the_library() -> None:
     import torch
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    from qdm_deploy.report.distribution import frechet_distance, gaussian_of
+    from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of
 
     generator = np.random.default_rng(0)
     sides = [generator.normal(size=(60, 20)) * scale + shift for scale, shift in ((1, 0), (1.5, 0.2))]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from qdm_deploy.pipeline import measure
-from qdm_deploy.runtime import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
+from qdm_deploy.build import measure
 
 
 def test_sessions_are_opened_one_at_a_time_and_batches_shrink(

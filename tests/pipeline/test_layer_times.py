@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from qdm_deploy.artifacts.phase_sums import fits_phases
-from qdm_deploy.pipeline import layer_times
-from qdm_deploy.pipeline.layer_times import LayerTimer
-from qdm_deploy.pipeline.options import BuildOptions
+from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles, turn_means
+from qdm_deploy.build import layer_times
+from qdm_deploy.build.layer_times import LayerTimer
+from qdm_deploy.build.options import BuildOptions
 from qdm_deploy.progress import SILENT
-from qdm_deploy.runtime.openvino_profile import StepProfile, step_profiles, turn_means
 
 pytest.importorskip("openvino")
 OPTIONS = BuildOptions(out=Path("x.qdm"))

@@ -5,8 +5,8 @@ import pytest
 from scipy.linalg import sqrtm
 
 from qdm_deploy.errors import InputError
-from qdm_deploy.report.bootstrap import mean_interval, resampled_indices
-from qdm_deploy.report.distribution import (
+from qdm_deploy.metrics.bootstrap import mean_interval, resampled_indices
+from qdm_deploy.metrics.distribution import (
     Gaussian,
     classifier_score,
     covered,
@@ -17,7 +17,7 @@ from qdm_deploy.report.distribution import (
     precision_recall,
     probabilities,
 )
-from qdm_deploy.report.paired_distribution import frechet_difference, kernel_difference, score_difference
+from qdm_deploy.metrics.paired_distribution import frechet_difference, kernel_difference, score_difference
 
 
 def gaussian(mean: float, variance: float, dimensions: int = 3) -> Gaussian:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdm_deploy.errors import InputError
-from qdm_deploy.report.metrics import (
+from qdm_deploy.metrics.error import (
     DECIBEL_LIMIT,
     max_abs_difference,
     psnr_db,

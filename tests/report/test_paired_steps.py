@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from qdm_deploy.errors import InputError
-from qdm_deploy.report.metrics import sqnr_db, sqnr_per_step_db
-from qdm_deploy.report.paired_steps import StepErrors, energies, sqnr_curve
+from qdm_deploy.metrics.error import sqnr_db, sqnr_per_step_db
+from qdm_deploy.metrics.paired_steps import StepErrors, energies, sqnr_curve
 
 SEEDS, STEPS = 12, 3
 

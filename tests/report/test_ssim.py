@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from qdm_deploy.errors import InputError
-from qdm_deploy.report.ssim import ssim_per_image
+from qdm_deploy.metrics.ssim import ssim_per_image
 
 
 def pictures(count: int = 2, channels: int = 1, seed: int = 0) -> np.ndarray:

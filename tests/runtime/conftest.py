@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.samplers.schedule import NoiseSchedule
 from qdm_deploy.samplers.step import apply_step
 from qdm_deploy.samplers.table import StepTable, step_table

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.tensorrt.cuda import CudaRuntime, array_at
 from qdm_deploy.errors import EngineError
-from qdm_deploy.runtime.cuda import CudaRuntime, array_at
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 
 Queued = Callable[[], None]
 

@@ -12,10 +12,10 @@ import pytest
 from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
 from qdm_deploy.artifacts.cache_folder import cache_folder
 from qdm_deploy.artifacts.manifest import Compatibility
+from qdm_deploy.backends import OnnxRuntimeSession, choose_backend, open_session
+from qdm_deploy.backends.choice import Candidate, choose, fastest
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.progress import Advance
-from qdm_deploy.runtime import OnnxRuntimeSession, choose_backend, open_session
-from qdm_deploy.runtime.backend_choice import Candidate, choose, fastest
 from qdm_deploy.runtime.session import StepOutput
 
 CANDIDATES: list[Candidate] = [("openvino", "int8"), ("onnxruntime", "int8"), ("onnxruntime", "float")]

@@ -10,9 +10,9 @@ import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
 from qdm_deploy.artifacts.manifest import Compatibility
+from qdm_deploy.backends import opening as backends
+from qdm_deploy.backends.opening import BACKENDS, automatic_backend, open_session
 from qdm_deploy.errors import BundleError, InputError
-from qdm_deploy.runtime import backends
-from qdm_deploy.runtime.backends import BACKENDS, automatic_backend, open_session
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_every_backend_can_be_opened_or_says_why_not(small: Bundle) -> None:
 @pytest.mark.parametrize(
     ("module", "session", "advice"),
     [
-        ("openvino", "openvino_session.OpenVinoSession", "pip install 'qdm-deploy[openvino]'"),
-        ("onnxruntime", "onnxruntime_session.OnnxRuntimeSession", "pip install --force-reinstall onnxruntime"),
+        ("openvino", "openvino.session.OpenVinoSession", "pip install 'qdm-deploy[openvino]'"),
+        ("onnxruntime", "onnxruntime.session.OnnxRuntimeSession", "pip install --force-reinstall onnxruntime"),
     ],
 )
 def test_a_backend_that_cannot_be_imported(plain: Any, module: str, session: str, advice: str) -> None:
@@ -144,7 +144,7 @@ def test_a_backend_that_cannot_be_imported(plain: Any, module: str, session: str
         f"sys.modules[{module!r}] = None\n"
         "from pathlib import Path\n"
         "from qdm_deploy.errors import EnvironmentProblem\n"
-        f"from qdm_deploy.runtime.{file} import {name}\n"
+        f"from qdm_deploy.backends.{file} import {name}\n"
         "try:\n"
         f"    {name}(Path({str(plain.graph)!r}))\n"
         "except EnvironmentProblem as error:\n"

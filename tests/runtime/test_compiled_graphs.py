@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_deploy.backends.openvino.compiled_graphs import CompiledGraphs
+from qdm_deploy.backends.openvino.graph import import_openvino
+from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.errors import BundleError
-from qdm_deploy.runtime.compiled_graphs import CompiledGraphs
-from qdm_deploy.runtime.openvino_graph import import_openvino
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from tests.runtime.test_sessions import inputs_for
 
 IDENTITY = {"graph": "abc", "version": "1"}

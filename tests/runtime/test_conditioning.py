@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.components.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.conditioning import conditioning_of, label_number, read_hidden_states
 
 SHAPE = (1, 8, 8)
 LABELS = ConditioningInput(name="class_labels", dtype="int64", shape=())

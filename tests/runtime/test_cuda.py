@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qdm_deploy.backends.tensorrt.cuda import CudaRuntime, array_at
 from qdm_deploy.errors import EngineError, EnvironmentProblem, ResourceProblem
-from qdm_deploy.runtime.cuda import CudaRuntime, array_at
 
 HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="calls the real binding: needs the package cuda-bindings")

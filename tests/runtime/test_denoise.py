@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.errors import CheckFailed, InputError
 from qdm_deploy.progress import Advance
 from qdm_deploy.runtime.denoise import Conditioning, denoise
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.session import StepOutput
 from qdm_deploy.samplers.noise import initial_noise, step_noise
 from qdm_deploy.samplers.table import StepTable

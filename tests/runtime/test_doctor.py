@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qdm_deploy.runtime.doctor import Finding, Machine, Module, examine
+from qdm_deploy.backends.doctor import Finding, Machine, Module, examine
 
 
 def by_name(cache: Path, machine: Machine | None = None, modules: tuple[Module, ...] = ()) -> dict[str, Finding]:
@@ -38,7 +38,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from qdm_deploy.runtime.doctor import examine\n"
+        "from qdm_deploy.backends.doctor import examine\n"
         f"examine(Path({str(tmp_path)!r}))\n"
         "print([name for name in ('torch', 'onnx', 'openvino', 'diffusers', 'tensorrt_rtx') if name in sys.modules])\n"
     )
@@ -51,7 +51,7 @@ def test_a_broken_onnxruntime_is_a_finding(tmp_path: Path) -> None:
         "import sys\n"
         "sys.modules['onnxruntime'] = None\n"
         "from pathlib import Path\n"
-        "from qdm_deploy.runtime.doctor import examine\n"
+        "from qdm_deploy.backends.doctor import examine\n"
         f"for finding in examine(Path({str(tmp_path)!r}), modules=()):\n"
         "    print(finding.status, finding.name, finding.detail)\n"
     )

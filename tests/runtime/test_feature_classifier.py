@@ -9,7 +9,7 @@ import pytest
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.feature_classifier import SHIPPED, FeatureClassifier
+from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.images import (
+from qdm_deploy.components.pictures import (
     ImageMetadata,
     comparison_strip,
     contact_sheet,
@@ -15,6 +14,7 @@ from qdm_deploy.runtime.images import (
     save_png,
     to_pictures,
 )
+from qdm_deploy.errors import InputError
 
 METADATA = ImageMetadata(
     version="0.1.0",

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qdm_deploy.backends import MixedSession, OnnxRuntimeSession
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime import MixedSession, OnnxRuntimeSession, StepOutput
+from qdm_deploy.runtime import StepOutput
 
 BELOW = 50
 

@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from qdm_deploy.artifacts.plan import LayerPlan
-from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, multiplies_bfloat16, read_graph
+from qdm_deploy.backends.openvino.precision import choose_precision, keep_float32
+from qdm_deploy.backends.openvino.session import OpenVinoSession
+from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, multiplies_bfloat16, read_graph
-from qdm_deploy.runtime.openvino_precision import choose_precision, keep_float32
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import FORMS, emit
 
@@ -92,7 +92,7 @@ def test_a_computed_time_embedding_tells_neighbours_apart(arithmetic: Any) -> No
 def test_casts_of_the_graph_are_gone_where_everything_is_bfloat16(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, expected: bool
 ) -> None:
-    monkeypatch.setattr("qdm_deploy.runtime.openvino_session.cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr("qdm_deploy.backends.openvino.session.cpu_flags", lambda: frozenset({"avx512_bf16"}))
     plan = tiny.plan("labels")
     kept = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "kept") for item in plan.layers))
     graph = tmp_path / "graph.onnx"

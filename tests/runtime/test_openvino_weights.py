@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from qdm_deploy.artifacts.plan import LayerPlan
-from qdm_deploy.report.metrics import sqnr_db
+from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, multiplies_bfloat16, read_graph
+from qdm_deploy.backends.openvino.precision import keep_float32
+from qdm_deploy.backends.openvino.weights import has_no_positions, keep_weights_exact
+from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.openvino_graph import compile_graph, import_openvino, multiplies_bfloat16, read_graph
-from qdm_deploy.runtime.openvino_precision import keep_float32
-from qdm_deploy.runtime.openvino_weights import has_no_positions, keep_weights_exact
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import emit
 

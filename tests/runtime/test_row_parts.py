@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.openvino.graph import largest_activation, read_graph
+from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_graph import largest_activation, read_graph
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from tests.runtime.test_sessions import inputs_for
 
@@ -76,7 +76,7 @@ def test_openvino_takes_the_largest_parts_that_stay_in_the_caches(
     labelled: Any, monkeypatch: pytest.MonkeyPatch, cache: int, rows: list[int]
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr("qdm_deploy.runtime.openvino_session._SMALL_BYTES", cache)
+    monkeypatch.setattr("qdm_deploy.backends.openvino.session._SMALL_BYTES", cache)
     seen: list[list[int]] = []
 
     def noted(*given: Any) -> list[slice]:
@@ -84,7 +84,7 @@ def test_openvino_takes_the_largest_parts_that_stay_in_the_caches(
         seen.append([part.stop - part.start for part in parts])
         return parts
 
-    monkeypatch.setattr("qdm_deploy.runtime.openvino_session.row_parts", noted)
+    monkeypatch.setattr("qdm_deploy.backends.openvino.session.row_parts", noted)
     with OpenVinoSession(labelled.graph, threads=2, mode="throughput") as session:
         session.run(inputs_for(16, conditional=True))
     assert seen == [rows]

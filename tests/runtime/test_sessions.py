@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.errors import BundleError, InputError
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.openvino_session import OpenVinoSession
 from qdm_deploy.runtime.session import StepOutput
 
 
@@ -243,7 +243,7 @@ def test_the_sampler_update_stays_float32_under_bf16(labelled: Any) -> None:
 def test_openvino_is_imported_without_telemetry(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from qdm_deploy.runtime.openvino_graph import import_openvino\n"
+        "from qdm_deploy.backends.openvino.graph import import_openvino\n"
         "print(import_openvino().__name__, [name for name in sys.modules if name.startswith('openvino_telemetry')])\n"
     )
     done = subprocess.run(
@@ -260,7 +260,7 @@ def test_openvino_is_imported_without_telemetry(tmp_path: Path) -> None:
 def test_backends_load_no_heavy_module() -> None:
     code = (
         "import sys\n"
-        "import qdm_deploy.runtime.backends, qdm_deploy.runtime.denoise, qdm_deploy.runtime.doctor\n"
+        "import qdm_deploy.backends.opening, qdm_deploy.runtime.denoise, qdm_deploy.backends.doctor\n"
         "print([name for name in ('torch', 'onnx', 'openvino', 'tensorrt', 'tensorrt_rtx') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.tensorrt.cuda import CudaRuntime, array_at
+from qdm_deploy.backends.tensorrt.session import TensorRtSession, open_tensorrt
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import installed_gpu
 from qdm_deploy.engines.request import BatchProfile
-from qdm_deploy.runtime.cuda import CudaRuntime, array_at
 from qdm_deploy.runtime.denoise import Conditioning, denoise
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
-from qdm_deploy.runtime.tensorrt_session import TensorRtSession, open_tensorrt
 
 
 @pytest.fixture(params=sorted(FLAVOURS))

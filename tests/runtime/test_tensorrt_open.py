@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
+from qdm_deploy.backends.tensorrt import session as tensorrt_session
+from qdm_deploy.backends.tensorrt.engine import StepEngine
+from qdm_deploy.backends.tensorrt.session import open_tensorrt
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.engine import engine_from_onnx
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.engines.request import BatchProfile
 from qdm_deploy.errors import BundleError, EngineError, EngineRefused, EnvironmentProblem, InputError
-from qdm_deploy.runtime import tensorrt_session
-from qdm_deploy.runtime.tensorrt_engine import StepEngine
-from qdm_deploy.runtime.tensorrt_session import open_tensorrt
 
 HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
 WITHOUT_DRIVER = pytest.mark.skipif(HAS_DRIVER, reason="a driver is here; shows what is said where there is none")

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from qdm_deploy.backends.tensorrt.session import TensorRtSession
 from qdm_deploy.engines.flavour import FLAVOURS, Flavour
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.errors import BundleError, EngineError, InputError, ResourceProblem
 from qdm_deploy.runtime.denoise import Conditioning, denoise
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
 from qdm_deploy.runtime.session import StepInputs, StepLoop
-from qdm_deploy.runtime.tensorrt_session import TensorRtSession
 from tests.runtime.late_device import Context, LateDevice, Library
 
 GPU = Gpu("Test GPU", "9.0", "580.65.06 (CUDA 13.0)")

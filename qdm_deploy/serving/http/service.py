@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.record import installed_version
-from qdm_deploy.runtime.images import ImageMetadata, encode_picture, made_by, to_pictures
+from qdm_deploy.components.pictures import ImageMetadata, encode_picture, made_by, to_pictures
 from qdm_deploy.serving.contract import Engine, GenerationRequest
 from qdm_deploy.serving.http.metrics import Metrics
 from qdm_deploy.serving.http.settings import HttpSettings

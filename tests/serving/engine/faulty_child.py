@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qdm_deploy.runtime.onnxruntime_session import OnnxRuntimeSession
+from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.runtime.session import StepOutput
 from qdm_deploy.serving.child import main
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError
-from qdm_deploy.runtime import OnnxRuntimeSession
 from qdm_deploy.serving import ProcessEngine
 from qdm_deploy.serving.contract import AdmissionRefused
 from tests.serving.engine.running import outcome, request, run, started, until

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.runtime import OnnxRuntimeSession, open_session
+from qdm_deploy.backends import OnnxRuntimeSession, open_session
 from qdm_deploy.samplers import NoiseSchedule
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
