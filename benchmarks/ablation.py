@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
+from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
 
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target

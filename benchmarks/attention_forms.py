@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import Apart, opened_stepper, timed_apart, turn_medians
-from bench import case_to_time, finish, parser, save_form, say, write_float
+from lib.apart import Apart, opened_stepper, timed_apart, turn_medians
+from lib.bench import case_to_time, finish, parser, save_form, say, write_float
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec

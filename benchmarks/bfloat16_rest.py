@@ -15,9 +15,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
-from bench import case_to_time, finish, parser, say, write_graph
-from hinted_session import HintedSession
+from lib.apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
+from lib.bench import case_to_time, finish, parser, say, write_graph
+from lib.hinted_session import HintedSession
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.backends import OpenVinoSession

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import finish, parser, say
-from random_models import random_model
+from lib.bench import finish, parser, say
+from lib.random_models import random_model
 from safetensors.numpy import save_file
 
 from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL

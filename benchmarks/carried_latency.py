@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from apart import Apart, ApartSession, opened_apart, opened_stepper, timed_apart
-from bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, say
-from hinted_session import HintedSession
-from machine_peak import float_peak, integer_peak, multiply_accumulates
-from nncf_form import openvino_form
+from lib.apart import Apart, ApartSession, opened_apart, opened_stepper, timed_apart
+from lib.bench import CPU_SESSIONS, Case, case_to_time, finish, parser, save_form, say
+from lib.hinted_session import HintedSession
+from lib.machine_peak import float_peak, integer_peak, multiply_accumulates
+from lib.nncf_form import openvino_form
+from lib.speed_peers import PEERS, Missing, Opened
 from openvino_forms import LEFT_OUT
-from speed_peers import PEERS, Missing, Opened
 from step_latency import COLUMNS, Contender, contenders, reference_of, sqnr_of, timed_rows, wanted
 
 from qdm_deploy.artifacts.model_spec import ModelSpec

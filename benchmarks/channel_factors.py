@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from bench import FIRST_SEED, Case, case, finish, parser, say, write_float
+from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float
 
 from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 from ablation import session_for
-from apart import Apart, opened_stepper, timed_apart
-from bench import CPU_SESSIONS, FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
+from lib.apart import Apart, opened_stepper, timed_apart
+from lib.bench import CPU_SESSIONS, FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.statistics import collect_statistics

@@ -21,10 +21,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from apart import Apart
-from bench import case, checkpoint_of, finish, parser, say, write_float, write_graph
 from diffusers import DDIMScheduler
-from speed_peers import Opened
+from lib.apart import Apart
+from lib.bench import case, checkpoint_of, finish, parser, say, write_float, write_graph
+from lib.speed_peers import Opened
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import Apart, opened_stepper, timed_apart, turn_medians
-from bench import CPU_SESSIONS, finish, parser, save_form
+from lib.apart import Apart, opened_stepper, timed_apart, turn_medians
+from lib.bench import CPU_SESSIONS, finish, parser, save_form
 from scipy import stats
 
 from qdm_deploy.artifacts.bundle import Bundle

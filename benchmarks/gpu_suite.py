@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from gpu_graphs import calibrated_graphs, plan_graphs
-from gpu_onnxruntime import measure_provider, offered_providers
-from gpu_timing import loop_ms, mixed_rows, run_ms
+from lib.gpu_graphs import calibrated_graphs, plan_graphs
+from lib.gpu_onnxruntime import measure_provider, offered_providers
+from lib.gpu_timing import loop_ms, mixed_rows, run_ms
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_file

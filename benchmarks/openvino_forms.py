@@ -20,8 +20,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
-from bench import case_to_time, finish, parser, save_form, say
+from lib.apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
+from lib.bench import case_to_time, finish, parser, save_form, say
 from numpy.typing import NDArray
 from step_latency import reference_of, sqnr_of
 

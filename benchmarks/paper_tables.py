@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import parser, print_table, publish, say
-from paper_rows import document as page
-from paper_rows.laboratory import Laboratory, Model, Settings
-from paper_rows.papers import COMMENTS, FINDINGS
-from paper_rows.row import Row, RowCache, Skipped, code_version
-from paper_rows.tables import LETTERS, rows_of
-from peer_models import CALIBRATION_STEPS
+from lab import document as page
+from lab.laboratory import Laboratory, Model, Settings
+from lab.papers import COMMENTS, FINDINGS
+from lab.row import Row, RowCache, Skipped, code_version
+from lab.tables import LETTERS, rows_of
+from lib.bench import parser, print_table, publish, say
+from lib.peer_models import CALIBRATION_STEPS
 
 import qdm_calibration.plan
 import qdm_deploy.samplers
@@ -47,10 +47,10 @@ def measuring_sources() -> list[Path]:
     return [
         *(path for folder in folders for path in folder.glob("*.py")),
         *(export / name for name in ("unet.py", "split_concat.py", "topology.py", "step_graph.py")),
-        *(path for path in (HERE / "paper_rows").glob("*.py") if path.name not in _TEXT),
-        HERE / "peer_models.py",
+        *(path for path in (HERE / "lab").glob("*.py") if path.name not in _TEXT),
+        HERE / "lib" / "peer_models.py",
         HERE / "concat_forms.py",
-        HERE / "made_pictures.py",
+        HERE / "lib" / "made_pictures.py",
     ]
 
 

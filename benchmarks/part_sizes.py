@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import Apart, opened_stepper
-from bench import CPU_SESSIONS, case_to_time, finish, parser, say, write_graph
+from lib.apart import Apart, opened_stepper
+from lib.bench import CPU_SESSIONS, case_to_time, finish, parser, say, write_graph
 
 from qdm_deploy.backends.openvino.session import KEPT_BATCH_SIZES
 from qdm_deploy.runtime.random_inputs import random_inputs

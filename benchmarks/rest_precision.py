@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from bench import FIRST_SEED, Case, case, finish, parser, say, write_float
+from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float
 from numpy.typing import NDArray
 
 from qdm_calibration.collect import collect_calibration_set

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import finish, parser, say
+from lib.bench import finish, parser, say
 
 from qdm_deploy.pipeline import BuildOptions, build
 from qdm_deploy.serving import ProcessEngine

@@ -20,8 +20,8 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import numpy as np
-from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import (
+from lib.apart import Apart, ApartSession, opened_stepper, timed_apart
+from lib.bench import (
     FIRST_SEED,
     Case,
     case_to_time,
@@ -33,9 +33,9 @@ from bench import (
     write_float,
     write_graph,
 )
-from hinted_session import HintedSession
-from machine_peak import float_peak, integer_peak, multiply_accumulates
-from speed_peers import PEERS, Missing, Opened
+from lib.hinted_session import HintedSession
+from lib.machine_peak import float_peak, integer_peak, multiply_accumulates
+from lib.speed_peers import PEERS, Missing, Opened
 
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession

@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from apart import Apart, ApartSession, opened_stepper, timed_apart
-from bench import case_to_time, finish, parser, save_form, say
+from lib.apart import Apart, ApartSession, opened_stepper, timed_apart
+from lib.bench import case_to_time, finish, parser, save_form, say
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.artifacts.phase_sums import fits_phases

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from apart import Apart, ApartSession, Stepper, timed_apart, turn_medians
+from lib.apart import Apart, ApartSession, Stepper, timed_apart, turn_medians
 
 from qdm_deploy.runtime.session import StepOutput
 

@@ -10,8 +10,8 @@ from typing import Any
 import gpu_suite
 import numpy as np
 import pytest
-from gpu_graphs import forms_of_plan
-from gpu_timing import mixed_rows, run_ms
+from lib.gpu_graphs import forms_of_plan
+from lib.gpu_timing import mixed_rows, run_ms
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.engines.gpu import Gpu

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from paper_rows.document import Spread, document, merged, spreads, verdict
-from paper_rows.laboratory import EPS, FRECHET, LAST, OVER_FLOAT, Laboratory, Model, Settings
-from paper_rows.operations import (
+from lab.document import Spread, document, merged, spreads, verdict
+from lab.laboratory import EPS, FRECHET, LAST, OVER_FLOAT, Laboratory, Model, Settings
+from lab.operations import (
     MU,
     OPERATIONS,
     PREVIOUS,
@@ -23,10 +22,11 @@ from paper_rows.operations import (
     ancestral_step,
     operation_numbers,
 )
-from paper_rows.papers import FINDINGS, Finding
-from paper_rows.row import Row, RowCache, Skipped, code_version
-from paper_rows.sources import SINGLE_STEPS, source_rows, timestep_rows
-from paper_rows.tables import LETTERS, rows_of
+from lab.papers import FINDINGS, Finding
+from lab.row import Row, RowCache, Skipped, code_version
+from lab.sources import SINGLE_STEPS, source_rows, timestep_rows
+from lab.tables import LETTERS, rows_of
+from numpy.typing import NDArray
 
 from qdm_calibration.plan import PlanOptions
 from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL

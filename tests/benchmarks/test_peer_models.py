@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench import Case
-from peer_models import BATCH, CalibrationMethod, Rows, quantized_static
+from lib.bench import Case
+from lib.peer_models import BATCH, CalibrationMethod, Rows, quantized_static
 
 from qdm_deploy.build.quality import output_sqnr_db, reference_run
 from qdm_deploy.build.simulation import TorchSession

@@ -5,7 +5,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
-from paper_rows.papers import FINDINGS, Finding
+from lab.papers import FINDINGS, Finding
 
 __all__ = ["Spread", "document", "merged", "spreads", "verdict"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lab.laboratory import BATCH, PSNR, Laboratory
 from numpy.typing import NDArray
-from paper_rows.laboratory import BATCH, PSNR, Laboratory
 
 from qdm_calibration.ranges import activation_scale
 from qdm_calibration.statistics import TensorCollector

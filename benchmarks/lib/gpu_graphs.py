@@ -36,7 +36,7 @@ def forms_of_plan(graph: ir.Model, plan: QuantizationPlan) -> dict[str, tuple[ir
 
 def plan_graphs(bundle: Bundle, folder: Path) -> dict[str, Path]:
     """Those forms of a bundle of the embedded model, on disk."""
-    from bench import save_form
+    from lib.bench import save_form
 
     from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
     from qdm_export.float_graph import export_float_graph
@@ -52,8 +52,8 @@ def calibrated_graphs(folder: Path) -> dict[str, Path]:
 
     The default plan of the embedded model has no step gains, so what they cost shows here, beside "concat branch".
     """
-    from bench import case, write_graph
     from concat_forms import split_case
+    from lib.bench import case, write_graph
 
     model = case("fashion", samples=4)
     plans = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdm_deploy.artifacts.files import new_file
 
 if TYPE_CHECKING:
-    from paper_rows.laboratory import Laboratory
+    from lab.laboratory import Laboratory
 
 __all__ = ["Row", "RowCache", "Skipped", "code_version"]
 

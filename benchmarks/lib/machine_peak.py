@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from bench import Case
+from lib.bench import Case
 from numpy.typing import NDArray
 
 __all__ = ["float_peak", "integer_peak", "multiply_accumulates"]

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from lab.laboratory import BATCH, Laboratory
+from lab.row import Skipped
 from numpy.typing import NDArray
-from paper_rows.laboratory import BATCH, Laboratory
-from paper_rows.row import Skipped
 
 from examples.datasets import read_idx
 from qdm_calibration.collect import collect_calibration_set

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from ablation import FULL, PLAIN, session_for
-from paper_rows.laboratory import Laboratory, Settings
-from paper_rows.operations import MU, OPERATIONS, PREVIOUS, SIGMA, operation_numbers
-from paper_rows.row import Row, Skipped
-from paper_rows.sources import SINGLE_STEPS, UNIFORM_STEPS, source_rows, timestep_rows
-from peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, quantized_static
+from lab.laboratory import Laboratory, Settings
+from lab.operations import MU, OPERATIONS, PREVIOUS, SIGMA, operation_numbers
+from lab.row import Row, Skipped
+from lab.sources import SINGLE_STEPS, UNIFORM_STEPS, source_rows, timestep_rows
+from lib.peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, quantized_static
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.ranges import METHODS

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from bench import FIRST_SEED, Case, say, write_float, write_graph
 from concat_forms import split_case
-from made_pictures import features_of_made
-from peer_models import CALIBRATION_STEPS
+from lib.bench import FIRST_SEED, Case, say, write_float, write_graph
+from lib.made_pictures import features_of_made
+from lib.peer_models import CALIBRATION_STEPS
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.plan import PlanOptions

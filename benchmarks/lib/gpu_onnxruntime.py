@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_timing import summary, timed
+from lib.gpu_timing import summary, timed
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec

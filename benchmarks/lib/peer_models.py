@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import Case, write_float
+from lib.bench import Case, write_float
 from numpy.typing import NDArray
 from onnxruntime.quantization import (  # noqa: TID251 - the peer that is measured
     CalibrationDataReader,

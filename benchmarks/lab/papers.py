@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paper_rows.laboratory import EPS
+from lab.laboratory import EPS
 
 __all__ = ["COMMENTS", "FINDINGS", "Finding"]
 

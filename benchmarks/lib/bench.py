@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from lib.random_models import random_model
 from numpy.typing import NDArray
-from random_models import random_model
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.importance import StepImportance, importance_table, measure_importance
@@ -57,7 +57,7 @@ __all__ = [
     "write_graph",
 ]
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # Seeds that no calibration uses.
 FIRST_SEED = 2**40
 CPU_SESSIONS: dict[Target, type[OnnxRuntimeSession | OpenVinoSession]] = {

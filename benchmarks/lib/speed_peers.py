@@ -9,9 +9,9 @@ from typing import Literal
 
 import onnx_ir as ir
 import torch
-from bench import Case, checkpoint_of, write_exported
-from nncf_form import openvino_form
-from peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
+from lib.bench import Case, checkpoint_of, write_exported
+from lib.nncf_form import openvino_form
+from lib.peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantized_static
 
 from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.backends.openvino.graph import import_openvino
