@@ -24,7 +24,7 @@ from lib.bench import finish, parser, say
 from lib.random_models import random_model
 from safetensors.numpy import save_file
 
-from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
 
 MODELS = ("fashion", "cifar10", "ldm4", "sd15")
 PLOT = Path(__file__).parent.parent / "docs" / "build-scale.svg"

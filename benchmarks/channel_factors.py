@@ -26,9 +26,9 @@ from qdm_calibration.simulate import simulate
 from qdm_calibration.statistics import collect_scaled_inputs
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.backends import OnnxRuntimeSession
-from qdm_deploy.build.engine_audit import audit_row
-from qdm_deploy.build.quality import ReferenceRun, compare_with, reference_run
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.engine_audit import audit_row
+from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 from qdm_export.shared_weights import save_with_shared_weights

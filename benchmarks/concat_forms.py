@@ -25,8 +25,8 @@ from qdm_calibration.plan import PlanOptions
 from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.backends import OnnxRuntimeSession
-from qdm_deploy.build.engine_audit import audit_row
-from qdm_deploy.build.quality import ReferenceRun, compare_with, reference_run
+from qdm_deploy.building.engine_audit import audit_row
+from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table

@@ -22,7 +22,7 @@ from scipy import stats
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.float_graph import export_float_graph
 from qdm_export.targets import emit

@@ -28,7 +28,7 @@ from qdm_deploy.artifacts.files import new_file
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.backends.tensorrt.session import open_tensorrt
-from qdm_deploy.build.speed import random_inputs
+from qdm_deploy.building.speed import random_inputs
 from qdm_deploy.engines.engine import engine_from_onnx
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import installed_gpu

@@ -30,7 +30,7 @@ from lib.peer_models import CALIBRATION_STEPS
 import qdm_calibration.plan
 import qdm_deploy.samplers
 import qdm_export.unet
-from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.errors import InputError
 from qdm_export.unet import load_checkpoint
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.timesteps import SamplingPlan
-from qdm_deploy.build.checks import run_graph
-from qdm_deploy.build.engine_audit import audit_row
+from qdm_deploy.building.checks import run_graph
+from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.metrics.error import sqnr_per_step_db
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table

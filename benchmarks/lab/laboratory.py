@@ -25,8 +25,8 @@ from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.backends import OpenVinoSession
-from qdm_deploy.build.quality import ReferenceRun, output_sqnr_db, reference_run
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.quality import ReferenceRun, output_sqnr_db, reference_run
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of

@@ -27,9 +27,9 @@ from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
-from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.planning import planned
+from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.planning import planned
 from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph

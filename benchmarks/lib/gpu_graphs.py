@@ -38,7 +38,7 @@ def plan_graphs(bundle: Bundle, folder: Path) -> dict[str, Path]:
     """Those forms of a bundle of the embedded model, on disk."""
     from lib.bench import save_form
 
-    from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
+    from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
     from qdm_export.float_graph import export_float_graph
     from qdm_export.unet import load_checkpoint
 

@@ -10,7 +10,7 @@ from lib.gpu_timing import summary, timed
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.build.speed import random_inputs
+from qdm_deploy.building.speed import random_inputs
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.metrics.error import sqnr_db
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.build.speed import random_inputs
+from qdm_deploy.building.speed import random_inputs
 from qdm_deploy.runtime.session import StepInputs, StepLoop, StepSession
 
 __all__ = ["loop_ms", "mixed_rows", "run_ms", "summary", "timed"]

@@ -19,7 +19,7 @@ from onnxruntime.quantization import (  # noqa: TID251 - the peer that is measur
 from qdm_calibration.modelopt import modelopt_network
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.backends import OnnxRuntimeSession
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.samplers import StepTable, step_table
 from qdm_export.step_graph import StepGraph
 

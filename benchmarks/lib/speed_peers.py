@@ -15,7 +15,7 @@ from lib.peer_models import CALIBRATION_STEPS, CalibrationMethod, Rows, quantize
 
 from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.backends.openvino.graph import import_openvino
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import step_table
 from qdm_export.step_graph import StepGraph

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.build.quality import network_output
+from qdm_deploy.building.quality import network_output
 from qdm_deploy.evaluate.evaluated_side import EvaluatedSide, KnownSamples, Run
 from qdm_deploy.evaluate.options import EvaluateOptions
 from qdm_deploy.evaluate.sample_cache import SampleCache, Tensors

@@ -3,10 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdm_deploy.build.bundle_from_checkpoint import build
-    from qdm_deploy.build.engine_audit import CachedEngines, EngineResult, build_engine, cached_engines, prune_engines
-    from qdm_deploy.build.options import BuildOptions
-    from qdm_deploy.build.publish import BuildResult
+    from qdm_deploy.building.bundle_from_checkpoint import build
+    from qdm_deploy.building.engine_audit import (
+        CachedEngines,
+        EngineResult,
+        build_engine,
+        cached_engines,
+        prune_engines,
+    )
+    from qdm_deploy.building.options import BuildOptions
+    from qdm_deploy.building.publish import BuildResult
     from qdm_deploy.evaluate.evaluation import evaluate
     from qdm_deploy.evaluate.options import EvaluateOptions
     from qdm_deploy.pipeline.comparison import Comparison, compare
@@ -45,12 +51,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "BuildOptions": "build.options",
-    "BuildResult": "build.publish",
-    "CachedEngines": "build.engine_audit",
+    "BuildOptions": "building.options",
+    "BuildResult": "building.publish",
+    "CachedEngines": "building.engine_audit",
     "CompareOptions": "pipeline.options",
     "Comparison": "pipeline.comparison",
-    "EngineResult": "build.engine_audit",
+    "EngineResult": "building.engine_audit",
     "EvaluateOptions": "evaluate.options",
     "GenerateOptions": "pipeline.options",
     "GenerateResult": "pipeline.images_from_bundle",
@@ -58,15 +64,15 @@ _HOME = {
     "ServeOptions": "pipeline.service",
     "TritonExport": "pipeline.triton_repository",
     "Verification": "pipeline.verification",
-    "build": "build.bundle_from_checkpoint",
-    "build_engine": "build.engine_audit",
-    "cached_engines": "build.engine_audit",
+    "build": "building.bundle_from_checkpoint",
+    "build_engine": "building.engine_audit",
+    "cached_engines": "building.engine_audit",
     "compare": "pipeline.comparison",
     "evaluate": "evaluate.evaluation",
     "export_triton": "pipeline.triton_repository",
     "generate": "pipeline.images_from_bundle",
     "inspect": "pipeline.inspection",
-    "prune_engines": "build.engine_audit",
+    "prune_engines": "building.engine_audit",
     "serve": "pipeline.service",
     "verify": "pipeline.verification",
 }

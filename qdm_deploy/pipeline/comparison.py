@@ -7,7 +7,7 @@ from typing import cast
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.backends import open_session
-from qdm_deploy.build.quality import compare_with, reference_run
+from qdm_deploy.building.quality import compare_with, reference_run
 from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.components.pictures import comparison_strip, save_png, to_pictures
 from qdm_deploy.errors import InputError

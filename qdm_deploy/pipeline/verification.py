@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle, check_bundle
 from qdm_deploy.backends import MixedSession, open_session
-from qdm_deploy.build.selftest import run_float_selftest, run_selftest
+from qdm_deploy.building.selftest import run_float_selftest, run_selftest
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import CheckRow
 

@@ -29,8 +29,8 @@ from lab.tables import LETTERS, rows_of
 from numpy.typing import NDArray
 
 from qdm_calibration.plan import PlanOptions
-from qdm_deploy.build.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime import Conditioning, denoise
 from qdm_deploy.samplers import apply_step

@@ -8,8 +8,8 @@ import pytest
 from lib.bench import Case
 from lib.peer_models import BATCH, CalibrationMethod, Rows, quantized_static
 
-from qdm_deploy.build.quality import output_sqnr_db, reference_run
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.quality import output_sqnr_db, reference_run
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.runtime import Conditioning
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.step_graph import StepGraph

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdm_deploy.build.checks import run_graph
+from qdm_deploy.building.checks import run_graph
 from qdm_deploy.errors import ExportError
 from qdm_deploy.metrics.error import max_abs_difference
 from qdm_deploy.runtime.random_inputs import random_inputs

@@ -159,7 +159,7 @@ def test_engines_are_refused_before_any_work_where_the_library_cannot_build_them
 
 
 def test_engines_are_refused_without_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qdm_deploy.build.bundle_from_checkpoint as module
+    import qdm_deploy.building.bundle_from_checkpoint as module
 
     found = module.find_spec
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "tensorrt_rtx" else found(name))
@@ -170,7 +170,7 @@ def test_engines_are_refused_without_their_library(tmp_path: Path, monkeypatch: 
 
 
 def test_building_needs_the_build_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qdm_deploy.build.bundle_from_checkpoint as module
+    import qdm_deploy.building.bundle_from_checkpoint as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"building needs torch, diffusers, onnx.*qdm-deploy\[build\]"):

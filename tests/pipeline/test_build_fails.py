@@ -97,7 +97,7 @@ def test_an_interrupted_build_leaves_nothing_and_keeps_what_it_would_replace(
         assert list(out.parent.glob(".*/unet/weights.bin"))
         raise error("stop")
 
-    monkeypatch.setattr(f"qdm_deploy.build.bundle_from_checkpoint.{stage}", interrupted)
+    monkeypatch.setattr(f"qdm_deploy.building.bundle_from_checkpoint.{stage}", interrupted)
     with pytest.raises(error):
         quick_build(out, force=True, **SMALL)
     assert [path.name for path in out.parent.iterdir()] == ["labels.qdm"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
-from qdm_deploy.build import planning
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.planning import planned
-from qdm_deploy.build.sensitivity import Budgeted
+from qdm_deploy.building import planning
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.planning import planned
+from qdm_deploy.building.sensitivity import Budgeted
 from qdm_export.targets import emit
 
 

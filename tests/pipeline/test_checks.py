@@ -11,7 +11,7 @@ from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_scaled_inputs
 from qdm_deploy.backends import OnnxRuntimeSession
-from qdm_deploy.build.checks import (
+from qdm_deploy.building.checks import (
     check_bfloat16_graph,
     check_float_graph,
     check_half_graph,
@@ -19,8 +19,8 @@ from qdm_deploy.build.checks import (
     check_layers,
     run_graph,
 )
-from qdm_deploy.build.measure import simulation_of
-from qdm_deploy.build.quality import network_output
+from qdm_deploy.building.measure import simulation_of
+from qdm_deploy.building.quality import network_output
 from qdm_deploy.runtime import Conditioning
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers.columns import NO_CLIP

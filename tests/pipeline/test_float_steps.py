@@ -9,7 +9,7 @@ import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.backends import MixedSession, open_session
-from qdm_deploy.build.float_steps import best_count, counts_to_try, float_below_of, steps_below
+from qdm_deploy.building.float_steps import best_count, counts_to_try, float_below_of, steps_below
 from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.components.pictures import read_metadata
 from qdm_deploy.errors import BundleError, InputError
@@ -151,7 +151,7 @@ def test_generating_comparing_and_verifying_run_the_float_steps(mixed_build: Bui
 
 
 def test_verification_judges_each_graph_by_itself(mixed_build: BuildResult) -> None:
-    from qdm_deploy.build.selftest import run_float_selftest
+    from qdm_deploy.building.selftest import run_float_selftest
 
     bundle = Bundle.open(mixed_build.bundle)
     with open_session(bundle, "onnxruntime", threads=1) as session:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qdm_calibration.importance import StepImportance, disturbance, measure_importance
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.build.simulation import TorchSession
+from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.errors import CheckFailed
 from qdm_deploy.runtime import denoise

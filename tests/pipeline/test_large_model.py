@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
-from qdm_deploy.build import measure
+from qdm_deploy.building import measure
 
 
 def test_sessions_are_opened_one_at_a_time_and_batches_shrink(

@@ -8,9 +8,9 @@ import pytest
 
 from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles, turn_means
-from qdm_deploy.build import layer_times
-from qdm_deploy.build.layer_times import LayerTimer
-from qdm_deploy.build.options import BuildOptions
+from qdm_deploy.building import layer_times
+from qdm_deploy.building.layer_times import LayerTimer
+from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import SILENT
 
 pytest.importorskip("openvino")

@@ -9,7 +9,7 @@ import torch
 
 from qdm_calibration.sensitivity import measure_sensitivity
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.build.sensitivity import Budgeted, measured_and_kept
+from qdm_deploy.building.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.pipeline import BuildOptions, BuildResult, inspect
 from qdm_deploy.progress import SILENT
 from qdm_deploy.report.ranges import LEVELS, InputRanges, input_ranges

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
-from qdm_deploy.build.speed import measure_speed, speedup_of
+from qdm_deploy.building.speed import measure_speed, speedup_of
 from qdm_deploy.report.model import SpeedRow
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.session import StepOutput

@@ -8,7 +8,7 @@ import pytest
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.plan import TARGETS
-from qdm_deploy.build.checks import check_integer_kernels, check_layers, run_graph
+from qdm_deploy.building.checks import check_integer_kernels, check_layers, run_graph
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.float_graph import save_graph
 from qdm_export.split_concat import concat_readers, split_checkpoint

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.build.layer_times import LayerTimer, LayerTimes
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.sensitivity import Budgeted, measured_and_kept
+from qdm_deploy.building.layer_times import LayerTimer, LayerTimes
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.progress import SILENT
 
 OPTIONS = BuildOptions(out=Path("x.qdm"), keep_fp="20%time")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.topology import Topology
-from qdm_deploy.build.layer_times import LayerTimer, LayerTimes, can_be_timed
-from qdm_deploy.build.options import BuildOptions
+from qdm_deploy.building.layer_times import LayerTimer, LayerTimes, can_be_timed
+from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.sensitivity import FrontierRow, NoiseBlock

@@ -12,7 +12,7 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.phase_sums import PHASES
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles
-from qdm_deploy.build.options import BuildOptions
+from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.runtime.random_inputs import random_inputs
 

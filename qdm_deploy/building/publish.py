@@ -12,10 +12,10 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.manifest import Compatibility
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
-from qdm_deploy.build.calibrate import Calibrated
-from qdm_deploy.build.measure import Measured, trajectory_inputs
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.selftest import answers, distance_db, write_selftest
+from qdm_deploy.building.calibrate import Calibrated
+from qdm_deploy.building.measure import Measured, trajectory_inputs
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.selftest import answers, distance_db, write_selftest
 from qdm_deploy.components.pictures import to_pictures
 from qdm_deploy.report.html import render
 from qdm_deploy.report.machine import library_versions, machine_card

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.build.layer_times import LayerTimer
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.planning import check_modelopt, check_step_bins, planned
-from qdm_deploy.build.sensitivity import Budgeted, check_keep_fp
+from qdm_deploy.building.layer_times import LayerTimer
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.planning import check_modelopt, check_step_bins, planned
+from qdm_deploy.building.sensitivity import Budgeted, check_keep_fp
 from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import Progress

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.backends import MixedSession, OnnxRuntimeSession, OpenVinoSession, automatic_backend
-from qdm_deploy.build.checks import (
+from qdm_deploy.building.checks import (
     check_bfloat16_graph,
     check_float_graph,
     check_half_graph,
@@ -21,11 +21,11 @@ from qdm_deploy.build.checks import (
     check_layers,
     run_graph,
 )
-from qdm_deploy.build.float_steps import best_count, float_below_of, summary, trial_of, try_counts
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.quality import ReferenceRun, compare_with, reference_run
-from qdm_deploy.build.simulation import TorchSession
-from qdm_deploy.build.speed import measure_speed, speedup_of
+from qdm_deploy.building.float_steps import best_count, float_below_of, summary, trial_of, try_counts
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
+from qdm_deploy.building.simulation import TorchSession
+from qdm_deploy.building.speed import measure_speed, speedup_of
 from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, FloatSteps, QualityRow, SpeedRow

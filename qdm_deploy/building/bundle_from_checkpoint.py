@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.bundle import BundleWriter
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.build.calibrate import calibrated_plan, calibration_given
-from qdm_deploy.build.engine_audit import audit_row
-from qdm_deploy.build.measure import measure
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.publish import BuildResult, publish
+from qdm_deploy.building.calibrate import calibrated_plan, calibration_given
+from qdm_deploy.building.engine_audit import audit_row
+from qdm_deploy.building.measure import measure
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.publish import BuildResult, publish
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
 from qdm_deploy.errors import EnvironmentProblem

@@ -14,9 +14,9 @@ from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology
-from qdm_deploy.build.layer_times import LayerTimer
-from qdm_deploy.build.options import BuildOptions
-from qdm_deploy.build.sensitivity import Budgeted, measured_and_kept
+from qdm_deploy.building.layer_times import LayerTimer
+from qdm_deploy.building.options import BuildOptions
+from qdm_deploy.building.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:

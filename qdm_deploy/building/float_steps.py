@@ -12,7 +12,7 @@ from statistics import fmean
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.backends import MixedSession
-from qdm_deploy.build.quality import ReferenceRun
+from qdm_deploy.building.quality import ReferenceRun
 from qdm_deploy.errors import InputError
 from qdm_deploy.metrics.error import psnr_per_image_db, sqnr_db
 from qdm_deploy.progress import SILENT, Progress
