@@ -235,12 +235,10 @@ def write_bundle(linear: Any) -> Callable[..., Path]:
     from qdm_deploy.artifacts.bundle import BundleWriter
     from qdm_deploy.artifacts.manifest import Compatibility
 
-    def write(out: Path, *, float_below: int | None = None, **kind: bool) -> Path:
+    def write(out: Path, **kind: bool) -> Path:
         with BundleWriter(out) as bundle:
             (bundle.root / "unet").mkdir()
             model = linear.write_tiny(bundle.root / "unet" / "onnxruntime.onnx", **kind).spec
-            if float_below is not None:
-                linear.write_tiny(bundle.root / "unet" / "float.onnx", **kind)
             (bundle.root / "scheduler").mkdir()
             (bundle.root / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
             bundle.publish(
@@ -250,7 +248,6 @@ def write_bundle(linear: Any) -> Callable[..., Path]:
                 compatibility=Compatibility(opset=21, min_runtime="0.1"),
                 provenance={},
                 recipe={},
-                float_below=float_below,
             )
         return out
 

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 COUNTS = (1, 2, 4, 8)
-# 0.5 dB, as for float steps: every further bin is one more entry in each gain's table, and one more scale to get wrong.
+# 0.5 dB: every further bin is one more entry in each gain's table, and one more scale to get wrong.
 LEAST_FALL = 0.11
 # Candidate grids of a layer: steps of at most 10 % in width where ranges move 4-fold, and where the grid lies.
 _WIDTHS, _OFFSETS = 32, 5

@@ -30,7 +30,6 @@ from qdm_deploy.artifacts.files import (
     special_file_problem,
 )
 from qdm_deploy.artifacts.manifest import (
-    BASE_SCHEMA_VERSION,
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Compatibility,
@@ -267,7 +266,6 @@ class BundleWriter:
         provenance: Mapping[str, object],
         recipe: Mapping[str, object],
         created: datetime | None = None,
-        float_below: int | None = None,
     ) -> Manifest:
         """List, hash and seal what is in ``root``: writes the manifest, after which no file may change.
 
@@ -279,7 +277,6 @@ class BundleWriter:
             provenance: Plain JSON: where the model came from.
             recipe: Plain JSON: how it was quantized.
             created: The time to record; now when left out. Must know its time zone.
-            float_below: Steps whose timestep is smaller run on the float graph, which must be there; None: no step.
 
         Returns:
             The manifest, which knows the bundle's id.
@@ -292,7 +289,7 @@ class BundleWriter:
             raise ValueError("publish was called already: one BundleWriter writes one bundle")
         root = self.root
         document = {
-            "schema_version": BASE_SCHEMA_VERSION if float_below is None else SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION,
             "name": name,
             "created": (created or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             # Dumped so that the manifest spells out every default.
@@ -303,8 +300,6 @@ class BundleWriter:
             "provenance": plain_json(provenance, where="provenance"),
             "recipe": plain_json(recipe, where="recipe"),
         }
-        if float_below is not None:
-            document["float_below"] = float_below
         try:
             manifest = Manifest.model_validate(document)
         except ValidationError as error:

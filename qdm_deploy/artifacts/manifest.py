@@ -5,7 +5,7 @@ without it, in canonical form. The file must be, byte for byte, what this module
 itself is noticed as well. That finds damage, not forgery: whoever can write the folder can also write a new manifest.
 
 Versions are MAJOR.MINOR. Another major version is refused. A newer minor version is read as long as it has only the
-fields known here; unknown fields are refused, never ignored. 1.1 added ``float_below``; a bundle without it stays 1.0.
+fields known here; unknown fields are refused, never ignored.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import BundleError
 
 __all__ = [
-    "BASE_SCHEMA_VERSION",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "Compatibility",
@@ -36,11 +35,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = "1.1"
-# What a bundle that needs no newer field is written as, so that every 1.x runtime keeps opening it.
-BASE_SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.0"
 MAX_MANIFEST_BYTES = 4 << 20
-FLOAT_GRAPH = "unet/float.onnx"
 _MAJOR, _MINOR = (int(part) for part in SCHEMA_VERSION.split("."))
 _MAX_PATH_LENGTH = 200
 # Data only, nothing that a loader would execute: a TensorRT engine is native code, .pt, .pth and .ckpt are pickles.
@@ -117,8 +113,7 @@ class Manifest(BaseModel):
     """A bundle's manifest; its fields are checked against each other.
 
     ``created`` is UTC, as ``2026-01-31T12:00:00Z``. ``provenance`` (where the model came from) and ``recipe`` (how it
-    was quantized) are plain JSON that no runtime depends on. ``float_below``: denoising steps whose timestep is smaller
-    run on ``unet/float.onnx``; None: all run on the target's graph.
+    was quantized) are plain JSON that no runtime depends on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -132,7 +127,6 @@ class Manifest(BaseModel):
     compatibility: Compatibility
     provenance: dict[str, JsonValue]
     recipe: dict[str, JsonValue]
-    float_below: int | None = Field(default=None, ge=1)
 
     @field_validator("created")
     @classmethod
@@ -158,21 +152,6 @@ class Manifest(BaseModel):
         missing = [target for target in self.targets if f"unet/{target}.onnx" not in seen]
         if missing or len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets {list(self.targets)}: each needs one unet/TARGET.onnx; missing: {missing}")
-        return self
-
-    @model_validator(mode="after")
-    def _float_steps_can_run(self) -> Self:
-        if self.float_below is None:
-            return self
-        if all(entry.path != FLOAT_GRAPH for entry in self.files):
-            raise ValueError(
-                f"steps below timestep {self.float_below} need {FLOAT_GRAPH}, which is not among the files"
-            )
-        if self.float_below >= self.model.num_train_timesteps:
-            raise ValueError(
-                f"float_below is {self.float_below}; allowed: 1 to {self.model.num_train_timesteps - 1}, or no step "
-                "would run in INT8"
-            )
         return self
 
     @property

@@ -1,14 +1,12 @@
 """From a bundle and the name of a backend to an open session."""
 
 import platform
-from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from typing import Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.backends.choice import Candidate, choose
-from qdm_deploy.backends.mixed_session import MixedSession
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.backends.openvino.session import KEPT_BATCH_SIZES, OpenVinoSession
 from qdm_deploy.backends.tensorrt.session import open_tensorrt
@@ -103,9 +101,8 @@ def open_session(
     Args:
         bundle: an opened bundle.
         backend: one of ``BACKENDS``, or ``"auto"``: the CPU backend that is the fastest here (``choose_backend``).
-        precision: ``"int8"``: the graph of the backend's own target, with the float graph for those steps that the
-            bundle runs in float (a ``MixedSession``); ``"float"``: the unquantized step graph, in float32; ``"auto"``:
-            whichever is faster here.
+        precision: ``"int8"``: the graph of the backend's own target; ``"float"``: the unquantized step graph, in
+            float32; ``"auto"``: whichever is faster here.
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
         mode: what matters: how soon a small batch's step ends, or how many images are made. The CPU backends know the
             difference.
@@ -121,28 +118,6 @@ def open_session(
         EngineError: the engine of a GPU backend cannot be built or loaded.
     """
     backend, precision = choose_backend(bundle, backend, precision, threads=threads, progress=progress)
-    float_below = bundle.manifest.float_below
-    if precision == "float" or float_below is None:
-        return _open_graph(bundle, backend, precision, threads, mode, kept_batch_sizes, progress)
-    with ExitStack() as opened:
-        parts = [
-            opened.enter_context(_open_graph(bundle, backend, kind, threads, mode, kept_batch_sizes, progress))
-            for kind in ("int8", "float")
-        ]
-        session = MixedSession(parts[0], parts[1], float_below)
-        opened.pop_all()  # the mixed session closes them from here on
-        return session
-
-
-def _open_graph(
-    bundle: Bundle,
-    backend: str,
-    precision: Literal["int8", "float"],
-    threads: int | None,
-    mode: Literal["latency", "throughput"],
-    kept_batch_sizes: int,
-    progress: Progress,
-) -> StepSession:
     if backend in FLAVOURS:
         graph = bundle.graph("tensorrt" if precision == "int8" else "float")
         return open_tensorrt(graph, backend, kept_batch_sizes=kept_batch_sizes, progress=progress)

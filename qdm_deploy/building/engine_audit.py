@@ -20,16 +20,12 @@ __all__ = ["CachedEngines", "EngineResult", "audit_row", "build_engine", "cached
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A cached engine: its audit as a row, its file, the builder's log, and whether it was there already.
-
-    ``float_path`` is the engine of the float graph, of bundles that run their last steps in float.
-    """
+    """A cached engine: its audit as a row, its file, the builder's log, and whether it was there already."""
 
     row: EngineRow
     path: Path
     log: Path
     from_cache: bool
-    float_path: Path | None = None
 
 
 def build_engine(
@@ -41,7 +37,7 @@ def build_engine(
     workspace: str | None = None,
     progress: Progress = SILENT,
 ) -> EngineResult:
-    """Build the engine of a bundle, or find it in the cache; and that of its float graph, if it has float steps.
+    """Build the engine of a bundle, or find it in the cache.
 
     Args:
         bundle: the bundle's folder.
@@ -64,19 +60,7 @@ def build_engine(
     row, engine = audit_row(
         opened.graph("tensorrt"), plan, backend=backend, sm=sm, profile=batches, options=options, progress=progress
     )
-    float_path = None
-    if opened.manifest.float_below is not None:
-        progress.say(f"steps below timestep {opened.manifest.float_below} run in float and need an engine of their own")
-        float_path = engine_from_onnx(
-            opened.graph("float"),
-            backend=backend,
-            sm=sm,
-            profile=batches,
-            options=options,
-            planned=(),
-            progress=progress,
-        ).path
-    return EngineResult(row, engine.path, engine.log, engine.from_cache, float_path)
+    return EngineResult(row, engine.path, engine.log, engine.from_cache)
 
 
 def audit_row(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
-from qdm_deploy.backends import MixedSession, OnnxRuntimeSession, OpenVinoSession, automatic_backend
+from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession, automatic_backend
 from qdm_deploy.building.checks import (
     check_bfloat16_graph,
     check_float_graph,
@@ -21,17 +21,16 @@ from qdm_deploy.building.checks import (
     check_layers,
     run_graph,
 )
-from qdm_deploy.building.float_steps import best_count, float_below_of, summary, trial_of, try_counts
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.building.speed import measure_speed, speedup_of
 from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.progress import Progress
-from qdm_deploy.report.model import CheckRow, FloatSteps, QualityRow, SpeedRow
+from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
+from qdm_deploy.samplers import StepTable
 from qdm_deploy.samplers.columns import NO_CLIP
 
 if TYPE_CHECKING:
@@ -61,10 +60,9 @@ class Measured:
 
     Attributes:
         reference: the float run.
-        samples: finished samples per target, [N, C, H, W]; with the float steps, where there are any.
+        samples: finished samples per target, [N, C, H, W].
         backend: what a user of this machine would get by default.
         speedup: float over INT8 on it, at the smallest measured batch.
-        float_steps: the steps that run in float; None where none was asked for.
     """
 
     checks: tuple[CheckRow, ...]
@@ -74,7 +72,6 @@ class Measured:
     backend: str
     reference: ReferenceRun
     samples: Mapping[Target, NDArray[np.float32]]
-    float_steps: FloatSteps | None = None
 
 
 def unseen_seeds(options: BuildOptions) -> range:
@@ -115,24 +112,10 @@ def measure(
                 guidance=options.guidance,
                 progress=progress,
             )
-        own_table = _table_of(options, checkpoint)
-        trial, float_below = None, None
-        if options.float_steps == "auto":
-            with opened(default, "int8") as quantized, opened(default, "float") as floating:
-                trial = try_counts(reference, quantized, floating, spec, progress=progress)
-            float_below = float_below_of(table, best_count(trial.score_db))
-        else:
-            float_below = float_below_of(own_table, options.float_steps)
         quality, samples = [], {}
         for target in options.targets:
-            with ExitStack() as sessions:
-                judge = target if opened.has(target) else "simulation"
-                session = sessions.enter_context(
-                    opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target)
-                )
-                if float_below is not None:
-                    floating = sessions.enter_context(opened(target if opened.has(target) else "onnxruntime", "float"))
-                    session = MixedSession(session, floating, float_below)
+            judge = target if opened.has(target) else "simulation"
+            with opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target) as session:
                 row, samples[target] = compare_with(
                     reference, session, spec, target=target, backend=judge, progress=progress
                 )
@@ -149,11 +132,7 @@ def measure(
                 timed = {key: sessions.enter_context(opened(*key)) for key in group}
                 speed += measure_speed(timed, spec, batches, progress=progress)
     speedup = speedup_of(speed, default, batches[0])
-    float_steps = None
-    if options.float_steps != 0:
-        shown = next(row for row in quality if row.backend == default)
-        float_steps = summary(trial or trial_of(shown, table), shown, float_below, own_table, speedup)
-    return Measured(checks, tuple(quality), speed, speedup, default, reference, samples, float_steps)
+    return Measured(checks, tuple(quality), speed, speedup, default, reference, samples)
 
 
 class _Sessions:
@@ -181,12 +160,6 @@ class _Sessions:
             return OnnxRuntimeSession(graph, threads=self._threads, mode="throughput")
         rest: Literal["auto", "f32"] = "auto" if precision == "int8" else "f32"
         return OpenVinoSession(graph, threads=self._threads, precision=rest, mode="throughput")
-
-
-def _table_of(options: BuildOptions, checkpoint: "Checkpoint") -> StepTable:
-    """The steps of the sampler that the bundle is built for."""
-    schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
-    return step_table(schedule, options.sampler, options.steps, learned_variance=checkpoint.spec.learned_variance)
 
 
 def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Target) -> TorchSession:

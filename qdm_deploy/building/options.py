@@ -61,7 +61,6 @@ class BuildOptions:
         engines: compute capabilities to cross-build TensorRT-RTX engines for; None builds for 8.9 where the module is
             installed, () builds none.
         float_graph: keep the unquantized step graph in the bundle.
-        float_steps: how many of the last steps run on it; "auto": as many as pay for themselves (``float_steps``).
         verify_samples, verify_steps: size of the paired comparison.
         min_psnr_db, min_eps_sqnr_db, min_speedup: thresholds of the verdict.
         force: replace an existing bundle.
@@ -102,7 +101,6 @@ class BuildOptions:
     rest: Literal["fp16", "bf16"] = "fp16"
     engines: tuple[str, ...] | None = None
     float_graph: bool = True
-    float_steps: int | Literal["auto"] = 0
     verify_samples: int = 16
     verify_steps: int = 20
     min_psnr_db: float = 30.0
@@ -161,7 +159,6 @@ class BuildOptions:
         within("the speed-up threshold", self.min_speedup, 0, 1000)
         if self.threads is not None:
             within("threads", self.threads, 1, 1024)
-        self._check_float_steps()
         if self.save_calibration is not None and not self.save_calibration.absolute().parent.is_dir():
             raise InputError(f"the calibration set cannot be saved as {self.save_calibration}: there is no such folder")
         if self.save_calibration is not None and self.save_calibration.exists() and not self.force:
@@ -183,19 +180,6 @@ class BuildOptions:
                 raise InputError(f"step bins is {self.step_bins!r}; give a number from 1 to 32, or auto")
         else:
             within("step bins", self.step_bins, 1, 32)
-
-    def _check_float_steps(self) -> None:
-        if isinstance(self.float_steps, str):
-            if self.float_steps != "auto":
-                raise InputError(f"float steps is {self.float_steps!r}; give a number of steps, or auto")
-        else:
-            # One step at least stays in INT8: what this bundle is for.
-            within("float steps", self.float_steps, 0, self.steps - 1)
-        if self.float_steps != 0 and not self.float_graph:
-            raise InputError(
-                f"float steps is {self.float_steps}, and the float graph that runs them shall be left out of the "
-                "bundle; keep the graph, or set float steps to 0"
-            )
 
 
 def _refuse_beside_modelopt(options: BuildOptions) -> None:

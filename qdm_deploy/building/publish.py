@@ -76,7 +76,6 @@ def publish(
             "tools": library_versions(),
         },
         recipe=recipe,
-        float_below=measured.float_steps.float_below if measured.float_steps is not None else None,
     )
     return BuildResult(options.out, manifest.bundle_id, report)
 
@@ -135,7 +134,6 @@ def _report(
         quality=measured.quality,
         speed=measured.speed,
         speedup=measured.speedup,
-        float_steps=measured.float_steps,
         size=SizeBlock(
             float_bytes=sum(path.stat().st_size for path in unet.glob("float.*")),
             int8_bytes={target: (unet / f"{target}.onnx").stat().st_size + weights for target in options.targets},
@@ -149,7 +147,6 @@ def _report(
             engines=engines,
             checks=measured.checks,
             thresholds=thresholds,
-            float_steps=measured.float_steps,
         ),
     )
 

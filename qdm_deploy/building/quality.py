@@ -2,9 +2,6 @@
 
 Teacher-forced: both networks get the float run's x_t, which isolates what quantization does to one call. Free-running:
 each follows its own trajectory from the same noise, which shows what accumulates.
-
-A session that runs some steps in float is measured as it is used in the free run; teacher-forced, its INT8 graph
-answers at every step, so that float steps hide nothing of what quantization does.
 """
 
 from collections.abc import Sequence
@@ -15,7 +12,6 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import Target
-from qdm_deploy.backends import MixedSession
 from qdm_deploy.metrics.error import max_abs_difference, psnr_per_image_db, sqnr_per_step_db
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import QualityRow
@@ -88,10 +84,7 @@ def compare_with(
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> tuple[QualityRow, NDArray[np.float32]]:
-    """The same seeds through ``session``; returns the measurements and its finished samples [N, C, H, W].
-
-    A ``MixedSession`` runs once more without its float steps, for ``int8_psnr_db`` and ``int8_state_sqnr_db``.
-    """
+    """The same seeds through ``session``; returns the measurements and its finished samples [N, C, H, W]."""
     table = reference.table
     name = target if target == backend else f"{target} ({backend})"
     states: list[NDArray[np.float32]] = []
@@ -100,13 +93,6 @@ def compare_with(
         batch_size=batch_size, description=f"{name}: denoising", on_step=lambda step, sample: states.append(sample),
         progress=progress,
     )  # fmt: skip
-    alone: list[NDArray[np.float32]] = []
-    if isinstance(session, MixedSession):
-        denoise(
-            session.int8, table, reference.seeds, model, conditioning=reference.conditioning,
-            guidance=reference.guidance, batch_size=batch_size, description=f"{name}: denoising in INT8 only",
-            on_step=lambda step, sample: alone.append(sample), progress=progress,
-        )  # fmt: skip
     row = QualityRow(
         target=target,
         backend=backend,
@@ -125,11 +111,6 @@ def compare_with(
         ),
         state_sqnr_db=sqnr_per_step_db(reference.states, states),
         psnr_db=() if model.sample_kind == "latents" else psnr_per_image_db(reference.states[-1], samples),
-        float_below=session.float_below if isinstance(session, MixedSession) else None,
-        int8_state_sqnr_db=sqnr_per_step_db(reference.states, alone) if alone else (),
-        int8_psnr_db=(
-            psnr_per_image_db(reference.states[-1], alone[-1]) if alone and model.sample_kind != "latents" else ()
-        ),
         max_abs=max_abs_difference(reference.states[-1], samples),
     )
     return row, samples
@@ -165,12 +146,8 @@ def network_output(
 ) -> NDArray[np.float32]:
     """The network's guided output at given states [S, N, C, H, W], read through the step graph itself.
 
-    Of a ``MixedSession`` it is its INT8 graph's, at every step.
-
     With p = 0, q = 1, no clipping, b = 1 and everything else 0, a step of the graph returns the network's output.
     """
-    if isinstance(session, MixedSession):
-        session = session.int8
     coefficients = np.zeros((1, model.num_coefficients), dtype=np.float32)
     coefficients[0, [1, 2, 4]] = 1.0, NO_CLIP, 1.0
     seeds = range(inputs.shape[1])

@@ -236,14 +236,6 @@ _FILE = click.Path(path_type=Path)
     section=_TARGETS,
     help="Leave the float reference graph out of the bundle.",
 )
-@option(
-    "--float-steps",
-    type=CountOrAuto(),
-    default=0,
-    metavar="auto|N",
-    section=_QUANTIZATION,
-    help="Last denoising steps to run on the float graph; auto: more, as long as that gains 0.5 dB of PSNR.",
-)
 @option("--verify-samples", type=int, default=16, section=_VERIFICATION, help="Samples for the comparison with float.")
 @option("--verify-steps", type=int, default=20, section=_VERIFICATION, help="Steps of each of them.")
 @option("--min-psnr", "min_psnr_db", type=float, default=30.0, section=_VERIFICATION, help="Mean PSNR to ship, in dB.")

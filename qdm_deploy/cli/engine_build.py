@@ -68,7 +68,7 @@ def build_engine(output: Output, /, bundle: Path, **options: Any) -> int:
 
     Engines are native code for one library version and one kind of GPU, so they stay out of the bundle. The exit code
     is 1 when a layer that was planned in INT8 is not INT8 in the engine. Sessions take what was built for their GPU
-    with the default profile and options; a bundle whose last steps run in float gets a second engine for them.
+    with the default profile and options.
     """
     from qdm_deploy.pipeline import build_engine as run
 
@@ -78,8 +78,6 @@ def build_engine(output: Output, /, bundle: Path, **options: Any) -> int:
         print_engines(console, [built.row])
         print_table(console, "kernels", ("kind", ">count", ">in INT8"), _kernels(built.row.kernels))
         console.print(f"\nengine: {built.path}{' (from the cache)' if built.from_cache else ''}\nlog:    {built.log}")
-        if built.float_path is not None:
-            console.print(f"engine of the float steps: {built.float_path}")
 
     output.result(
         {
@@ -87,7 +85,6 @@ def build_engine(output: Output, /, bundle: Path, **options: Any) -> int:
             "clean": built.row.clean,
             "path": built.path,
             "log": built.log,
-            "float_path": built.float_path,
             "from_cache": built.from_cache,
         },
         text,

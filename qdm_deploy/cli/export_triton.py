@@ -46,18 +46,15 @@ def export_triton(output: Output, bundle: Path, out: Path, backend: str, max_bat
     made = run(bundle, out, backend, max_batch, force=force)
 
     def text(console: "Console") -> None:
-        console.print(f"{', '.join(made.models)} in {made.repository}; see {made.repository / 'README.md'}")
-        for plan in made.plans:
-            console.print(f"{plan} must be built on the target machine: {plan.parents[1] / 'build_plan.sh'}")
-        if made.float_below is not None:
-            console.print(f"steps below timestep {made.float_below} go to {made.models[1]}")
+        console.print(f"{made.model} in {made.repository}; see {made.repository / 'README.md'}")
+        if made.plan is not None:
+            console.print(f"{made.plan} must be built on the target machine: {made.plan.parents[1] / 'build_plan.sh'}")
 
     output.result(
         {
             "repository": made.repository,
-            "models": made.models,
-            "float_below": made.float_below,
-            "plans": made.plans,
+            "model": made.model,
+            "plan": made.plan,
         },
         text,
         [made.repository],

@@ -53,8 +53,6 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
             f"created {manifest.created} for {', '.join(manifest.targets)}; opset {manifest.compatibility.opset}"
         )
         console.print(_model_line(found.model))
-        if manifest.float_below is not None:
-            console.print(f"steps with a timestep below {manifest.float_below} run in float")
         print_table(
             console,
             "files",

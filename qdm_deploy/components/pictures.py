@@ -127,9 +127,8 @@ def _chunks(metadata: ImageMetadata | None) -> PngImagePlugin.PngInfo:
 
 
 def made_by(engine: Mapping[str, object], precision: str) -> str:
-    """``ImageMetadata.backend``: the backend of ``StepSession.describe()``, its precision and its float steps."""
-    text = f"{engine['backend']} {precision}"
-    return text + (f", float below timestep {engine['float_below']}" if "float_below" in engine else "")
+    """``ImageMetadata.backend``: the backend of ``StepSession.describe()`` and its precision."""
+    return f"{engine['backend']} {precision}"
 
 
 def read_metadata(path: Path) -> ImageMetadata:

@@ -110,19 +110,18 @@ def open_side(
     return EvaluatedSide(name, session, identity, SampleCache(identity, options.cache), card)
 
 
-def _content(bundle: Bundle, precision: Literal["int8", "float"], backend: str) -> dict[str, str | int | None]:
+def _content(bundle: Bundle, precision: Literal["int8", "float"], backend: str) -> dict[str, str]:
     """Hashes of the files that a side runs.
 
     Bundles of one checkpoint have the same float graph, so its samples serve all of them.
     """
-    float_below = bundle.manifest.float_below if precision == "int8" else None
-    kinds = {"float" if precision == "float" else backend} | (set() if float_below is None else {"float"})
-    found: dict[str, str | int | None] = {"float_below": float_below}
+    kind = "float" if precision == "float" else backend
+    found = {}
     for entry in bundle.manifest.files:
         stem = PurePosixPath(entry.path).stem
         # The float graph's weights are in a file of their own; all INT8 graphs share another one.
-        weights = entry.role == "weights" and (stem == "float") in {kind == "float" for kind in kinds}
-        if weights or (entry.role == "graph" and stem in kinds):
+        weights = entry.role == "weights" and (stem == "float") == (kind == "float")
+        if weights or (entry.role == "graph" and stem == kind):
             found[entry.path] = entry.sha256
     return found
 

@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
                 f"FID and sFID: of {options.num} images, beside the {len(real)} pictures in {options.real_images}; "
                 "values of other numbers of images do not compare with them."
             )
-        notes += notes_on_steps(model, a, b)
+        notes += notes_on_steps(model)
     result = Evaluation(
         a=a.card,
         b=b.card,

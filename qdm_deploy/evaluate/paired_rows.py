@@ -3,7 +3,6 @@
 import numpy as np
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.backends import MixedSession
 from qdm_deploy.evaluate.evaluated_side import EvaluatedSide, Run, sample_pieces
 from qdm_deploy.evaluate.feature_classifier import Features
 from qdm_deploy.metrics.bootstrap import mean_interval
@@ -85,17 +84,11 @@ def _has_ssim(model: ModelSpec) -> bool:
     return min(model.sample_shape[1:]) >= SSIM_WINDOW
 
 
-def notes_on_steps(model: ModelSpec, *sides: EvaluatedSide) -> list[str]:
-    """What a reader has to know about rows that are missing, or that mean something else than usual."""
+def notes_on_steps(model: ModelSpec) -> list[str]:
+    """What a reader has to know about rows that are missing."""
     notes = []
     if model.sample_kind == "latents":
         notes.append("No PSNR and no SSIM: the samples are latents.")
     elif not _has_ssim(model):
         notes.append(f"No SSIM: its window needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW}.")
-    notes += [
-        f"{side.name} runs steps below timestep {side.session.float_below} in float; its model output is that of its "
-        "INT8 graph at every step."
-        for side in sides
-        if isinstance(side.session, MixedSession)
-    ]
     return notes

@@ -19,12 +19,12 @@ _MEANING = {
 }
 
 
-def readme(bundle: Bundle, names: tuple[str, ...], backend: str, max_batch: int) -> str:
+def readme(bundle: Bundle, name: str, backend: str, max_batch: int) -> str:
     """The text of ``README.md``.
 
     Args:
         bundle: the exported bundle.
-        names: models of the repository: the INT8 step, and the float step where there is one.
+        name: the model of the repository.
         backend: "onnxruntime" or "tensorrt".
         max_batch: rows that Triton may put together.
     """
@@ -36,7 +36,7 @@ def readme(bundle: Bundle, names: tuple[str, ...], backend: str, max_batch: int)
     parts = [
         f"# {bundle.model.name}: denoising step for Triton Inference Server",
         f"Written by `qdm-deploy export-triton` from the bundle {bundle.id[:16]}.",
-        _start(names, backend),
+        _start(name, backend),
         "One request is one denoising step of one or more images. Triton sees no sampler: the client sends the rows "
         "of the step table and feeds the result back.\n\n"
         f"| input | type | shape | what |\n|---|---|---|---|\n{rows}\n\n"
@@ -45,11 +45,6 @@ def readme(bundle: Bundle, names: tuple[str, ...], backend: str, max_batch: int)
         + ".",
         _batching(bundle.model.conditional, max_batch),
     ]
-    if bundle.manifest.float_below is not None:
-        parts.append(
-            f"## Last steps\n\nSteps whose timestep is smaller than {bundle.manifest.float_below} go to `{names[1]}`, "
-            f"the others to `{names[0]}`: INT8 hits the end of the denoising hardest."
-        )
     parts.append(
         "## Checked\n\nThe configuration was held against Triton's `model_config.proto`, and the graph was run with "
         "ONNX Runtime. It was not loaded into a Triton server: try it in yours before you rely on it."
@@ -57,13 +52,12 @@ def readme(bundle: Bundle, names: tuple[str, ...], backend: str, max_batch: int)
     return "\n\n".join(parts) + "\n"
 
 
-def _start(names: tuple[str, ...], backend: str) -> str:
+def _start(name: str, backend: str) -> str:
     if backend == "onnxruntime":
         return "    tritonserver --model-repository=/path/to/this/folder\n\nRuns on the CPU, by Triton's ONNX Runtime."
-    scripts = "\n".join(f"    ./{name}/build_plan.sh" for name in names)
     return (
-        "TensorRT plans are native code for one version of TensorRT and one kind of GPU, so there is none here. Build "
-        f"them on the target machine, in the container that serves them:\n\n{scripts}\n"
+        "A TensorRT plan is native code for one version of TensorRT and one kind of GPU, so there is none here. Build "
+        f"it on the target machine, in the container that serves it:\n\n    ./{name}/build_plan.sh\n"
         "    tritonserver --model-repository=/path/to/this/folder"
     )
 

@@ -25,15 +25,13 @@ class TritonExport:
 
     Attributes:
         repository: its folder, for ``tritonserver --model-repository``.
-        models: names of its models: the INT8 step, and the float step of bundles that run their last steps in float.
-        float_below: steps whose timestep is smaller go to the second model; None where there is none.
-        plans: files that must be built on the target machine before Triton can load the repository.
+        model: name of its model, the INT8 step.
+        plan: file that must be built on the target machine before Triton can load the repository; None: there is none.
     """
 
     repository: Path
-    models: tuple[str, ...]
-    float_below: int | None
-    plans: tuple[Path, ...]
+    model: str
+    plan: Path | None
 
 
 def export_triton(
@@ -57,28 +55,21 @@ def export_triton(
     opened = Bundle.open(bundle)
     model = opened.model
     within("max batch", max_batch, 2 if model.conditional else 1, _MOST_ROWS)
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", model.name)
-    graphs = {f"{stem}_step": opened.graph(backend)}
-    if opened.manifest.float_below is not None:
-        graphs[f"{stem}_float"] = opened.graph("float")
-    plans = []
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", model.name) + "_step"
+    graph = opened.graph(backend)
     with new_directory(out, force=force, may_replace=_not_ours) as root:
-        for name, graph in graphs.items():
-            (root / name).mkdir()
-            (root / name / "config.pbtxt").write_text(config_text(name, model, backend, max_batch), encoding="utf-8")
-            version = root / name / "1"
-            # More than one file makes an ONNX model a folder; a plan takes only the place that its config names.
-            target = version / ("model.onnx" if backend == "onnxruntime" else "source")
-            target.mkdir(parents=True)
-            _copy_graph(graph, target, model)
-            if backend == "tensorrt":
-                script = root / name / "build_plan.sh"
-                script.write_text(_build_script(model, max_batch), encoding="utf-8")
-                script.chmod(0o755)
-                plans.append(Path(out, name, "1", "model.plan"))
-        text = readme(opened, tuple(graphs), backend, max_batch)
-        (root / "README.md").write_text(text, encoding="utf-8")
-    return TritonExport(out, tuple(graphs), opened.manifest.float_below, tuple(plans))
+        (root / name).mkdir()
+        (root / name / "config.pbtxt").write_text(config_text(name, model, backend, max_batch), encoding="utf-8")
+        # More than one file makes an ONNX model a folder; a plan takes only the place that its config names.
+        target = root / name / "1" / ("model.onnx" if backend == "onnxruntime" else "source")
+        target.mkdir(parents=True)
+        _copy_graph(graph, target, model)
+        if backend == "tensorrt":
+            script = root / name / "build_plan.sh"
+            script.write_text(_build_script(model, max_batch), encoding="utf-8")
+            script.chmod(0o755)
+        (root / "README.md").write_text(readme(opened, name, backend, max_batch), encoding="utf-8")
+    return TritonExport(out, name, Path(out, name, "1", "model.plan") if backend == "tensorrt" else None)
 
 
 def _copy_graph(graph: Path, folder: Path, model: ModelSpec) -> None:

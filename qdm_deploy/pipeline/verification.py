@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle, check_bundle
-from qdm_deploy.backends import MixedSession, open_session
-from qdm_deploy.building.selftest import run_float_selftest, run_selftest
+from qdm_deploy.backends import open_session
+from qdm_deploy.building.selftest import run_selftest
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import CheckRow
 
@@ -40,9 +40,4 @@ def verify(bundle: Path, backend: str = "auto", progress: Progress = SILENT) -> 
     with open_session(opened, backend, progress=progress) as session:
         name = str(session.describe()["backend"])
         progress.say(f"Running the self-test on {name}")
-        if not isinstance(session, MixedSession):
-            return Verification((), (run_selftest(opened, session, name),))
-        # Each graph by itself: float rows among the vectors would hide what is wrong with the INT8 graph.
-        return Verification(
-            (), (run_selftest(opened, session.int8, name), run_float_selftest(opened, session.floating, name))
-        )
+        return Verification((), (run_selftest(opened, session, name),))

@@ -5,7 +5,6 @@ from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.report.model import (
     CheckRow,
     EngineRow,
-    FloatSteps,
     LayerRow,
     QualityRow,
     Report,
@@ -20,7 +19,6 @@ from qdm_deploy.report.verdict import decide
 __all__ = [
     "CheckRow",
     "EngineRow",
-    "FloatSteps",
     "LayerRow",
     "QualityRow",
     "Report",

@@ -58,7 +58,6 @@ def line_chart(
     title: str,
     y_label: str,
     threshold: float | None = None,
-    shaded_below: float | None = None,
 ) -> str:
     """Curves over timesteps, which run from the largest on the left, noise, down to the smallest, the image.
 
@@ -67,7 +66,6 @@ def line_chart(
         title: what the chart is called for screen readers.
         y_label: of the vertical axis, with its unit.
         threshold: a dashed horizontal line.
-        shaded_below: timesteps below it lie on a shade.
     """
     heights = [y for line in lines for _, y in line.points] + ([] if threshold is None else [threshold])
     places = [x for line in lines for x, _ in line.points]
@@ -82,11 +80,6 @@ def line_chart(
         return bottom - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - _TOP)
 
     parts = [opening(_LINE_HEIGHT, title)]
-    if shaded_below is not None and stop < shaded_below:
-        edge = across(min(shaded_below, start))
-        parts.append(
-            f'<rect class="shade" x="{edge:.1f}" y="{_TOP}" width="{right - edge:.1f}" height="{bottom - _TOP}"/>'
-        )
     for value in y_ticks:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>')
         parts.append(label(_LEFT - 7, up(value) + 4, f"{value:g}", "end"))

@@ -50,7 +50,7 @@ def render(report: Report, pictures: ReportPictures | None = None) -> str:
         _verdict(report),
         _cards(report),
         _pictures(pictures),
-        quality_section(report.quality, report.float_steps, minimum),
+        quality_section(report.quality, minimum),
         range_section(report.inputs),
         branch_section(report.inputs),
         layer_section(report.layers, report.plan_summary),

@@ -18,7 +18,6 @@ __all__ = [
     "SCHEMA_VERSION",
     "CheckRow",
     "EngineRow",
-    "FloatSteps",
     "LayerRow",
     "QualityRow",
     "Report",
@@ -45,9 +44,6 @@ class QualityRow(Value):
         state_sqnr_db: [S], the sample after each step, each run fed its own (free-running).
         psnr_db: one per finished image, [-1, 1] shown as [0, 1]; empty for latents, which are no pixels.
         max_abs: largest absolute difference between the finished samples.
-        float_below: steps of a smaller timestep ran on the float graph, in the free run; ``eps_sqnr_db`` is the INT8
-            graph's at every step. None: no step did.
-        int8_state_sqnr_db, int8_psnr_db: of a run without float steps; empty where ``float_below`` is None.
     """
 
     target: Target
@@ -61,9 +57,6 @@ class QualityRow(Value):
     state_sqnr_db: tuple[Decibels, ...]
     psnr_db: tuple[Decibels, ...] = ()
     max_abs: NotNegative
-    float_below: Count | None = None
-    int8_state_sqnr_db: tuple[Decibels, ...] = ()
-    int8_psnr_db: tuple[Decibels, ...] = ()
 
     @model_validator(mode="after")
     def _one_value_per_step_and_image(self) -> Self:
@@ -72,9 +65,6 @@ class QualityRow(Value):
                 raise ValueError(f"{name} has {count} values for {len(self.timesteps)} timesteps")
         if self.psnr_db and len(self.psnr_db) != self.samples:
             raise ValueError(f"psnr_db has {len(self.psnr_db)} values for {self.samples} samples")
-        alone = (len(self.int8_state_sqnr_db), len(self.int8_psnr_db))
-        if alone != ((0, 0) if self.float_below is None else (len(self.timesteps), len(self.psnr_db))):
-            raise ValueError(f"int8_state_sqnr_db and int8_psnr_db have {alone} values, which do not fit float_below")
         return self
 
     @property
@@ -111,42 +101,6 @@ class QualityRow(Value):
     def psnr_min_db(self) -> float | None:
         """The worst image's; None where there are none."""
         return min(self.psnr_db, default=None)
-
-
-class FloatSteps(Value):
-    """The last steps of a run on the float graph: what they gain and what they cost.
-
-    Attributes:
-        automatic: whether their number was chosen by measuring; otherwise it was given.
-        float_below: the steps are those of a smaller timestep; None: no step.
-        steps, of_steps: how many they are in a run of the sampler that the bundle was built for.
-        backend: what was measured.
-        metric: "psnr", the mean over the finished images, or "sqnr" of the finished latents.
-        measured_steps: steps of the measured run.
-        tried: numbers of float steps in it; the first is 0.
-        score_db: the metric with each of them.
-        gain_db: what the steps gain over none; 0 without steps.
-        time_ratio: time of a run over that of INT8 alone, from the measured times of one step; None where they were not
-            measured.
-    """
-
-    automatic: bool
-    float_below: Count | None
-    steps: Count
-    of_steps: Annotated[int, Field(gt=0)]
-    backend: Backend
-    metric: Literal["psnr", "sqnr"]
-    measured_steps: Annotated[int, Field(gt=0)]
-    tried: Annotated[tuple[Count, ...], Field(min_length=1)]
-    score_db: tuple[Decibels, ...]
-    gain_db: Decibels
-    time_ratio: Positive | None
-
-    @model_validator(mode="after")
-    def _one_score_each(self) -> Self:
-        if len(self.score_db) != len(self.tried):
-            raise ValueError(f"score_db has {len(self.score_db)} values for {len(self.tried)} tried numbers of steps")
-        return self
 
 
 class SpeedRow(Value):
@@ -330,7 +284,6 @@ class Report(Value):
         warnings: what was asked for and not reached, one sentence each; it speaks for itself, not for or against SHIP.
         quality, speed, engines, checks: one row each per measurement.
         speedup: float median over INT8 median of one step on the backend at hand; None where it was not measured.
-        float_steps: the steps that run in float; None where none was asked for.
         size: bytes on disk.
         stage_seconds: how long each stage of the build took, in order.
         verdict: ship or not.
@@ -352,7 +305,6 @@ class Report(Value):
     quality: tuple[QualityRow, ...] = ()
     speed: tuple[SpeedRow, ...] = ()
     speedup: Positive | None = None
-    float_steps: FloatSteps | None = None
     size: SizeBlock
     engines: tuple[EngineRow, ...] = ()
     checks: tuple[CheckRow, ...] = ()

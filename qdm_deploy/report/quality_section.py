@@ -1,24 +1,22 @@
-"""The section on quality: INT8 beside float on the same seeds, step by step, and the steps that run in float."""
+"""The section on quality: INT8 beside float on the same seeds, step by step."""
 
 from collections.abc import Sequence
 from html import escape
-from statistics import fmean
 
 from qdm_deploy.report.charts import Line, line_chart
 from qdm_deploy.report.markup import decibels, figure, section, table
-from qdm_deploy.report.model import FloatSteps, QualityRow
+from qdm_deploy.report.model import QualityRow
 
 __all__ = ["quality_section"]
 
 _SERIES = 3
 
 
-def quality_section(rows: Sequence[QualityRow], float_steps: FloatSteps | None, minimum: float) -> str:
+def quality_section(rows: Sequence[QualityRow], minimum: float) -> str:
     """Tables and error curves; empty where nothing was measured.
 
     Args:
         rows: one per target.
-        float_steps: the steps that run in float, if that was asked for.
         minimum: SQNR of the model's output that the verdict asks for, in dB.
     """
     if not rows:
@@ -60,14 +58,8 @@ def quality_section(rows: Sequence[QualityRow], float_steps: FloatSteps | None, 
         ),
         figure(
             "Error of the sample after each step",
-            "Each run continues with its own sample, so this is what reaches the image."
-            + (" Shaded: steps that run in float." if any(row.float_below is not None for row in rows) else ""),
-            line_chart(
-                _lines(rows, "state_sqnr_db"),
-                title="SQNR of the sample",
-                y_label="SQNR in dB",
-                shaded_below=next((row.float_below for row in rows if row.float_below is not None), None),
-            ),
+            "Each run continues with its own sample, so this is what reaches the image.",
+            line_chart(_lines(rows, "state_sqnr_db"), title="SQNR of the sample", y_label="SQNR in dB"),
             _legend(rows, None),
         ),
     )
@@ -81,44 +73,7 @@ def quality_section(rows: Sequence[QualityRow], float_steps: FloatSteps | None, 
     )
     lead = f"<p>INT8 against float on the same seeds: {escape('; '.join(runs))}. Higher decibels are better.</p>"
     details = f'<details class="long"><summary>Every step in numbers</summary>{values}</details>'
-    return section(
-        "Quality", f'{lead}{summary}<div class="charts">{"".join(charts)}</div>{_floats(rows, float_steps)}{details}'
-    )
-
-
-def _floats(rows: Sequence[QualityRow], chosen: FloatSteps | None) -> str:
-    """How many steps run in float, what other numbers of them would reach, and what INT8 alone does."""
-    if chosen is None:
-        return ""
-    metric = "images PSNR, mean" if chosen.metric == "psnr" else "finished sample SQNR"
-    how = "chosen by measuring" if chosen.automatic else "as given"
-    if chosen.float_below is None:
-        about = f"No step of {chosen.of_steps} runs in float ({how})."
-    else:
-        time = "" if chosen.time_ratio is None else f", {chosen.time_ratio:.2f} times the time of INT8 alone"
-        about = (
-            f"The last {chosen.steps} of {chosen.of_steps} steps, those of a timestep below {chosen.float_below}, run "
-            f"in float ({how}): {chosen.gain_db:+.2f} dB{time}. The error of the model's output above is that "
-            "of INT8 at every step."
-        )
-    tried = table(
-        (f"of {chosen.measured_steps} steps in float", f"{metric} ({chosen.backend})"),
-        [(str(count), decibels(score)) for count, score in zip(chosen.tried, chosen.score_db, strict=True)],
-    )
-    alone = [
-        (
-            row.label,
-            decibels(row.psnr_mean_db),
-            decibels(fmean(row.int8_psnr_db) if row.int8_psnr_db else None),
-            decibels(row.state_sqnr_final_db),
-            decibels(row.int8_state_sqnr_db[-1]),
-        )
-        for row in rows
-        if row.float_below is not None
-    ]
-    head = ("target", "images PSNR, with float steps", "INT8 alone", "finished sample SQNR", "INT8 alone")
-    beside = table(head, alone) if alone else ""
-    return f"<h3>Steps in float</h3><p>{escape(about)}</p>{tried}{beside}"
+    return section("Quality", f'{lead}{summary}<div class="charts">{"".join(charts)}</div>{details}')
 
 
 def _lines(rows: Sequence[QualityRow], field: str) -> list[Line]:

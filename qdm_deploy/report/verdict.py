@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from qdm_deploy.report.model import CheckRow, EngineRow, FloatSteps, QualityRow, Thresholds, Verdict
+from qdm_deploy.report.model import CheckRow, EngineRow, QualityRow, Thresholds, Verdict
 
 __all__ = ["decide"]
 
@@ -15,14 +15,12 @@ def decide(
     engines: Sequence[EngineRow],
     checks: Sequence[CheckRow],
     thresholds: Thresholds,
-    float_steps: FloatSteps | None = None,
 ) -> Verdict:
     """Judge a build; every argument is the ``Report`` field of that name.
 
     It ships when all checks hold, every engine runs all planned layers in INT8, every measured target reaches both
     quality thresholds (latents: the one on the model's output), and the speed-up is large enough. Quality and speed
-    that were not measured count as problems; a ``min_speedup`` of 0 asks for no speed. No engine is no problem. Where
-    steps run in float, images and speed are those of a run with them, and a sentence says what they gain and cost.
+    that were not measured count as problems; a ``min_speedup`` of 0 asks for no speed. No engine is no problem.
 
     Returns:
         The verdict with one sentence for each reason. Numbers are rounded down, so that none is shown as large as a
@@ -48,9 +46,7 @@ def decide(
         judge(*_images(row, thresholds.min_psnr_db))
         judge(*_output(row, thresholds.min_eps_sqnr_db))
 
-    if float_steps is not None:
-        judge(True, _float_steps(float_steps))
-    judge(*_speed(speedup, thresholds.min_speedup, float_steps))
+    judge(*_speed(speedup, thresholds.min_speedup))
     for engine in engines:
         judge(*_engine(engine))
     return Verdict(ship=not problems, problems=tuple(problems), merits=tuple(merits), thresholds=thresholds)
@@ -75,30 +71,12 @@ def _output(row: QualityRow, threshold: float) -> tuple[bool, str]:
     )
 
 
-def _float_steps(chosen: FloatSteps) -> str:
-    metric = "mean PSNR" if chosen.metric == "psnr" else "SQNR of the finished samples"
-    where = f"measured in {chosen.measured_steps} steps on {chosen.backend}"
-    if chosen.float_below is None:
-        first = f": the first would gain {_down(chosen.score_db[1] - chosen.score_db[0])} dB of {metric}, {where}"
-        return f"All steps run in INT8{first if len(chosen.tried) > 1 else ''}."
-    # Rounded up, but not because a float is a little above the number it stands for.
-    more = None if chosen.time_ratio is None else math.ceil(round(100 * (chosen.time_ratio - 1), 6))
-    cost = "" if more is None else f", for {more} % more time a run"
-    steps = f"{chosen.steps} of {chosen.of_steps} steps (timesteps below {chosen.float_below})"
-    return f"The last {steps} run in float: {_down(chosen.gain_db)} dB more {metric} than INT8 alone{cost}; {where}."
-
-
-def _speed(speedup: float | None, threshold: float, float_steps: FloatSteps | None) -> tuple[bool, str]:
+def _speed(speedup: float | None, threshold: float) -> tuple[bool, str]:
     if speedup is None:
         unknown = "The speed was not compared with the float graph's"
         if threshold == 0:
             return True, f"{unknown}, and no speed-up was asked for."
         return False, f"{unknown}, so the required speed-up of {threshold:.2f} cannot be judged."
-    if float_steps is not None and float_steps.steps and float_steps.time_ratio is not None:
-        speedup /= float_steps.time_ratio
-        good = speedup >= threshold
-        whole = f"A run of {float_steps.of_steps} steps, {float_steps.steps} of them in float,"
-        return good, f"{whole} is {_down(speedup)} times as fast as in float only ({_required(good, threshold)})."
     good = speedup >= threshold
     return good, f"INT8 runs {_down(speedup)} times as fast as float ({_required(good, threshold)})."
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.backends.mixed_session import MixedSession
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import step_noise
@@ -43,9 +42,6 @@ def batch_sizes(max_rows: int, *, fixed_shapes: bool, deterministic: bool) -> tu
 class BatchRunner:
     """Runs images on a session, each one step further.
 
-    A ``MixedSession`` would split a batch by itself into parts of any size; it is split here instead, so that each part
-    has an allowed size too.
-
     Args:
         session: the step graph of ``model``; not closed here.
         model: shapes and conditioning.
@@ -59,11 +55,7 @@ class BatchRunner:
     def __init__(self, session: StepSession, model: ModelSpec, max_rows: int, sizes: Sequence[int] | None) -> None:
         self._model = model
         self._sizes = sizes
-        self._parts: list[StepSession] = [session]
-        self._float_below = 0
-        if isinstance(session, MixedSession):
-            self._parts = [session.int8, session.floating]
-            self._float_below = session.float_below
+        self._session = session
         self.max_rows = max_rows
         shape = (max_rows, *model.sample_shape)
         self._rows: dict[str, NDArray[Any]] = {
@@ -88,30 +80,15 @@ class BatchRunner:
     def warm_up(self) -> None:
         """Run every size once on nothing, so that no request waits for a kernel to be compiled."""
         self._clear(0, self.max_rows)
-        for session in self._parts:
-            for size in self._sizes or sorted({1, self.max_rows}):
-                session.run({name: values[:size] for name, values in self._rows.items()})
+        for size in self._sizes or sorted({1, self.max_rows}):
+            self._session.run({name: values[:size] for name, values in self._rows.items()})
 
     def run(self, images: Sequence[Image]) -> int:
         """Take one step with each image and return how many rows were padding.
 
         Raises:
-            Exception: whatever the backend raises; the images of the part that failed did not move.
+            Exception: whatever the backend raises; no image moved then.
         """
-        padding = 0
-        for session, part in zip(self._parts, self._split(images), strict=False):
-            if part:
-                padding += self._run_part(session, part)
-        return padding
-
-    def _split(self, images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
-        below = [bool(image.job.table.timesteps[image.step] < self._float_below) for image in images]
-        return (
-            [image for image, floating in zip(images, below, strict=True) if not floating],
-            [image for image, floating in zip(images, below, strict=True) if floating],
-        )
-
-    def _run_part(self, session: StepSession, images: Sequence[Image]) -> int:
         first_rows: list[int] = []
         used = 0
         for image in images:
@@ -119,7 +96,7 @@ class BatchRunner:
             used += self._put(image, used)
         size = used if self._sizes is None else next(size for size in self._sizes if size >= used)
         self._clear(used, size)
-        result = session.run({name: values[:size] for name, values in self._rows.items()})
+        result = self._session.run({name: values[:size] for name, values in self._rows.items()})
         for image, row in zip(images, first_rows, strict=True):
             image.sample[...] = result.next_sample[row]
             image.previous_x0[...] = result.x0[row]

@@ -107,7 +107,7 @@ class Stepper:
             raise
         except Exception:  # noqa: BLE001 - backends' errors share no base class
             _LOG.exception("a batch of %d images failed; its requests are run one by one", len(images))
-            # A mixed batch may have moved one part before the other failed.
+            # One lane may have moved its part although another failed.
             waiting = [image for image, step in zip(images, before, strict=True) if image.step == step]
             failed = self._one_by_one(waiting)
             happened += failed

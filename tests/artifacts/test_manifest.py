@@ -83,27 +83,6 @@ def test_unknown_fields_are_refused(bundle: Path, forge: Forge) -> None:
     refused(bundle, r"licence: .*its schema 1\.7 is newer: update qdm-deploy")
 
 
-def test_only_a_bundle_with_float_steps_needs_the_newer_schema(
-    bundle: Path, tmp_path: Path, write_bundle: Callable[..., Path]
-) -> None:
-    mixed = write_bundle(tmp_path / "mixed.qdm", float_below=40)
-    manifests = [read_manifest(folder) for folder in (bundle, mixed)]
-    assert [(item.schema_version, item.float_below) for item in manifests] == [("1.0", None), ("1.1", 40)]
-    assert "float_below" not in json.loads((bundle / "manifest.json").read_bytes())
-
-
-def test_float_steps_that_cannot_run_are_refused(
-    bundle: Path, tmp_path: Path, write_bundle: Callable[..., Path], forge: Forge
-) -> None:
-    forge(bundle, lambda document: document.update(float_below=1000))
-    refused(bundle, r"float_below is 1000; allowed: 1 to 999, or no step would run in INT8")
-    forge(bundle, lambda document: document.update(float_below=0))
-    refused(bundle, r"float_below: Input should be greater than or equal to 1")
-    files = {"unet/onnxruntime.onnx": b"int8 graph"}
-    with pytest.raises(BundleError, match=r"steps below timestep 40 need unet/float\.onnx, which is not among"):
-        write_bundle(tmp_path / "no-float.qdm", files=files, float_below=40)
-
-
 @pytest.mark.parametrize("required", ["999", "0.1.1", "1.0"])
 def test_a_bundle_for_a_newer_runtime_is_refused(bundle: Path, forge: Forge, required: str) -> None:
     forge(bundle, lambda document: document["compatibility"].update(min_runtime=required))

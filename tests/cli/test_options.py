@@ -109,18 +109,10 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     )  # fmt: skip
     defaults = BuildOptions(out=Path("x"))
     unchanged = [field.name for field in fields(built) if getattr(built, field.name) == getattr(defaults, field.name)]
-    # --no-float rules out float steps, and scales of ModelOpt go with none of the options that choose ours.
-    assert sorted(unchanged) == ["float_steps", "from_modelopt"], "the line above must change every other option"
+    # Scales of ModelOpt go with none of the options that choose ours.
+    assert unchanged == ["from_modelopt"], "the line above must change every other option"
     assert options_of(replace, invoke, "build", "--int8 --from-modelopt a.safetensors").from_modelopt == "a.safetensors"
     assert options_of(replace, invoke, "build", "--int8 --no-engines").engines == ()
-
-
-def test_float_steps_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> None:
-    assert options_of(replace, invoke, "build", "--int8 --float-steps 2").float_steps == 2
-    assert options_of(replace, invoke, "build", "--int8 --float-steps auto").float_steps == "auto"
-    refused = invoke("build", "--int8", "--float-steps", "few")
-    assert refused.exit_code == 2
-    assert "'few' is neither a number nor auto" in refused.stderr
 
 
 def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> None:

@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import subprocess
-from collections.abc import Callable
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,7 @@ def inputs_of(config: str) -> dict[str, tuple[str, list[int]]]:
 @pytest.mark.parametrize("name", ["labels", "rgb"])
 def test_the_configuration_fits_the_graph(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> None:
     made = export_triton(request.getfixturevalue(name), tmp_path / "models", max_batch=12)
-    assert (made.models, made.float_below, made.plans) == ((f"{name}_step",), None, ())
+    assert (made.model, made.plan) == (f"{name}_step", None)
     folder = tmp_path / "models" / f"{name}_step"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     # An ONNX model of several files is a folder that is called model.onnx.
@@ -151,8 +149,8 @@ def test_requests_may_be_concatenated(labels: Path, tmp_path: Path) -> None:
 def test_a_tensorrt_plan_is_built_where_it_runs(labels: Path, tmp_path: Path) -> None:
     made = export_triton(labels, tmp_path / "models", "tensorrt", 8)
     folder = tmp_path / "models" / "labels_step"
-    assert made.plans == (folder / "1" / "model.plan",)
-    assert not made.plans[0].exists()
+    assert made.plan == folder / "1" / "model.plan"
+    assert not made.plan.exists()
     script = folder / "build_plan.sh"
     subprocess.run(["sh", "-n", str(script)], check=True)
     # A trtexec of the test writes down what it was asked for.
@@ -163,7 +161,7 @@ def test_a_tensorrt_plan_is_built_where_it_runs(labels: Path, tmp_path: Path) ->
     )
     tool.chmod(0o755)
     subprocess.run([script], check=True, env={"PATH": f"{tool.parent}:/usr/bin:/bin"})
-    assert made.plans[0].exists()
+    assert made.plan.exists()
     words = dict(word.split("=", 1) for word in (folder / "1" / "words").read_text().split() if "=" in word)
     assert (folder / "1" / words["--onnx"]).is_file()
     graph = session(folder / "1" / words["--onnx"])
@@ -212,31 +210,9 @@ def test_what_cannot_be_exported_is_refused(labels: Path, rgb: Path, tmp_path: P
         export_triton(rgb, out, force=True)
 
 
-@pytest.fixture
-def invoke_json() -> Callable[..., dict[str, Any]]:
-    """Runs a command line in this process; its JSON document."""
-
-    def run(*words: object) -> dict[str, Any]:
-        done = CliRunner().invoke(cli, [*map(str, words), "--json"])
-        assert done.exit_code == 0, done.output
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
-
-    return run
-
-
-def test_float_steps_become_a_second_model(
-    labels: Path, reseal: Callable[[Path], None], tmp_path: Path, invoke_json: Callable[..., dict[str, Any]]
-) -> None:
-    bundle = tmp_path / "mixed.qdm"
-    shutil.copytree(labels, bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest |= {"schema_version": "1.1", "float_below": 20}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    reseal(bundle)
-    document = invoke_json("export-triton", bundle, "--out", tmp_path / "models")
-    assert document["command"] == "export-triton"
-    assert document["models"] == ["labels_step", "labels_float"]
-    assert document["float_below"] == 20
-    assert "timestep is smaller than 20 go to `labels_float`" in (tmp_path / "models" / "README.md").read_text()
-    assert session(tmp_path / "models" / "labels_float" / "1" / "model.onnx" / "model.onnx").get_inputs()
+def test_the_command_says_what_it_wrote(labels: Path, tmp_path: Path) -> None:
+    words = ["export-triton", str(labels), "--out", str(tmp_path / "models"), "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["command"], document["model"], document["plan"]) == ("export-triton", "labels_step", None)

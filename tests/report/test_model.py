@@ -107,19 +107,3 @@ def test_row_of_an_int8_layer() -> None:
 def test_row_of_a_float_layer() -> None:
     row = LayerRow.from_plan(LayerPlan(layer=layer(), precision="float", reason="last layer"))
     assert row == LayerRow(name="up_blocks.0.conv", precision="float", reason="last layer", scale=None)
-
-
-def test_a_report_from_before_float_steps_is_read(report: Callable[..., Report]) -> None:
-    original = report()
-    document = json.loads(original.to_json())
-    del document["float_steps"]
-    for row in document["quality"]:
-        del row["float_below"], row["int8_state_sqnr_db"], row["int8_psnr_db"]
-    assert Report.from_json(json.dumps(document)) == original
-
-
-def test_a_run_without_float_steps_belongs_to_one_with_them(quality: Callable[..., QualityRow]) -> None:
-    with pytest.raises(ValidationError, match=r"have \(0, 0\) values, which do not fit float_below"):
-        quality(float_below=25)
-    with pytest.raises(ValidationError, match=r"have \(0, 16\) values, which do not fit float_below"):
-        quality(int8_psnr_db=(30.0,) * 16)

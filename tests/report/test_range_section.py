@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from qdm_deploy.report import FloatSteps, QualityRow, Report, render
+from qdm_deploy.report import Report, render
 from qdm_deploy.report.box_charts import box_chart, branch_chart
 from qdm_deploy.report.charts import frontier_chart
 from qdm_deploy.report.ranges import Box, InputRanges
@@ -145,28 +145,6 @@ def test_layers_are_listed_with_the_noisiest_first(report: Callable[..., Report]
         zip(names, ["50 %", "40 %", "10 %"], strict=True)
     )
     assert re.findall(r"<tr><td>(.*?)</td><td>[\d–]", every)[:4] == [*names, layers[0].name.replace(".", ".<wbr>")]
-
-
-def test_float_steps_are_shown_with_what_int8_alone_does(
-    report: Callable[..., Report], quality: Callable[..., QualityRow]
-) -> None:
-    row = quality(float_below=75, int8_state_sqnr_db=(50.0,) * 19 + (28.5,), int8_psnr_db=(33.25,) * 16)
-    chosen = FloatSteps(
-        automatic=True, float_below=75, steps=4, of_steps=50, backend="openvino", metric="psnr", measured_steps=20,
-        tried=(0, 2), score_db=(33.25, 40.0), gain_db=6.75, time_ratio=1.08,
-    )  # fmt: skip
-    page = render(report(quality=(row,), float_steps=chosen))
-    section = page.partition("<h3>Steps in float</h3>")[2].partition("</section>")[0]
-    assert (
-        "The last 4 of 50 steps, those of a timestep below 75, run in float (chosen by measuring): +6.75 dB" in section
-    )
-    assert "1.08 times the time of INT8 alone" in section
-    assert re.findall(r"<td>(.*?)</td>", section)[:9] == [
-        "0", "33.2 dB", "2", "40.0 dB", "openvino", "40.0 dB", "33.2 dB", "32.0 dB", "28.5 dB",
-    ]  # fmt: skip
-    assert page.count('class="shade"') == 1
-    none = chosen.model_copy(update={"float_below": None, "steps": 0, "gain_db": 0.0})
-    assert "No step of 50 runs in float (chosen by measuring)." in render(report(float_steps=none))
 
 
 def test_seeds_and_file_bytes_are_exact(report: Callable[..., Report]) -> None:

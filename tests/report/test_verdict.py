@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from qdm_deploy.report import CheckRow, EngineRow, FloatSteps, QualityRow, Thresholds, Verdict, decide
+from qdm_deploy.report import CheckRow, EngineRow, QualityRow, Thresholds, Verdict, decide
 
 GOOD = CheckRow(name="graph", ok=True, detail="as planned")
 BAD = CheckRow(name="hashes", ok=False, detail="plan.json was changed")
@@ -110,43 +110,3 @@ def test_an_engine_that_is_not_all_int8_is_a_problem(
 
 def test_no_engine_is_no_problem(judged: Callable[..., Verdict]) -> None:
     assert judged(engines=()).ship
-
-
-def float_steps(**changes: Any) -> FloatSteps:
-    values: dict[str, Any] = {
-        "automatic": True, "float_below": 25, "steps": 2, "of_steps": 50, "backend": "openvino", "metric": "psnr",
-        "measured_steps": 20, "tried": (0, 1, 2), "score_db": (38.0, 40.0, 40.25), "gain_db": 2.0, "time_ratio": 1.02,
-    }  # fmt: skip
-    return FloatSteps(**{**values, **changes})
-
-
-def test_float_steps_are_said_with_gain_and_cost_and_slow_the_run_down(judged: Callable[..., Verdict]) -> None:
-    verdict = judged(float_steps=float_steps())
-    assert (
-        "The last 2 of 50 steps (timesteps below 25) run in float: 2.00 dB more mean PSNR than INT8 alone, for 2 % "
-        "more time a run; measured in 20 steps on openvino."
-    ) in verdict.merits
-    assert (
-        "A run of 50 steps, 2 of them in float, is 1.47 times as fast as in float only (required: 1.00)."
-    ) in verdict.merits
-    slow = judged(float_steps=float_steps(), thresholds=Thresholds(min_speedup=1.5))
-    assert slow.problems == (
-        "A run of 50 steps, 2 of them in float, is 1.47 times as fast as in float only (too low, required: 1.50).",
-    )
-
-
-def test_float_steps_that_were_tried_and_not_taken(judged: Callable[..., Verdict]) -> None:
-    none = float_steps(
-        float_below=None, steps=0, tried=(0, 1), score_db=(38.0, 38.25), gain_db=0.0, time_ratio=1.0, metric="sqnr"
-    )
-    verdict = judged(float_steps=none)
-    assert (
-        "All steps run in INT8: the first would gain 0.25 dB of SQNR of the finished samples, measured in 20 steps on "
-        "openvino."
-    ) in verdict.merits
-    assert "INT8 runs 1.50 times as fast as float (required: 1.00)." in verdict.merits
-
-
-def test_float_steps_need_a_score_for_each_number() -> None:
-    with pytest.raises(ValueError, match="score_db has 1 values for 3 tried numbers of steps"):
-        float_steps(score_db=(38.0,))

@@ -28,13 +28,12 @@ LINEAR_SCHEDULER = {
 TARGETS = ("onnxruntime", "openvino")
 
 
-def _seal(writer: BundleWriter, model: Any, scheduler: dict[str, Any], float_below: int | None = None) -> None:
+def _seal(writer: BundleWriter, model: Any, scheduler: dict[str, Any]) -> None:
     (writer.root / "scheduler").mkdir()
     (writer.root / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     compatibility = Compatibility(opset=21, min_runtime="0.1.0")
     writer.publish(
         name=model.name, model=model, targets=TARGETS, compatibility=compatibility, provenance={}, recipe={},
-        float_below=float_below,
     )  # fmt: skip
 
 
@@ -53,10 +52,9 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unet(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny class-conditional U-Net in INT8, with attention; its last steps run on the float graph."""
-    from qdm_export.float_graph import save_graph
+    """The tiny class-conditional U-Net in INT8, with attention."""
     from qdm_export.shared_weights import save_with_shared_weights
-    from qdm_export.targets import emit, emit_float
+    from qdm_export.targets import emit
 
     folder = tmp_path_factory.mktemp("unet")
     checkpoint = tiny.checkpoint("labels")
@@ -68,8 +66,7 @@ def unet(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for target in TARGETS
         }
         save_with_shared_weights(graphs.items(), root / "weights.bin")
-        save_graph(emit_float(tiny.float_graph("labels").clone()), root / "float.onnx", weights="float.data")
-        _seal(writer, checkpoint.spec, dict(checkpoint.scheduler_config), float_below=300)
+        _seal(writer, checkpoint.spec, dict(checkpoint.scheduler_config))
     return folder / "unet.qdm"
 
 

@@ -1,7 +1,6 @@
 """Requests that share batches on real backends, beside the same requests alone.
 
-The model is a tiny U-Net in INT8 with attention whose last steps run on the float graph, so batches are split by
-timestep as well.
+The model is a tiny U-Net in INT8 with attention.
 """
 
 from collections.abc import Iterator, Sequence
