@@ -1,31 +1,27 @@
 """Several workers on one machine: a process each, because a session is one process's, with the cores divided.
 
-The parent starts ``python -m qdm_deploy.batch.child``, hands it the options as a JSON line and reads one JSON object
-per line back. A child leads a session of its own, so Ctrl-C reaches the parent alone, which passes it on; it ends by
-itself when its parent is gone.
+The parent starts ``qdm_deploy.batch.child`` (see ``qdm_deploy.child_process``), hands it its task and hears of its
+progress. Ctrl-C reaches the parent alone, which passes it on.
 """
 
 import contextlib
-import json
-import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
-from typing import IO, Any, cast
+from typing import Any
 
-from qdm_deploy import errors
 from qdm_deploy.batch.job import threads_for
 from qdm_deploy.batch.options import BatchOptions
 from qdm_deploy.batch.place import Place
 from qdm_deploy.batch.run import PlaceResult
 from qdm_deploy.batch.stopping import STOP_SIGNALS
 from qdm_deploy.batch.task import TASK, Task
+from qdm_deploy.child_process import Child, error_of, how_it_ended
 from qdm_deploy.errors import QdmError, ResourceProblem, TryAgain
 from qdm_deploy.progress import Advance, Progress
 
@@ -51,16 +47,17 @@ def run_workers(options: BatchOptions, place: Place, progress: Progress) -> list
     ]
     events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
     with contextlib.ExitStack() as running:
-        children = [running.enter_context(_started(task)) for task in tasks]
+        children = [running.enter_context(Child("qdm_deploy.batch.child")) for _ in tasks]
         running.enter_context(_passing_on(children))
-        for number, child in enumerate(children):
+        for number, (child, task) in enumerate(zip(children, tasks, strict=True)):
+            child.tell("task", task=TASK.dump_json(task).decode())
             threading.Thread(target=_listen, args=(number, child, events), daemon=True).start()
         ends = _collect(events, len(children), progress)
-    failed = [_failure(number, end) for number, end in enumerate(ends) if "result" not in end]
+    failed = [_failure(number, end) for number, end in enumerate(ends) if end["kind"] != "result"]
     # A worker that was told to stop says less than one that could not go on.
     for failure in sorted(failed, key=lambda error: isinstance(error, TryAgain)):
         raise failure
-    return [PlaceResult(**end["result"]) for end in ends]
+    return [PlaceResult(**end["place"]) for end in ends]
 
 
 def _collect(
@@ -74,14 +71,15 @@ def _collect(
         waiting = 0
         while len(ends) < workers:
             number, event = events.get()
-            if "say" in event:
-                progress.say(event["say"])
-            elif "total" in event:
-                totals[number] = event["total"]
-            elif "advance" in event:
-                waiting += event["advance"]
-            else:
-                ends[number] = event
+            match event["kind"]:
+                case "say":
+                    progress.say(event["message"])
+                case "total":
+                    totals[number] = event["images"]
+                case "advance":
+                    waiting += event["images"]
+                case _:
+                    ends[number] = event
             if advance is None and totals and len(totals.keys() | ends.keys()) == workers:
                 title = f"Generating images with {workers} workers"
                 advance = open_task.enter_context(progress.task(title, sum(totals.values())))
@@ -92,83 +90,52 @@ def _collect(
 
 
 def _failure(number: int, end: dict[str, Any]) -> QdmError:
-    if "failed" in end:
-        kind = getattr(errors, end["failed"])
-        return cast(QdmError, kind(end["message"]))
+    if end["kind"] == "error":
+        return error_of(end)
     status = end["status"]
-    if status == -signal.SIGKILL:
-        return ResourceProblem(
-            f"worker {number} was killed: usually the system ran out of memory. What was committed stays; run the same "
-            "command again, with fewer --workers if memory is short"
-        )
     if -status in STOP_SIGNALS:  # it had not begun to listen for them, or had just stopped
         name = signal.Signals(-status).name
         return TryAgain(f"worker {number} was stopped by {name}; run the same command again to go on")
-    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-    return QdmError(f"worker {number} ended {how}; what it printed is above. What was committed stays")
+    how = f"worker {number} {how_it_ended(status)}"
+    if status == -signal.SIGKILL:
+        return ResourceProblem(
+            f"{how}. What was committed stays; run the same command again, with fewer --workers if memory is short"
+        )
+    return QdmError(f"{how}; what it printed is above. What was committed stays")
 
 
 @contextmanager
-def _started(task: Task) -> "Iterator[subprocess.Popen[str]]":
-    folders = [os.path.abspath(folder) for folder in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, "-P", "-m", "qdm_deploy.batch.child"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=environment,
-        start_new_session=True,
-    ) as child:
-        try:
-            stream = cast(IO[str], child.stdin)
-            with contextlib.suppress(BrokenPipeError):
-                stream.write(TASK.dump_json(task).decode() + "\n")
-                stream.flush()  # and left open: its end tells the child that we are gone
-            yield child
-        except BaseException:
-            # Ctrl-C, most of all: let it clean up, but do not wait for ever.
-            child.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_END_SECONDS)
-            raise
-        finally:
-            child.kill()
-            with contextlib.suppress(BrokenPipeError):
-                cast(IO[str], child.stdin).close()
+def _passing_on(children: Sequence[Child]) -> Iterator[None]:
+    """What asks this process to stop goes to the workers, which know how far their shards are.
 
-
-@contextmanager
-def _passing_on(children: "list[subprocess.Popen[str]]") -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go to the workers, which know how far their shards are."""
+    SIGTERM and SIGUSR1 are passed on and the workers end by themselves; on Ctrl-C they get some seconds to clean up.
+    """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for child in children:
             child.send_signal(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    handled = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, pass_on) for number in handled}
     try:
         yield
+    except BaseException:
+        pass_on(signal.SIGINT, None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for child in children:
+                child.wait(_END_SECONDS)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _listen(number: int, child: "subprocess.Popen[str]", events: "queue.Queue[tuple[int, dict[str, Any]]]") -> None:
-    last: dict[str, Any] = {}
-    for line in cast(IO[str], child.stdout):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break  # killed in the middle of a line; how it ended is told below
-        if event.keys() & {"result", "failed"}:
+def _listen(number: int, child: Child, events: "queue.Queue[tuple[int, dict[str, Any]]]") -> None:
+    last: dict[str, Any] | None = None
+    for event in child.frames():
+        if event["kind"] in ("result", "error"):
             last = event
         else:
             events.put((number, event))
     status = child.wait()
-    events.put((number, last or {"status": status}))
+    events.put((number, last or {"kind": "ended", "status": status}))

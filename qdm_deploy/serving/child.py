@@ -1,22 +1,19 @@
 """The engine process: opens the bundle, then steps as long as there is work, and tells its parent what happened.
 
-``python -m qdm_deploy.serving.child FD`` with one end of a socket pair. It ends when the other end closes, so it never
-outlives its parent, and it ends rather than go on with a session that fails whatever it is given.
+See ``qdm_deploy.child_process`` for how it is started and how it ends with its parent. It ends by itself rather than go
+on with a session that fails whatever it is given.
 """
 
-import ctypes
 import logging
-import os
 import queue
 import signal
-import socket
 import sys
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.child_process import Frame, Parent, frame
 from qdm_deploy.errors import QdmError
 from qdm_deploy.samplers import NoiseSchedule
 from qdm_deploy.serving.jobs import JobMaker
@@ -24,12 +21,11 @@ from qdm_deploy.serving.loading import Open, load, open_bundle_session
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Happened, Shown, Stepped, Stepper
-from qdm_deploy.serving.wire import Frame, frame, receive_frame, request_from
+from qdm_deploy.serving.wire import request_from
 
 __all__ = ["main", "serve"]
 
 _LOG = logging.getLogger("qdm_deploy.serving.child")  # not __name__: this module runs as __main__
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class _Told(logging.Handler):
@@ -51,48 +47,43 @@ class _Told(logging.Handler):
 _TOLD = _Told()
 
 
-def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
+def serve(parent: Parent, open_: Open = open_bundle_session) -> None:
     """Serve one parent until it goes.
 
     Args:
-        stream: connected to the parent; its first frame holds the ``Settings``.
+        parent: its first frame holds the ``Settings``.
         open_: opens the session; tests put in their own.
     """
-    first = receive_frame(stream)
-    if first is None:
-        return
-    inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-    # From here on: a load or a step may take long, and the parent may go meanwhile.
-    threading.Thread(target=_receive_all, args=(stream, inbox), daemon=True).start()
-    settings = Settings(**first[0]["settings"])
+    settings = Settings(**parent.receive()[0]["settings"])
     try:
         bundle = Bundle.open(Path(settings.bundle))
         schedule = NoiseSchedule.from_config(bundle.scheduler_config())
         with ExitStack() as sessions:
             loaded = load(bundle, settings, open_, sessions)
-            stream.sendall(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
+            parent.send(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
             stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
-            _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
+            _step_for_ever(parent, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
     except QdmError as error:
-        stream.sendall(_TOLD.take() + frame("refused", error=type(error).__name__, message=str(error)))
+        parent.send(_TOLD.take())
+        parent.tell_error(error)
 
 
-def _step_for_ever(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]", stepper: Stepper, maker: JobMaker) -> None:
+def _step_for_ever(parent: Parent, stepper: Stepper, maker: JobMaker) -> None:
     scheduler = stepper.scheduler
     happened: list[Happened] = []
     while True:
         idle = not scheduler.alive
         if idle and happened:
             # The parent learns of the end of the last request before we sleep.
-            stream.sendall(_told(happened) + _running(scheduler))
+            parent.send(_told(happened) + _running(scheduler))
             happened = []
-        while idle or not inbox.empty():
-            happened += _obey(inbox.get(), scheduler, maker)
+        while idle or parent.has_spoken:
+            happened += _obey(parent.receive(), scheduler, maker)
             idle = False
         happened += stepper.begin(time.monotonic())
         # One write for each step: what came of the last one, and who takes part in the next. It is sent before the step
         # runs, so that the parent knows whose step it was when this process dies in it.
-        stream.sendall(_TOLD.take() + _told(happened) + _running(scheduler))
+        parent.send(_TOLD.take() + _told(happened) + _running(scheduler))
         happened = stepper.run()
 
 
@@ -128,53 +119,26 @@ def _frame_of(item: Happened) -> bytes:
     return frame("failed", request_id=item.request_id, reason=item.reason, message=item.message)
 
 
-def _receive_all(stream: socket.socket, inbox: "queue.SimpleQueue[Frame]") -> None:
-    """Move what the parent says into the inbox; the end of the stream ends this process, even inside a step."""
-    with suppress(OSError):
-        while (received := receive_frame(stream)) is not None:
-            inbox.put(received)
-    os._exit(0)
-
-
-def _leave_signals_to_the_parent() -> None:
-    """Run on through signals that ask the whole service to stop, and end with the parent even while stopped.
-
-    A service manager may send SIGTERM to every process of the service (systemd does by default). The parent drains
-    then, and this process has to finish the requests. A process that is stopped (SIGSTOP) cannot see its stream end, so
-    on Linux the kernel is asked to kill it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs started from here would inherit
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _last_words(stream: socket.socket, status: int) -> int:
-    with suppress(OSError):
-        stream.sendall(_TOLD.take())
-    return status
-
-
 def main(arguments: list[str], open_: Open = open_bundle_session) -> int:
     """The process; returns its exit status."""
     logging.basicConfig(handlers=[_TOLD], level=logging.INFO, format="%(message)s")
-    _leave_signals_to_the_parent()
-    # Where memory runs out, the system should end this process, which is started again, and not its parent.
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
-    with socket.socket(fileno=int(arguments[0])) as stream:
-        try:
-            serve(stream, open_)
-        except MemoryError:
-            _LOG.exception("out of memory")
-            return _last_words(stream, EXIT_OUT_OF_MEMORY)
-        except EngineBroken:
-            _LOG.exception("the session is broken")
-            return _last_words(stream, EXIT_BROKEN)
-        except ConnectionError:
-            return 0  # the parent is gone
-    return 0
+    # A service manager may send SIGTERM to every process of the service (systemd does by default). The parent drains
+    # then, and this process has to finish the requests.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs started from here would inherit
+    parent = Parent(arguments[-1])
+    try:
+        serve(parent, open_)
+    except MemoryError:
+        _LOG.exception("out of memory")
+        status = EXIT_OUT_OF_MEMORY
+    except EngineBroken:
+        _LOG.exception("the session is broken")
+        status = EXIT_BROKEN
+    else:
+        status = 0
+    parent.send(_TOLD.take())
+    return status
 
 
 if __name__ == "__main__":

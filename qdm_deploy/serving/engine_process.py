@@ -2,16 +2,13 @@
 
 import asyncio
 import logging
-import os
-import signal
 import socket
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
 
+from qdm_deploy.child_process import Frame, child_command, frame, how_it_ended, read_frame
 from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
-from qdm_deploy.serving.wire import Frame, frame, read_frame
 
 __all__ = ["CHILD", "EngineProcess"]
 
@@ -43,27 +40,15 @@ class EngineProcess:
         Raises:
             OSError: no process can be started.
         """
-        # The child imports what this process imports, from wherever this process does; -P keeps the current folder out.
-        folders = [os.path.abspath(folder) for folder in sys.path]
         ours, theirs = socket.socketpair()
+        command, options = child_command(program, theirs)
         try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                *program,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.stderr.fileno() if _has_descriptor() else asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
-                # Ctrl-C in a terminal is for this process, which drains; the child goes when it is told, or with us.
-                start_new_session=True,
-            )
+            process = await asyncio.create_subprocess_exec(*command, **options)
         except BaseException:
             ours.close()
             raise
         finally:
-            theirs.close()  # or the end of the child would not end the stream
+            theirs.close()
         try:
             ours.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=ours)
@@ -114,21 +99,8 @@ class EngineProcess:
                 status = await self._process.wait()
         except TimeoutError:
             return "the engine process closed its stream"
-        if status == -signal.SIGKILL:
-            return "the engine process was killed (SIGKILL): usually the system ran out of memory"
-        if status < 0:
-            return f"the engine process crashed with {signal.Signals(-status).name}"
         if status == EXIT_OUT_OF_MEMORY:
             return "the engine process ran out of memory"
         if status == EXIT_BROKEN:
             return "the engine's session failed whatever it was given"
-        return f"the engine process ended with exit status {status}"
-
-
-def _has_descriptor() -> bool:
-    """Whether standard error is a real file, which a child can write its log to."""
-    try:
-        sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True
+        return f"the engine process {how_it_ended(status)}"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qdm_deploy import errors
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.child_process import Frame, error_of, frame
 from qdm_deploy.errors import EnvironmentProblem, InputError, QdmError, ResourceProblem
 from qdm_deploy.samplers import NoiseSchedule
 from qdm_deploy.serving.contract import (
@@ -34,7 +34,7 @@ from qdm_deploy.serving.jobs import JobMaker
 from qdm_deploy.serving.ledger import Ledger
 from qdm_deploy.serving.restarts import RestartPolicy
 from qdm_deploy.serving.settings import Settings
-from qdm_deploy.serving.wire import Frame, frame, submission
+from qdm_deploy.serving.wire import submission
 
 __all__ = ["ProcessEngine"]
 
@@ -305,9 +305,8 @@ class ProcessEngine:
                 while (received := await process.read())[0]["kind"] == "log":
                     self._take(received)
             header, _ = received
-            if header["kind"] == "refused":
-                kind = getattr(errors, header["error"], QdmError)
-                return kind(header["message"])
+            if header["kind"] == "error":
+                return error_of(header)
             self._ready(process, header)
             watch = asyncio.create_task(self._watch(process))
             while True:
