@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.layers import layer_of
 from qdm_calibration.reconstruct import held_out
 from qdm_calibration.rows import chosen_rows, in_batches, run_rows
 from qdm_calibration.simulate import quantized_layer
@@ -48,7 +49,6 @@ def correct_biases(
     calibration: CalibrationSet,
     *,
     rows: int = _ROWS,
-    submodule_prefix: str = "unet.",
     batch_size: int = 8,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
@@ -59,7 +59,6 @@ def correct_biases(
         plan: final codes and scales. Corrections that it already has are measured anew.
         calibration: network inputs.
         rows: calibration rows to measure on, spread over the timesteps; every fifth of them only judges.
-        submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
         progress: where to report.
 
@@ -72,9 +71,7 @@ def correct_biases(
     bins = plan.bin_of_timestep()
     errors = {layer.name: _Errors() for layer in plan.quantized}
     quantized = {
-        layer.name: quantized_layer(
-            network.get_submodule(submodule_prefix + layer.name), replace(layer, bias_correction=None), "tensorrt"
-        )
+        layer.name: quantized_layer(layer_of(network, layer.name), replace(layer, bias_correction=None), "tensorrt")
         for layer in plan.quantized
     }
 
@@ -85,10 +82,7 @@ def correct_biases(
 
         return measure
 
-    handles = [
-        network.get_submodule(submodule_prefix + layer.name).register_forward_hook(hook(layer))
-        for layer in plan.quantized
-    ]
+    handles = [layer_of(network, layer.name).register_forward_hook(hook(layer)) for layer in plan.quantized]
     try:
         with progress.task("Correcting biases", len(picked)) as advance, torch.inference_mode():
             for index in in_batches(picked, batch_size):

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.layers import layer_of
 from qdm_calibration.rows import in_batches, run_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
@@ -29,7 +30,7 @@ class Block:
     """One unit.
 
     Attributes:
-        name: module path, without the prefix of the U-Net.
+        name: as layers are named.
         layers: its INT8 layers in execution order.
     """
 
@@ -63,7 +64,6 @@ class Batch:
 def blocks_of(
     network: nn.Module,
     plan: QuantizationPlan,
-    submodule_prefix: str = "unet.",
     unit: Literal["block", "layer"] = "block",
 ) -> tuple[Block, ...]:
     """The units that hold INT8 layers, in execution order of their first layer; "layer": every layer is one."""
@@ -71,24 +71,24 @@ def blocks_of(
         return tuple(Block(layer.name, (layer,)) for layer in plan.quantized)
     members: dict[str, list[LayerPlan]] = {}
     for layer in plan.quantized:
-        members.setdefault(_unit(network, layer.name, submodule_prefix), []).append(layer)
+        members.setdefault(_unit(network, layer.name), []).append(layer)
     return tuple(Block(name, tuple(layers)) for name, layers in members.items())
 
 
 def run_until(
     network: nn.Module,
-    path: str,
+    name: str,
     calibration: CalibrationSet,
     rows: NDArray[np.int64],
     *,
     before: Callable[[NDArray[np.int64]], None] | None = None,
     batch_size: int = 32,
 ) -> tuple[Batch, Tensor]:
-    """Input and output of the module at ``path`` for those rows; what comes behind it is not computed.
+    """Input and output of the unit of that name for those rows; what comes behind it is not computed.
 
     Args:
         network: takes (sample, timestep, **conditioning).
-        path: of the module, inside ``network``.
+        name: of the unit.
         calibration: the network's inputs.
         rows: which of them, [N] int64.
         before: called with the rows of each batch before they run.
@@ -106,7 +106,7 @@ def run_until(
         outputs.append(output)
         raise _Reached
 
-    handle = network.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+    handle = layer_of(network, name).register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
             for index in in_batches(rows, batch_size):
@@ -116,7 +116,7 @@ def run_until(
                     run_rows(network, calibration, index)
                 except _Reached:
                     continue
-                raise CalibrationError(f"{path} is never reached, so it cannot be reconstructed; check the network")
+                raise CalibrationError(f"{name} is never reached, so it cannot be reconstructed; check the network")
     finally:
         handle.remove()
     return Batch.joined(inputs), torch.cat(outputs)
@@ -126,11 +126,11 @@ class _Reached(Exception):
     """The module has run; the rest of the pass is of no use."""
 
 
-def _unit(network: nn.Module, name: str, submodule_prefix: str) -> str:
+def _unit(network: nn.Module, name: str) -> str:
     parts = name.split(".")
     for end in range(1, len(parts)):
         path = ".".join(parts[:end])
-        if type(network.get_submodule(submodule_prefix + path)).__name__ in _UNITS:
+        if type(layer_of(network, path)).__name__ in _UNITS:
             return path
     return name
 

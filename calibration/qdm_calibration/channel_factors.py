@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qdm_calibration.layers import layer_of
 from qdm_calibration.ranges import ActivationScale, RangeMethod, activation_scale, quantize_weight, weight_scale
 from qdm_calibration.rows import chosen_rows, in_batches, run_rows
 from qdm_calibration.simulate import quantized_layer
@@ -89,14 +90,13 @@ def search_channel_factors(
     branch_fold: bool = True,
     channels: Collection[str] | None = None,
     rows: int = _ROWS,
-    submodule_prefix: str = "unet.",
     batch_size: int = 8,
     progress: Progress = SILENT,
 ) -> dict[str, ChannelFactors]:
     """Choose k for every shared input of the layers that may become INT8.
 
     Args:
-        network: takes (sample, timestep, **conditioning); its layers are ``submodule_prefix`` + layer name.
+        network: takes (sample, timestep, **conditioning).
         topology: the layers and what they share.
         statistics: channel ranges of every input.
         calibration: where the rows come from that candidates are measured on.
@@ -107,7 +107,6 @@ def search_channel_factors(
         channels: shared inputs to offer k_c = (amax_c / max)**alpha; None: all. The others are offered the fold alone,
             and that only where no normalization stands before them.
         rows: calibration rows to measure on, spread over the timesteps.
-        submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
         progress: where to report.
     """
@@ -156,18 +155,15 @@ def search_channel_factors(
             for handle in handles:
                 handle.remove()
 
-    def module_of(name: str) -> nn.Module:
-        return network.get_submodule(submodule_prefix + name)
-
     with progress.task("Searching channel factors", 2 * len(picked)) as advance, torch.inference_mode():
-        run([module_of(name).register_forward_pre_hook(on_input(name)) for name in searched], advance)
+        run([layer_of(network, name).register_forward_pre_hook(on_input(name)) for name in searched], advance)
         for name, found in collectors.items():
             grids[name] = [
                 activation_scale([(item.result().histogram(0), 1.0)], ranges, zero_offset=zero_offset) for item in found
             ]
         run(
             [
-                module_of(layer.name).register_forward_hook(on_output(name, layer))
+                layer_of(network, layer.name).register_forward_hook(on_output(name, layer))
                 for name, layers in searched.items()
                 for layer in layers
             ],

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qdm_calibration.layers import layer_of, unet_of
 from qdm_calibration.plan import PlanOptions, output_grid
 from qdm_calibration.ranges import float16_exact, quantize_weight, weight_sqnr_db
 from qdm_calibration.rows import in_batches, run_rows
@@ -126,15 +127,15 @@ def modelopt_network(
     return twin.eval()
 
 
-def quantizers_of(network: nn.Module, submodule_prefix: str = "unet.") -> dict[str, Quantizer]:
+def quantizers_of(network: nn.Module) -> dict[str, Quantizer]:
     """The layers of a network of ``modelopt_network`` whose input and weight are both quantized, by layer name."""
     found = {}
-    for name, module in network.named_modules():
+    for name, module in unet_of(network).named_modules():
         source, weight = getattr(module, _INPUT, None), getattr(module, _WEIGHT, None)
         if source is None or weight is None or not (source.is_enabled and weight.is_enabled):
             continue
         factor = source.pre_quant_scale
-        found[name.removeprefix(submodule_prefix)] = Quantizer(
+        found[name] = Quantizer(
             float(source.amax),
             weight.amax.detach().float().numpy().reshape(-1),
             None if factor is None else factor.detach().float().numpy().reshape(-1),
@@ -142,8 +143,8 @@ def quantizers_of(network: nn.Module, submodule_prefix: str = "unet.") -> dict[s
     return found
 
 
-def read_quantizer_state(path: Path, submodule_prefix: str = "unet.") -> dict[str, Quantizer]:
-    """Quantizers from the ``state_dict`` of a network that ModelOpt quantized, saved with safetensors.
+def read_quantizer_state(path: Path) -> dict[str, Quantizer]:
+    """Quantizers from the ``state_dict`` of a U-Net that ModelOpt quantized, saved with safetensors.
 
     Read are ``<layer>.input_quantizer._amax``, ``<layer>.weight_quantizer._amax`` and, of SmoothQuant,
     ``<layer>.input_quantizer._pre_quant_scale``; other tensors are ignored. The state does not tell bits, nor that a
@@ -164,8 +165,7 @@ def read_quantizer_state(path: Path, submodule_prefix: str = "unet.") -> dict[st
                 if (match := _KEY.fullmatch(key)) is not None:
                     value = tensors.get_tensor(key).float().numpy().reshape(-1)
                     _refuse_nonsense(path, key, value)
-                    layer = match["layer"].removeprefix(submodule_prefix)
-                    values.setdefault(layer, {})[match["which"] + match["what"]] = value
+                    values.setdefault(match["layer"], {})[match["which"] + match["what"]] = value
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as safetensors ({error}); save the state with safetensors") from error
     found = {
@@ -190,7 +190,6 @@ def plan_from_modelopt(
     config_name: str,
     statistics: ActivationStatistics,
     *,
-    submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
@@ -204,10 +203,9 @@ def plan_from_modelopt(
     return plan_from_quantizers(
         network,
         topology,
-        quantizers_of(twin, submodule_prefix),
+        quantizers_of(twin),
         statistics,
         source=config_name,
-        submodule_prefix=submodule_prefix,
         provenance=provenance,
     )
 
@@ -219,19 +217,17 @@ def plan_from_quantizers(
     statistics: ActivationStatistics,
     *,
     source: str,
-    submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
 ) -> QuantizationPlan:
     """A plan with ModelOpt's scales where both it and the topology quantize.
 
     Args:
-        network: holds the float weights, under ``submodule_prefix`` + layer name.
+        network: holds the float weights.
         topology: the layers in execution order.
         quantizers: ModelOpt's, by layer name.
         statistics: of the same calibration; the ranges of outputs, which ModelOpt does not quantize and the target
             onnxruntime does, and of the channels of inputs whose readers were smoothed differently.
         source: configuration or file, for the record.
-        submodule_prefix: where the U-Net sits inside ``network``.
         provenance: what to remember.
 
     Raises:
@@ -251,7 +247,7 @@ def plan_from_quantizers(
             quantized, quantizers, statistics.inputs[group].channel_min, statistics.inputs[group].channel_max, source
         )
         for layer in quantized:
-            weight = network.get_parameter(f"{submodule_prefix}{layer.name}.weight").detach().numpy()
+            weight = layer_of(network, layer.name).get_parameter("weight").detach().numpy()
             plans[layer.name] = _plan_layer(layer, weight, quantizers[layer.name], grid, statistics)
     if not plans or all(plan.precision == "float" for plan in plans.values()):
         raise InputError(

@@ -39,7 +39,6 @@ def correct_output(
     calibration: CalibrationSet,
     *,
     rows: int = _ROWS,
-    submodule_prefix: str = "unet.",
     batch_size: int = 8,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
@@ -53,7 +52,6 @@ def correct_output(
         plan: final, but for the correction; one that it already has is measured anew.
         calibration: network inputs.
         rows: calibration rows to measure on, spread over the timesteps; every fifth of them judges first.
-        submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
         progress: where to report.
     """
@@ -61,7 +59,7 @@ def correct_output(
     plan = replace(plan, output_correction=None)
     if len(picked) < 2 or not plan.quantized:
         return plan
-    quantized = simulate(network, plan, "tensorrt", submodule_prefix=submodule_prefix)
+    quantized = simulate(network, plan, "tensorrt")
     # The predicted noise alone: what stands behind it of a learned variance moves no mean.
     channels = calibration.sample.shape[1]
     moments, outputs = [], channels

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdm_calibration.channel_factors import ChannelFactors
+from qdm_calibration.layers import layer_of
 from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import (
     METHODS,
@@ -90,14 +91,13 @@ def make_plan(
     *,
     factors: Mapping[str, ChannelFactors] | None = None,
     importance: Callable[[], NDArray[np.float64]] | None = None,
-    submodule_prefix: str = "unet.",
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
     """Decide the precision and the numbers of every layer.
 
     Args:
-        network: holds the weights, under ``submodule_prefix`` + layer name.
+        network: holds the weights.
         topology: the layers in execution order.
         statistics: ranges of every activation.
         options: which factors may be used.
@@ -105,7 +105,6 @@ def make_plan(
             by the ranges of the skip branches alone.
         importance: weights of the timestep bins of ``statistics``, [M], for the choice of step bins; asked for only
             where there is something to choose. None weighs them equally.
-        submodule_prefix: where the U-Net sits inside ``network``.
         provenance: what to remember.
         progress: where to report.
 
@@ -127,7 +126,7 @@ def make_plan(
         for name, layers in groups.items():
             decision = _decide_input(layers[0], statistics.inputs[name], unsplit[name], bin_of, bins, options)
             for layer in layers:
-                weight = network.get_parameter(f"{submodule_prefix}{layer.name}.weight").detach().numpy()
+                weight = layer_of(network, layer.name).get_parameter("weight").detach().numpy()
                 plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
             advance()
     for layer in topology:

@@ -8,11 +8,10 @@ rounding.
 Memory: one block's inputs and outputs on at most ``ReconstructOptions.rows`` rows, and the network's weights once more.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from qdm_calibration.adaround import RoundedLayer
 from qdm_calibration.blocks import Batch, Block, blocks_of, run_until
 from qdm_calibration.finished_blocks import FinishedBlocks
+from qdm_calibration.layers import layer_of, put_layer, sharing_copy
 from qdm_calibration.rows import chosen_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
@@ -92,7 +92,6 @@ def reconstruct(
     calibration: CalibrationSet,
     options: ReconstructOptions = ReconstructOptions(),
     *,
-    submodule_prefix: str = "unet.",
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
     """The plan with weight codes that were rounded for the output of their block.
@@ -102,7 +101,6 @@ def reconstruct(
         plan: its scales stay, its codes are where the search starts.
         calibration: network inputs.
         options: how.
-        submodule_prefix: where the U-Net sits inside ``network``.
         progress: where to report.
 
     Raises:
@@ -112,9 +110,9 @@ def reconstruct(
     rows = chosen_rows(calibration.timestep, options.rows, options.seed)
     if len(rows) < 2:
         raise InputError("the calibration set has one row; reconstruction needs at least 2, one of them to judge")
-    twin = rounded_twin(network, plan, submodule_prefix)
+    twin = rounded_twin(network, plan)
     bins = plan.bin_of_timestep()
-    blocks = blocks_of(network, plan, submodule_prefix, options.unit)
+    blocks = blocks_of(network, plan, options.unit)
     finished = FinishedBlocks.of("weights", network, plan, calibration, asdict(options), folder=options.folder)
     changed: dict[str, LayerPlan] = {}
 
@@ -126,15 +124,14 @@ def reconstruct(
         layer.quantize_input = options.quantize_inputs
     with progress.task("Reconstructing weights", len(blocks) * options.iterations) as advance:
         for number, block in enumerate(blocks):
-            path = submodule_prefix + block.name
-            layers = [rounded(twin, submodule_prefix + item.name) for item in block.layers]
+            layers = [rounded(twin, item.name) for item in block.layers]
             arrays, errors = finished.read(block.name)
             if arrays is None:
-                inputs, _ = run_until(twin, path, calibration, rows, before=set_bins)
-                _, target = run_until(network, path, calibration, rows)
+                inputs, _ = run_until(twin, block.name, calibration, rows, before=set_bins)
+                _, target = run_until(network, block.name, calibration, rows)
                 generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
                 time_bin = torch.from_numpy(bins[calibration.timestep[rows]])
-                work = _Work(twin.get_submodule(path), layers, inputs, target, time_bin)
+                work = _Work(layer_of(twin, block.name), layers, inputs, target, time_bin)
                 errors = _learn(work, options, generator, advance)
                 arrays = {layer.plan.name: layer.numpy_codes() for layer in layers}
                 finished.write(block.name, arrays, errors)
@@ -147,14 +144,11 @@ def reconstruct(
     return replace(plan, layers=tuple(changed.get(layer.name, layer) for layer in plan.layers))
 
 
-def rounded_twin(network: nn.Module, plan: QuantizationPlan, submodule_prefix: str) -> nn.Module:
+def rounded_twin(network: nn.Module, plan: QuantizationPlan) -> nn.Module:
     """A copy of ``network`` with a ``RoundedLayer`` in place of every INT8 layer; float weights are shared."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    twin: nn.Module = copy.deepcopy(network, memo)
+    twin = sharing_copy(network)
     for layer in plan.quantized:
-        path = submodule_prefix + layer.name
-        parent, _, leaf = path.rpartition(".")
-        setattr(twin.get_submodule(parent), leaf, RoundedLayer(twin.get_submodule(path), layer))
+        put_layer(twin, layer.name, RoundedLayer(layer_of(twin, layer.name), layer))
     return twin.eval()
 
 
@@ -163,11 +157,11 @@ def layers_in(module: nn.Module) -> list[RoundedLayer]:
     return [layer for layer in module.modules() if isinstance(layer, RoundedLayer)]
 
 
-def rounded(twin: nn.Module, path: str) -> RoundedLayer:
-    """The replaced layer at that path."""
-    layer = twin.get_submodule(path)
+def rounded(twin: nn.Module, name: str) -> RoundedLayer:
+    """The replaced layer of that name."""
+    layer = layer_of(twin, name)
     if not isinstance(layer, RoundedLayer):
-        raise ValueError(f"{path} was not replaced")
+        raise ValueError(f"{name} was not replaced")
     return layer
 
 

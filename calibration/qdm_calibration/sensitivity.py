@@ -4,7 +4,6 @@ Rounding errors of different layers are nearly uncorrelated, so their powers add
 predicts the noise of the whole plan within a few dB, and a layer's share tells what keeping it in float would remove.
 """
 
-import copy
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -14,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.layers import layer_of, put_layer, sharing_copy
 from qdm_calibration.rows import chosen_rows, run_rows
 from qdm_calibration.simulate import Simulation, quantized_layer
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
@@ -119,7 +119,6 @@ def measure_sensitivity(
     target: Target = "onnxruntime",
     rows: int = 20,
     weights: NDArray[np.float64] | None = None,
-    submodule_prefix: str = "unet.",
     progress: Progress = SILENT,
 ) -> Sensitivity:
     """Quantize each layer of ``plan`` alone, and compare the output with the float network's.
@@ -131,7 +130,6 @@ def measure_sensitivity(
         target: whose arithmetic; ``onnxruntime`` also rounds outputs, so it is the least favourable.
         rows: rows to run, evenly over the timesteps, one of them at the last step; they run as one batch.
         weights: of each of the rows' distinct timesteps, rising, [M]; None is uniform.
-        submodule_prefix: where the U-Net sits inside ``network``.
         progress: where to report.
 
     Raises:
@@ -145,31 +143,29 @@ def measure_sensitivity(
     index = chosen_rows(calibration.timestep, rows, last_step=True)
 
     # One twin that shares every weight; only one of its modules is another at a time.
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    twin = Simulation(copy.deepcopy(network, memo).eval(), plan).eval()
-    paths = [submodule_prefix + layer.name for layer in plan.quantized]
-    macs = np.zeros(len(paths), dtype=np.int64)
-    handles = [_count_macs(twin.network.get_submodule(path), macs, i) for i, path in enumerate(paths)]
+    twin = Simulation(sharing_copy(network).eval(), plan).eval()
+    names = tuple(layer.name for layer in plan.quantized)
+    macs = np.zeros(len(names), dtype=np.int64)
+    handles = [_count_macs(layer_of(twin.network, name), macs, i) for i, name in enumerate(names)]
     # The predicted noise alone: a learned variance behind it reaches the sample through another path.
     channels = calibration.sample.shape[1]
     expected = run_rows(twin, calibration, index)[:, :channels].double()
     for handle in handles:
         handle.remove()
 
-    rows_noise = np.empty((len(paths), len(index)))
-    with progress.task("Measuring sensitivity", len(paths)) as advance:
-        for i, (path, layer) in enumerate(zip(paths, plan.quantized, strict=True)):
-            module = twin.network.get_submodule(path)
-            _replace(twin.network, path, quantized_layer(module, layer, target))
+    rows_noise = np.empty((len(names), len(index)))
+    with progress.task("Measuring sensitivity", len(names)) as advance:
+        for i, (name, layer) in enumerate(zip(names, plan.quantized, strict=True)):
+            module = layer_of(twin.network, name)
+            put_layer(twin.network, name, quantized_layer(module, layer, target))
             found = run_rows(twin, calibration, index)[:, :channels].double()
-            _replace(twin.network, path, module)
+            put_layer(twin.network, name, module)
             rows_noise[i] = _mean_square(found - expected)
             advance()
     distinct, place = np.unique(calibration.timestep[index], return_inverse=True)
     noise = np.stack([rows_noise[:, place == m].mean(axis=1) for m in range(len(distinct))], axis=1)
     power = _mean_square(expected)
     signal = np.array([power[place == m].mean() for m in range(len(distinct))])
-    names = tuple(layer.name for layer in plan.quantized)
     found_all = Sensitivity(names, distinct, noise, signal, np.ones(len(distinct)), macs)
     return found_all if weights is None else found_all.weighted(weights)
 
@@ -178,11 +174,6 @@ def _mean_square(values: Tensor) -> NDArray[np.float64]:
     """Of each row, [B] float64."""
     mean: NDArray[np.float64] = (values**2).flatten(1).mean(dim=1).numpy()
     return mean
-
-
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, module)
 
 
 def _count_macs(module: nn.Module, macs: NDArray[np.int64], place: int) -> Any:

@@ -7,15 +7,13 @@ scales the result. What stays float in the plan stays float32 here; a float16 en
 ``onnxruntime`` also quantizes the bias and the output of its convolutions; ``openvino`` and ``tensorrt`` do not.
 """
 
-import copy
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qdm_calibration.layers import layer_of, put_layer, sharing_copy
 from qdm_deploy.artifacts.plan import TARGETS, LayerPlan, QuantizationPlan, Target
 from qdm_deploy.errors import InputError
 
@@ -56,7 +54,6 @@ def simulate(
     plan: QuantizationPlan,
     target: Target,
     *,
-    submodule_prefix: str = "unet.",
     dtype: torch.dtype = torch.float32,
 ) -> Simulation:
     """A copy of ``network`` that runs ``plan`` as ``target`` does; float weights are shared with the original.
@@ -65,7 +62,6 @@ def simulate(
         network: takes (sample, timestep, **conditioning).
         plan: what to run.
         target: whose arithmetic.
-        submodule_prefix: where the U-Net sits inside ``network``.
         dtype: what integers are held in; float64 makes every integer sum exact.
 
     Raises:
@@ -73,12 +69,9 @@ def simulate(
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    twin = copy.deepcopy(network, memo)
+    twin = sharing_copy(network)
     for layer in plan.quantized:
-        path = submodule_prefix + layer.name
-        parent, _, leaf = path.rpartition(".")
-        setattr(twin.get_submodule(parent), leaf, quantized_layer(twin.get_submodule(path), layer, target, dtype=dtype))
+        put_layer(twin, layer.name, quantized_layer(layer_of(twin, layer.name), layer, target, dtype=dtype))
     return Simulation(twin.eval(), plan).eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdm_calibration.layers import layer_of
 from qdm_calibration.rows import in_batches, run_rows
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics, halved
@@ -96,18 +97,16 @@ def collect_statistics(
     calibration: CalibrationSet,
     num_train_timesteps: int,
     *,
-    submodule_prefix: str = "unet.",
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> ActivationStatistics:
     """Run the calibration set through ``network`` and measure every activation the plan may quantize.
 
     Args:
-        network: takes (sample, timestep, **conditioning); its layers are found as ``submodule_prefix`` + layer name.
+        network: takes (sample, timestep, **conditioning).
         topology: the layers and what they share.
         calibration: network inputs with their timesteps.
         num_train_timesteps: T; the timestep bins cover 0 .. T - 1.
-        submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
         progress: where to report.
 
@@ -148,11 +147,9 @@ def collect_statistics(
     handles = []
     try:
         for name, layers in groups.items():
-            handles.append(
-                network.get_submodule(submodule_prefix + name).register_forward_pre_hook(on_input(layers[0]))
-            )
+            handles.append(layer_of(network, name).register_forward_pre_hook(on_input(layers[0])))
         for layer in convs:
-            handles.append(network.get_submodule(submodule_prefix + layer.name).register_forward_hook(on_output(layer)))
+            handles.append(layer_of(network, layer.name).register_forward_hook(on_output(layer)))
         with progress.task("Measuring activations", len(calibration)) as advance:
             for time_bin in _run(network, calibration, edges, batch_size, advance):
                 current = time_bin
@@ -176,7 +173,6 @@ def collect_scaled_inputs(
     edges: NDArray[np.int64],
     inverse_k: Mapping[str, NDArray[np.float32]],
     *,
-    submodule_prefix: str = "unet.",
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> dict[str, TensorStatistics]:
@@ -188,7 +184,6 @@ def collect_scaled_inputs(
         calibration: network inputs with their timesteps.
         edges: [M + 1] timestep bins of the other statistics.
         inverse_k: 1 / k per channel, [C], by input group.
-        submodule_prefix: where the U-Net sits inside ``network``.
         batch_size: rows per forward pass.
         progress: where to report.
 
@@ -204,9 +199,7 @@ def collect_scaled_inputs(
         factor = torch.from_numpy(inverse_k[name]).reshape((1, -1, 1, 1) if conv else (-1,))
         return lambda module, args: collectors[name].add(current, args[0] * factor, 1 if conv else -1)
 
-    handles = [
-        network.get_submodule(submodule_prefix + name).register_forward_pre_hook(on_input(name)) for name in collectors
-    ]
+    handles = [layer_of(network, name).register_forward_pre_hook(on_input(name)) for name in collectors]
     try:
         with progress.task("Measuring scaled activations", len(calibration)) as advance:
             for time_bin in _run(network, calibration, edges, batch_size, advance):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qdm_calibration.adaround import RoundedLayer
 from qdm_calibration.blocks import Batch, Block, blocks_of, run_until
 from qdm_calibration.finished_blocks import FinishedBlocks
+from qdm_calibration.layers import layer_of
 from qdm_calibration.ranges import float16_exact
 from qdm_calibration.reconstruct import ReconstructOptions, held_out, rounded, rounded_twin
 from qdm_calibration.rows import chosen_rows
@@ -35,7 +36,6 @@ def learn_step_sizes(
     calibration: CalibrationSet,
     options: ReconstructOptions,
     *,
-    submodule_prefix: str = "unet.",
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
     """The plan with activation scales learned for the output of their block.
@@ -44,9 +44,9 @@ def learn_step_sizes(
     ``options``, the learning rate and the regularizer are not used.
     """
     rows = chosen_rows(calibration.timestep, options.rows, options.seed)
-    twin = rounded_twin(network, plan, submodule_prefix)
+    twin = rounded_twin(network, plan)
     bins = torch.from_numpy(plan.bin_of_timestep()[calibration.timestep[rows]])
-    blocks = blocks_of(network, plan, submodule_prefix, options.unit)
+    blocks = blocks_of(network, plan, options.unit)
     finished = FinishedBlocks.of("steps", network, plan, calibration, asdict(options), folder=options.folder)
     scales: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -58,12 +58,11 @@ def learn_step_sizes(
                 continue
             arrays, errors = finished.read(block.name)
             if arrays is None:
-                path = submodule_prefix + block.name
-                inputs, target = run_until(network, path, calibration, rows)
-                layers = [rounded(twin, submodule_prefix + item.name) for item in block.layers]
+                inputs, target = run_until(network, block.name, calibration, rows)
+                layers = [rounded(twin, item.name) for item in block.layers]
                 generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
                 learned, errors = _learn(
-                    _block_error(twin.get_submodule(path), layers, inputs, target, bins),
+                    _block_error(layer_of(twin, block.name), layers, inputs, target, bins),
                     {group: [layer for layer in layers if layer.plan.layer.input_group == group] for group in own},
                     len(rows),
                     options,

@@ -23,11 +23,11 @@ from qdm_deploy.errors import ExportError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_export.passes.base import constant, graph_of, values_of
 from qdm_export.topology import MIN_CHANNELS, MODULE_KEY, LayerNode, layer_nodes, topology_of
-from qdm_export.unet import Checkpoint
+from qdm_export.unet import Checkpoint, UNet
 
 __all__ = ["ConcatReaders", "SplitConv2d", "concat_readers", "split_checkpoint", "split_graph", "split_network"]
 
-Network = TypeVar("Network", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ def split_checkpoint(
     return dataclasses.replace(checkpoint, unet=unet), split_graph(graph, readers.split)
 
 
-def split_network(
-    network: Network, widths: Mapping[str, tuple[int, ...]], *, submodule_prefix: str = "unet."
-) -> Network:
+def split_network(network: UNet, widths: Mapping[str, tuple[int, ...]]) -> UNet:
     """A copy of ``network`` with a ``SplitConv2d`` for each layer in ``widths``; parameters are shared with it.
 
     Raises:
@@ -122,11 +120,11 @@ def split_network(
     """
     twin = _sharing_copy(network)
     for name, branches in widths.items():
-        parent, _, leaf = (submodule_prefix + name).rpartition(".")
-        module = twin.get_submodule(submodule_prefix + name)
+        parent, _, leaf = name.rpartition(".")
+        module = twin.unet.get_submodule(name)
         if not isinstance(module, nn.Conv2d):
             raise ExportError(f"{name} is a {type(module).__name__}; only a Conv2d can be split by branches")
-        setattr(twin.get_submodule(parent), leaf, SplitConv2d(module, branches))
+        setattr(twin.unet.get_submodule(parent), leaf, SplitConv2d(module, branches))
     return twin.eval()
 
 
@@ -203,7 +201,7 @@ def _whole_reason(layer: Layer, item: LayerNode) -> str | None:
     return None
 
 
-def _sharing_copy(module: Network) -> Network:
+def _sharing_copy(module: _Module) -> _Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
     return copy.deepcopy(module, memo)
 

@@ -124,7 +124,7 @@ def check_layers(
 
     margins: dict[str, float] = {}
     for item in endpoints:
-        module = checkpoint.unet.get_submodule("unet." + item.name)
+        module = checkpoint.unet.unet.get_submodule(item.name)
         layer_plan = plan.layer(item.name)
         data = _padded(torch.from_numpy(upsampled(values[item.data], layer_plan.layer)), layer_plan, module)
         whole = data

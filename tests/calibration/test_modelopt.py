@@ -30,11 +30,11 @@ Plan = Callable[[State], QuantizationPlan]
 
 def state_of(layer: str, amax: float, out: int, *, smooth: Any = None, weight: float = 0.127) -> State:
     values = {
-        f"unet.{layer}.input_quantizer._amax": np.array(amax, dtype=np.float32),
-        f"unet.{layer}.weight_quantizer._amax": np.full((out, 1), weight, dtype=np.float32),
+        f"{layer}.input_quantizer._amax": np.array(amax, dtype=np.float32),
+        f"{layer}.weight_quantizer._amax": np.full((out, 1), weight, dtype=np.float32),
     }
     if smooth is not None:
-        values[f"unet.{layer}.input_quantizer._pre_quant_scale"] = np.full(32, smooth, dtype=np.float32)
+        values[f"{layer}.input_quantizer._pre_quant_scale"] = np.full(32, smooth, dtype=np.float32)
     return values
 
 
@@ -55,7 +55,7 @@ def plan(tiny: Any, tmp_path: Path) -> Plan:
 
 
 def test_a_convolution_by_hand(plan: Plan, tiny: Any) -> None:
-    state = {**state_of(CONV, 12.7, 16), "unet.conv_in.weight": np.ones((2, 2), dtype=np.float32)}
+    state = {**state_of(CONV, 12.7, 16), "conv_in.weight": np.ones((2, 2), dtype=np.float32)}
     made = plan({**state, **state_of("conv_in", 3.0, 16)})
     layer = made.layer(CONV)
     assert (layer.precision, layer.zero_offset, layer.inverse_k, layer.inverse_r) == ("int8", 0, None, None)
@@ -118,10 +118,10 @@ def test_smoothing_that_differs_is_averaged_and_measured_anew(plan: Plan, tiny: 
         ({"conv.weight": np.ones(1)}, r"state\.safetensors holds no layer with both <layer>\.input_quantizer\._amax"),
         (state_of("elsewhere", 1.0, 3), r"a file quantizes no layer .* called like 'elsewhere', .* like 'conv_in'"),
         (state_of("conv_in", 1.0, 16), r"a file quantizes no layer that this network can run in INT8"),
-        (state_of(CONV, float("nan"), 16), rf"unet\.{CONV}\.input_quantizer\._amax in .* is empty, negative, NaN"),
+        (state_of(CONV, float("nan"), 16), rf"{CONV}\.input_quantizer\._amax in .* is empty, negative, NaN"),
         (
-            {**state_of(CONV, 1.0, 16), f"unet.{CONV}.input_quantizer._amax": np.ones(16, np.float32)},
-            rf"unet\.{CONV}\.input_quantizer\._amax in .* has 16 values; an input has one scale per tensor",
+            {**state_of(CONV, 1.0, 16), f"{CONV}.input_quantizer._amax": np.ones(16, np.float32)},
+            rf"{CONV}\.input_quantizer\._amax in .* has 16 values; an input has one scale per tensor",
         ),
         (state_of(CONV, 1.0, 8), rf"a file has 8 weight ranges for {CONV}, which has 16 output channels"),
         (state_of(CONV, 1.0, 16, smooth=1.0), rf"a file has 32 pre_quant_scale values for {CONV}, which has 16 input"),
@@ -199,7 +199,7 @@ def test_smoothquant_computes_what_modelopt_computes(tiny: Any, tmp_path: Path) 
     # Only the rounding of scales to float16 lies between them: a small part of what INT8 itself costs.
     assert (got - expected).pow(2).sum() < 0.25 * (exact - expected).pow(2).sum()
     # The saved state gives the same quantizers, and the user's network is as it was.
-    state = {key: value.numpy() for key, value in theirs.state_dict().items() if "quantizer" in key}
+    state = {key: value.numpy() for key, value in theirs.unet.state_dict().items() if "quantizer" in key}
     save_file(state, tmp_path / "state")
     read, direct = read_quantizer_state(tmp_path / "state"), quantizers_of(theirs)
     assert set(read) == set(direct)

@@ -25,7 +25,7 @@ def raw_inputs(tiny: Any, layer: str) -> Any:
     """What a layer gets from the whole calibration set, [rows, C, H, W], float64."""
     data, network = tiny.calibration("labels"), tiny.checkpoint("labels").unet
     seen = []
-    module = network.get_submodule("unet." + layer)
+    module = network.unet.get_submodule(layer)
     handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].double().numpy()))
     conditioning = {name: torch.from_numpy(values) for name, values in data.conditioning.items()}
     with torch.inference_mode():
