@@ -56,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default, 4 step bins": {"step_bins": 4},
     "default, min-max range": {"ranges": "minmax"},
     "default, MSE range": {"ranges": "mse"},
-    "default + bias correction": {"bias_correction": "auto"},
     "default, 10 % of the cost in float": {"keep_fp": "10%"},
     "default, upsampling whole": {"upsample_phases": False},
 }

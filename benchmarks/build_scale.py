@@ -86,7 +86,7 @@ def build(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-_NOT_RUN = ("sensitivity", "engines", "reconstruct", "bias correction")
+_NOT_RUN = ("sensitivity", "engines", "reconstruct")
 
 
 def plot(result: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from concat_forms import split_case
+from lab.grids import narrowed
 from lib.bench import FIRST_SEED, Case, say, write_float, write_graph
 from lib.made_pictures import features_of_made
 from lib.peer_models import CALIBRATION_STEPS
@@ -198,14 +199,15 @@ class Laboratory:
         """Numbers of a plan: teacher-forced, on the simulation of the target tensorrt."""
         return self.simulated(case.checkpoint, case.plan(options))
 
-    def simulated(self, checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, float]:
-        """Numbers of a plan that is made already; plans that round alike are measured once."""
+    def simulated(self, checkpoint: Checkpoint, plan: QuantizationPlan, bits: int = 8) -> dict[str, float]:
+        """Numbers of a plan that is made already, with activations of ``bits``; what rounds alike is measured once."""
 
         def numbers() -> dict[str, float]:
-            step = StepGraph(simulate(checkpoint.unet, plan, "tensorrt"), checkpoint.spec).eval()
+            network = narrowed(simulate(checkpoint.unet, plan, "tensorrt"), bits)
+            step = StepGraph(network, checkpoint.spec).eval()
             return self.measured(TorchSession(step, "tensorrt", device=self.settings.device))
 
-        return self.shared(f"simulated {_rounding(plan)}", numbers)
+        return self.shared(f"simulated {bits} {_rounding(plan)}", numbers)
 
     def pictured(self, case: Case, plan: QuantizationPlan) -> dict[str, float]:
         """Frechet distance of a plan's compiled graph, and how far it is above the float graph's; {} but for seed 0."""

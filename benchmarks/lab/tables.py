@@ -10,16 +10,18 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from ablation import FULL, PLAIN, session_for
+from lab.grids import Measure, regridded
 from lab.laboratory import Laboratory, Settings
 from lab.operations import MU, OPERATIONS, PREVIOUS, SIGMA, operation_numbers
 from lab.row import Row, Skipped
 from lab.sources import SINGLE_STEPS, UNIFORM_STEPS, source_rows, timestep_rows
+from lib.bench import Case
 from lib.peer_models import CALIBRATION_STEPS, CalibrationMethod, modelopt_session, quantized_static
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.ranges import METHODS
 from qdm_calibration.reconstruct import ReconstructOptions, reconstruct
-from qdm_deploy.artifacts.plan import Target
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 
 __all__ = ["LETTERS", "rows_of"]
 
@@ -81,16 +83,34 @@ def _timesteps(settings: Settings) -> list[Row]:
 
 
 def _ranges(settings: Settings) -> list[Row]:
-    names = {"minmax": "min-max", "percentile": "percentile 99.99", "mse": "MSE", "lp": "Lp, p = 2.4", "l1": "L1"}
-    names |= {"cosine": "cosine", "kl": "KL"}
-    plans = {names[method]: dataclasses.replace(STATIC, ranges=method) for method in METHODS}
+    names = {"minmax": "min-max", "percentile": "percentile 99.99", "mse": "MSE", "lp": "Lp, p = 2.4"}
+    others: dict[Measure, str] = {"l1": "L1", "cosine": "cosine", "kl": "KL"}
 
-    def measure(options: PlanOptions) -> Callable[[Laboratory], dict[str, float]]:
-        return lambda lab: lab.planned(lab.case(), options) | lab.finished(lab.case(), lab.case().plan(options))
+    def measure(make: Callable[[Case], QuantizationPlan]) -> Callable[[Laboratory], dict[str, float]]:
+        def numbers(lab: Laboratory) -> dict[str, float]:
+            case = lab.case()
+            plan = make(case)
+            return lab.simulated(case.checkpoint, plan) | lab.finished(case, plan)
 
+        return numbers
+
+    def ours(options: PlanOptions) -> Callable[[Case], QuantizationPlan]:
+        return lambda case: case.plan(options)
+
+    def papers(measure: Measure) -> Callable[[Case], QuantizationPlan]:
+        return lambda case: regridded(case.checkpoint.unet, case.plan(STATIC), case.statistics, measure)
+
+    more = settings.seeds * settings.steps
     return [
-        _plan_row("c", name, options, measure(options), settings, settings.seeds * settings.steps, finished=True)
-        for name, options in plans.items()
+        *(
+            _plan_row("c", names[method], options, measure(ours(options)), settings, more, finished=True)
+            for method in METHODS
+            for options in [dataclasses.replace(STATIC, ranges=method)]
+        ),
+        *(
+            _plan_row("c", name, STATIC, measure(papers(which)), settings, more, finished=True, measure=which)
+            for which, name in others.items()
+        ),
     ]
 
 
@@ -117,8 +137,6 @@ def _reconstruction(settings: Settings) -> list[Row]:
 
     def measure(unit: Literal["layer", "block"]) -> Callable[[Laboratory], dict[str, float]]:
         def numbers(lab: Laboratory) -> dict[str, float]:
-            if "unit" not in {field.name for field in dataclasses.fields(ReconstructOptions)}:
-                raise Skipped("needs ReconstructOptions.unit")
             case = lab.case()
             learned = reconstruct(
                 case.checkpoint.unet,
@@ -178,10 +196,11 @@ def _shortcuts(settings: Settings) -> list[Row]:
 def _gains(settings: Settings) -> list[Row]:
     def measure(bins: int, bits: int) -> Callable[[Laboratory], dict[str, float]]:
         def numbers(lab: Laboratory) -> dict[str, float]:
-            narrow: dict[str, Any] = {} if bits == 8 else {"activation_bits": bits}
-            if not set(narrow) <= {field.name for field in dataclasses.fields(PlanOptions)}:
-                raise Skipped("needs PlanOptions.activation_bits")
-            return lab.planned(lab.case(), dataclasses.replace(STATIC, step_bins=bins, **narrow))
+            case = lab.case()
+            plan = case.plan(dataclasses.replace(STATIC, step_bins=bins))
+            if bits != 8:
+                plan = regridded(case.checkpoint.unet, plan, case.statistics, "mse", bits=bits)
+            return lab.simulated(case.checkpoint, plan, bits)
 
         return numbers
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdm_calibration.ranges import weight_levels
-from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS, LayerPlan
 
 __all__ = ["RoundedLayer"]
 
@@ -43,8 +43,7 @@ class RoundedLayer(nn.Module):
         self.steps = weight / self.unit  # W k in units of w
         self.codes = torch.from_numpy(plan.codes).float()
         self.alpha: Tensor | None = None
-        bias = plan.corrected(module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None)
-        self.bias = None if bias is None else torch.from_numpy(bias)
+        self.bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
         self.stride, self.padding = getattr(module, "stride", 1), getattr(module, "padding", 0)
         axes = [1, -1, *tail] if plan.layer.kind == "conv" else [-1]
         self.inverse_k = None if plan.inverse_k is None else torch.from_numpy(plan.inverse_k).reshape(axes)
@@ -96,7 +95,7 @@ class RoundedLayer(nn.Module):
         steps = x / self.scale
         rounded = steps + (steps.round() - steps).detach()
         z = self.plan.zero_offset
-        x = ((rounded - z).clamp(*self.plan.activation_levels) + z) * self.scale
+        x = ((rounded - z).clamp(*ACTIVATION_LEVELS) + z) * self.scale
         return x if gain is None else x / gain
 
     def numpy_codes(self) -> "np.ndarray[tuple[int, ...], np.dtype[np.int8]]":

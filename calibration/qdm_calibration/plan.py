@@ -27,7 +27,7 @@ from qdm_calibration.ranges import (
     weight_sqnr_db,
 )
 from qdm_calibration.step_bins import GainInput, StepBins, choose_step_bins
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, activation_levels
+from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS, LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
@@ -52,8 +52,6 @@ class PlanOptions:
         weight_bits: 8, or 4; codes of 4 bits run in the same INT8 kernels.
         upsample_phases: convolutions that read an upsampled tensor get weight scales at which they can run as four
             small ones (``phase_sums``).
-        activation_bits: 4 to 8, of the inputs of INT8 layers; fewer than 8 can be simulated, not emitted. What ONNX
-            Runtime makes of a convolution's output keeps 8.
     """
 
     ranges: RangeMethod = "lp"
@@ -64,7 +62,6 @@ class PlanOptions:
     gain_ratio: float = 1.3
     weight_bits: int = 8
     upsample_phases: bool = True
-    activation_bits: int = 8
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -80,7 +77,6 @@ class PlanOptions:
         if self.branch_ratio < 1 or self.gain_ratio < 1:
             raise InputError(f"branch ratio {self.branch_ratio} and gain ratio {self.gain_ratio} must be at least 1")
         weight_levels(self.weight_bits)
-        activation_levels(self.activation_bits)
 
 
 def make_plan(
@@ -186,7 +182,6 @@ def _step_bins(
         inputs,
         options.step_bins,
         zero_offset=options.zero_offset,
-        bits=options.activation_bits,
         gain_ratio=options.gain_ratio,
         importance=importance,
     )
@@ -237,14 +232,14 @@ def _decide_input(
     if not options.zero_offset:
         notes["z"] = "switched off: symmetric grid"
     else:
-        low, high = ((grid.zero_offset + end) * grid.scale for end in activation_levels(options.activation_bits))
+        low, high = ((grid.zero_offset + end) * grid.scale for end in ACTIVATION_LEVELS)
         notes["z"] = f"the grid covers {low:.3g} to {high:.3g}"
     inverse_r = None if gains is None else np.array([1.0 / gain for gain in gains], dtype=np.float32)
     return _Input(grid.scale, grid.zero_offset, unsplit.inverse_k, inverse_r, notes)
 
 
 def _grid(seen: Sequence[tuple[Histogram, float]], options: PlanOptions) -> ActivationScale:
-    return activation_scale(seen, options.ranges, zero_offset=options.zero_offset, bits=options.activation_bits)
+    return activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
 
 
 def _branch_factors(
@@ -343,7 +338,6 @@ def _plan_layer(
         notes=notes,
         weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
         weight_bits=options.weight_bits,
-        activation_bits=options.activation_bits,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdm_calibration.layers import layer_of, put_layer, sharing_copy
-from qdm_deploy.artifacts.plan import TARGETS, LayerPlan, QuantizationPlan, Target
+from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS, TARGETS, LayerPlan, QuantizationPlan, Target
 from qdm_deploy.errors import InputError
 
 __all__ = ["Simulation", "quantized_layer", "simulate"]
@@ -87,6 +87,8 @@ def quantized_layer(
 class _QuantizedLayer(nn.Module):
     """Codes in, integer product, scales out."""
 
+    # Where codes are clipped. Targets have these; an experiment may simulate fewer.
+    levels = ACTIVATION_LEVELS
     # Of each row; whoever runs a layer with gains sets it first.
     time_bin: Tensor
     weight_codes: Tensor
@@ -114,13 +116,12 @@ class _QuantizedLayer(nn.Module):
         self.register_buffer("output_scale", None if scale is None else self._per_channel(scale))
         zeros = None if zero_point is None else self._per_channel(zero_point.astype(np.float32))
         self.register_buffer("output_zero_point", zeros)
-        bias = plan.corrected(module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None)
+        bias = module.bias.detach().numpy() if isinstance(module.bias, Tensor) else None
         self.register_buffer("bias", None if bias is None else self._per_channel(bias))
 
     def codes(self, x: Tensor) -> Tensor:
-        """Activation codes q for x, in [-128, 127] at 8 bits, in the order of operations of the target."""
-        plan = self.plan
-        low, high = plan.activation_levels
+        """Activation codes q for x, in the order of operations of the target."""
+        plan, (low, high) = self.plan, self.levels
         if self.axis_scale is not None:
             return (x / self.axis_scale).round_().sub_(plan.zero_offset).clamp_(low, high)
         if self.inverse_k is not None:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.artifacts.plan import activation_levels
+from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, TensorStatistics
 from qdm_deploy.errors import CalibrationError, InputError
 
@@ -87,7 +87,6 @@ def choose_step_bins(
     bins: int | Literal["auto"],
     *,
     zero_offset: bool = True,
-    bits: int = 8,
     gain_ratio: float = 1.3,
     importance: Callable[[], NDArray[np.float64]] | None = None,
 ) -> StepBins:
@@ -105,7 +104,6 @@ def choose_step_bins(
         inputs: what may use gains: no input behind a normalization.
         bins: K, or "auto".
         zero_offset: whether grids may have an offset.
-        bits: of an activation code.
         gain_ratio: as in ``PlanOptions``.
         importance: called once, if there is something to choose: how much each of the M timestep bins matters, not
             negative and not all 0; None weighs them equally.
@@ -123,7 +121,7 @@ def choose_step_bins(
         return StepBins(whole, {}, "one bin: the calibration set tells no timesteps apart")
     if not inputs:
         return StepBins(whole, {}, "one bin: every input stands behind a normalization, so nothing uses gains")
-    measured = [grid_errors(item, zero_offset=zero_offset, bits=bits) for item in inputs]
+    measured = [grid_errors(item, zero_offset=zero_offset) for item in inputs]
     moving = [errors for scales, errors in measured if _movement(scales, errors) >= gain_ratio]
     if bins == "auto" and not moving:
         return StepBins(whole, {}, f"one bin, chosen automatically: no input's scale moves {gain_ratio:g}-fold")
@@ -137,18 +135,16 @@ def choose_step_bins(
     return StepBins(fine[cuts[chosen - 1][1]], total, _reason(total, chosen, len(moving), automatic=bins == "auto"))
 
 
-def grid_errors(
-    item: GainInput, *, zero_offset: bool, bits: int = 8
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def grid_errors(item: GainInput, *, zero_offset: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How much every candidate grid errs in every timestep bin.
 
     Returns:
         The scales of the candidates, [Q], and their mean squared error relative to the mean square of the input,
         [M, Q]; rows of 0 where the input is 0 throughout.
     """
-    tensor, levels = item.tensor, activation_levels(bits)
+    tensor = item.tensor
     low, high = _extremes(item)
-    scales, offsets = _candidates(low, high, zero_offset, levels)
+    scales, offsets = _candidates(low, high, zero_offset)
     time_bins = len(tensor.counts)
     errors, power = np.zeros((time_bins, len(scales))), np.zeros(time_bins)
     for m in range(time_bins):
@@ -157,7 +153,7 @@ def grid_errors(
             points = histogram.centers / factor
             # Errors count in units of x, and the grid sees x / k.
             share = histogram.counts * (factor**2 / tensor.counts[m].sum())
-            errors[m] += _grid_error(points, share, scales, offsets, levels)
+            errors[m] += _grid_error(points, share, scales, offsets)
             power[m] += float((share * points**2).sum())
     signal = power > 0
     errors[signal] /= power[signal, None]
@@ -259,10 +255,10 @@ def _extremes(item: GainInput) -> tuple[NDArray[np.float64], NDArray[np.float64]
 
 
 def _candidates(
-    low: NDArray[np.float64], high: NDArray[np.float64], zero_offset: bool, levels: tuple[int, int]
+    low: NDArray[np.float64], high: NDArray[np.float64], zero_offset: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Scales and offsets of the grids to try, [Q] each."""
-    qmin, qmax = levels
+    qmin, qmax = ACTIVATION_LEVELS
     width = (high - low) / (qmax - qmin) if zero_offset else np.maximum(-low, high) / qmax
     # A layer that is 0 in some bin has no range there to search down to.
     width = np.maximum(width, width.max() * 1e-3)
@@ -282,14 +278,13 @@ def _grid_error(
     counts: NDArray[np.float64],
     scales: NDArray[np.float64],
     offsets: NDArray[np.int64],
-    levels: tuple[int, int],
 ) -> NDArray[np.float64]:
     """Sum of counts * (x - x_hat)**2 of every grid, [Q], without rounding a value.
 
     With H(b) the sum over x < b of counts * (b - x), summation by parts over the codes gives
     sum counts (x - v)**2 - 2 s sum over the borders b between codes of H(b), where v is what the largest code means.
     """
-    qmin, qmax = levels
+    qmin, qmax = ACTIVATION_LEVELS
     below = np.concatenate([[0.0], np.cumsum(counts)])
     moment = np.concatenate([[0.0], np.cumsum(counts * points)])
     borders = (np.arange(qmin, qmax) + offsets[:, None] + 0.5) * scales[:, None]

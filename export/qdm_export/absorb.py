@@ -44,12 +44,7 @@ class Absorption:
         if plan.name in self.inputs:
             plan = replace(plan, inverse_k=None)
         if plan.name in self.outputs:
-            factor, bias = self.outputs[plan.name], plan.bias_correction
-            plan = replace(
-                plan,
-                weight_scale=plan.weight_scales * factor,
-                bias_correction=None if bias is None else bias * factor,
-            )
+            plan = replace(plan, weight_scale=plan.weight_scales * self.outputs[plan.name])
         return plan
 
 

@@ -31,7 +31,6 @@ from qdm_export.absorb import Absorption, absorb_factors
 from qdm_export.passes.attention_layout import AttentionLayout
 from qdm_export.passes.bfloat16_attention import LEAST_SCORES, Bfloat16Attention
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
-from qdm_export.passes.bias_corrections import BiasCorrections
 from qdm_export.passes.channel_factors import ChannelFactors
 from qdm_export.passes.group_norm import GroupNormForm
 from qdm_export.passes.half_precision import HalfPrecision
@@ -150,7 +149,6 @@ def emit(
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
-    _refuse_simulated_only(plan)
     form = form or FORMS[target]
     dtype = _TYPES[rest] if form.half else ir.DataType.FLOAT
     model = graph.clone()
@@ -169,7 +167,6 @@ def emit(
 def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> list[ir.passes.PassBase]:
     """What makes the form, in the order in which it builds on each other."""
     passes: list[ir.passes.PassBase | None] = [
-        BiasCorrections(plan),
         OutputCorrection(plan),
         ChannelFactors(plan, unsigned=form.unsigned),
         StepGains(plan),
@@ -190,15 +187,6 @@ def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> lis
         common.TopologicalSortPass(),
     ]
     return [each for each in passes if each is not None]
-
-
-def _refuse_simulated_only(plan: QuantizationPlan) -> None:
-    narrow = [layer for layer in plan.quantized if layer.activation_bits != 8]
-    if narrow:
-        raise InputError(
-            f"{len(narrow)} layers of the plan have activations of {narrow[0].activation_bits} bits, which are "
-            "simulated only; plan with 8 to emit a graph"
-        )
 
 
 def emit_float(graph: ir.Model) -> ir.Model:

@@ -3,7 +3,7 @@
 A quantized layer computes, per output channel o (T: timestep bin, c: input channel)::
 
     x_c  ~  r_T * k_c * s * (q_c + z)          q in [-128, 127]
-    y_o  =  r_T * w_o * s * sum_c Q_oc (q_c + z)  +  b_o    b: the layer's own, corrected or not
+    y_o  =  r_T * w_o * s * sum_c Q_oc (q_c + z)  +  b_o
 
 Scales are exact in float16, so that a float16 engine and a float32 runtime use the same numbers and the same codes.
 """
@@ -22,13 +22,16 @@ from qdm_deploy.artifacts.record import read_record, write_record
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
 
-__all__ = ["TARGETS", "LayerPlan", "QuantizationPlan", "Target", "activation_levels"]
+__all__ = ["ACTIVATION_LEVELS", "TARGETS", "LayerPlan", "QuantizationPlan", "Target"]
 
 Target = Literal["onnxruntime", "openvino", "tensorrt"]
 TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
 
+# The smallest and the largest activation code q.
+ACTIVATION_LEVELS = (-128, 127)
+
 _KIND = "qdm-quantization-plan"
-_VERSION = 2
+_VERSION = 3
 _ARRAYS = (
     "inverse_k",
     "inverse_r",
@@ -36,19 +39,7 @@ _ARRAYS = (
     "weight_scale",
     "output_scale",
     "output_zero_point",
-    "bias_correction",
 )
-
-
-def activation_levels(bits: int) -> tuple[int, int]:
-    """The smallest and the largest activation code of that many bits: -128 and 127 at 8.
-
-    Raises:
-        InputError: not 4 to 8 bits.
-    """
-    if not 4 <= bits <= 8:
-        raise InputError(f"activations of {bits} bits were asked for; choose 4 to 8 (only 8 can be deployed)")
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 @dataclass(frozen=True)
@@ -60,18 +51,16 @@ class LayerPlan:
         precision: "int8" or "float".
         reason: why it stays in floating point; empty for "int8".
         scale: s, the activation scale; > 0, exact in float16.
-        zero_offset: z, the grid's offset in steps of s, in [-127, 128] at 8 bits; 0 for a symmetric grid.
+        zero_offset: z, the grid's offset in steps of s, in [-127, 128]; 0 for a symmetric grid.
         inverse_k: 1 / k per input channel, [C] float32, exact in float16; None where k is 1.
         inverse_r: 1 / r per timestep bin, [K] float32 in (0, 1], exact in float16; None where the layer is static.
         weight_codes: Q, int8 in [-127, 127], in PyTorch's layout; of W * k.
         weight_scale: w, [O] float32, exact in float16.
         output_scale, output_zero_point: of the layer's result before r and the bias that follows it, [O] float32 and
             [O] uint8; only where a target quantizes outputs (convolutions).
-        bias_correction: [O] float32, added to the layer's bias (0 where it has none); None where nothing is corrected.
-        notes: one sentence per factor ("s", "z", "k", "r", "w", "b") on what was decided and why.
+        notes: one sentence per factor ("s", "z", "k", "r", "w") on what was decided and why.
         weight_sqnr_db: of the dequantized weight against the float one.
         weight_bits: 8, or 4 where Q lies in [-7, 7]; Q is int8 in both cases.
-        activation_bits: b; q lies in [-2**(b - 1), 2**(b - 1) - 1]. Only 8 can be emitted, fewer are simulated.
     """
 
     layer: Layer
@@ -85,16 +74,9 @@ class LayerPlan:
     weight_scale: NDArray[np.float32] | None = None
     output_scale: NDArray[np.float32] | None = None
     output_zero_point: NDArray[np.uint8] | None = None
-    bias_correction: NDArray[np.float32] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
     weight_bits: int = 8
-    activation_bits: int = 8
-
-    @property
-    def activation_levels(self) -> tuple[int, int]:
-        """The smallest and the largest activation code q."""
-        return activation_levels(self.activation_bits)
 
     @property
     def name(self) -> str:
@@ -120,13 +102,6 @@ class LayerPlan:
             return None
         scale: NDArray[np.float32] = np.float32(self.scale) / self.inverse_k
         return scale
-
-    def corrected(self, bias: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        """The layer's bias [O] with its correction; None where there is neither."""
-        if bias is None or self.bias_correction is None:
-            return self.bias_correction if bias is None else bias
-        total: NDArray[np.float32] = (bias.astype(np.float64) + self.bias_correction).astype(np.float32)
-        return total
 
     @property
     def codes(self) -> NDArray[np.int8]:
@@ -198,7 +173,6 @@ class QuantizationPlan:
             "zero_offset": sum(plan.zero_offset != 0 for plan in quantized),
             "branch_factors": sum(plan.inverse_k is not None for plan in quantized),
             "step_gains": sum(plan.inverse_r is not None for plan in quantized),
-            "bias_corrections": sum(plan.bias_correction is not None for plan in quantized),
         }
 
     def save(self, folder: Path) -> None:

@@ -37,8 +37,7 @@ class BuildOptions:
             them a bit of their weights' precision.
         channel_scales: "auto" searches a factor k per channel (the fold of skip branches among the candidates) and
             keeps it where the layer then errs less; "free" does so only for inputs where it costs no operation on any
-            of ``targets``, and where ``keep_fp`` measures for the one layer that makes most of the noise of the worst
-            timestep, if there is one; "none" leaves only the factors of skip branches.
+            of ``targets``; "none" leaves only the factors of skip branches.
         from_modelopt: scales of ModelOpt in place of ours: a configuration (``qdm_calibration.modelopt.CONFIGS``), or a
             safetensors file with the state of a network that it quantized; None: ours. There is no z, r or search then.
         keep_fp: INT8 layers to keep in float: "auto" (few, cheap and noisy ones, and what it takes to reach
@@ -50,8 +49,6 @@ class BuildOptions:
         reconstruct: "weights" learns the rounding of the weights block by block (``ReconstructOptions``); "full" then
             learns the scales of the activations too; "none" rounds to nearest.
         reconstruct_iterations: training steps per block, at most.
-        bias_correction: "auto" takes each layer's mean error on the calibration rows from its bias, where that lowers
-            the layer's error on other rows; "none" leaves biases as they are.
         output_correction: "auto" takes the part of the output's error that is linear in output and sample away, at each
             timestep, where that lowers the error on other rows; "none" leaves it; None is "auto", but "none" with
             scales of ModelOpt.
@@ -83,7 +80,7 @@ class BuildOptions:
     calibration_file: Path | None = None
     save_calibration: Path | None = None
     conditioning_file: Path | None = None
-    ranges: Literal["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"] = "lp"
+    ranges: Literal["minmax", "percentile", "mse", "lp"] = "lp"
     zero_offset: bool = True
     upsample_phases: bool = True
     concat_scales: Literal["none", "branch", "split"] = "branch"
@@ -95,7 +92,6 @@ class BuildOptions:
     weight_bits: int = 8
     reconstruct: Literal["none", "weights", "full"] = "none"
     reconstruct_iterations: int = 300
-    bias_correction: Literal["none", "auto"] = "none"
     output_correction: Literal["none", "auto"] | None = None
     seed: int = 0
     rest: Literal["fp16", "bf16"] = "fp16"
@@ -127,7 +123,7 @@ class BuildOptions:
             raise InputError("the target onnxruntime is part of every bundle (the CPU fallback); add it to the targets")
         one_of("sampler", self.sampler, SAMPLERS)
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
-        one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"))
+        one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
         one_of("concat scales", self.concat_scales, ("none", "branch", "split"))
         one_of("channel scales", self.channel_scales, ("none", "free", "auto"))
         within("steps", self.steps, 1, _MAX_STEPS)
@@ -141,7 +137,6 @@ class BuildOptions:
             _refuse_beside_modelopt(self)
         one_of("weight bits", str(self.weight_bits), ("8", "4"))
         one_of("reconstruction", self.reconstruct, ("none", "weights", "full"))
-        one_of("bias correction", self.bias_correction, ("none", "auto"))
         one_of("output correction", self.corrected_output, ("none", "auto"))
         within("reconstruct iterations", self.reconstruct_iterations, 1, 100_000)
         one_of("rest", self.rest, ("fp16", "bf16"))

@@ -28,9 +28,6 @@ __all__ = ["check_modelopt", "check_step_bins", "planned"]
 
 Stage = Callable[[str], AbstractContextManager[None]]
 
-# A layer that makes this part of the noise of the worst timestep decides it.
-_LOUD = 0.5
-
 
 def planned(
     options: BuildOptions,
@@ -65,16 +62,8 @@ def planned(
     if options.reconstruct != "none":
         with stage("reconstruct"):
             plan = _reconstructed(options, checkpoint, plan, calibration, progress)
-    if options.bias_correction == "auto":
-        from qdm_calibration.bias_correction import correct_biases
-
-        with stage("bias correction"):
-            plan = correct_biases(checkpoint.unet, plan, calibration, progress=progress)
-            plan = replace(plan, options={**plan.options, "bias_correction": "auto"})
     with stage("sensitivity"):
         budgeted = measured_and_kept(options, checkpoint, calibration, plan, progress, timer)
-        plan = _loudest_scaled(options, checkpoint, topology, calibration, statistics, budgeted, progress)
-        budgeted = replace(budgeted, plan=plan)
     if options.corrected_output == "none":
         return budgeted
     from qdm_calibration.output_correction import correct_output
@@ -151,67 +140,6 @@ def _plan_options(options: BuildOptions) -> "PlanOptions":
         step_bins=options.step_bins,
         upsample_phases=options.upsample_phases,
         weight_bits=options.weight_bits,
-    )
-
-
-def _loudest_scaled(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    topology: Topology,
-    calibration: CalibrationSet,
-    statistics: ActivationStatistics,
-    budgeted: Budgeted,
-    progress: Progress,
-) -> QuantizationPlan:
-    """The plan with channel factors also on the layer that makes most of the noise of the worst timestep, if one does.
-
-    ``--channel-scales free`` leaves out the inputs where a factor costs an operation. One operation more is a small
-    price where it stills the layer that decides a whole timestep; that cannot be said of more than one layer.
-    """
-    from qdm_calibration.channel_factors import free_inputs, search_channel_factors
-    from qdm_calibration.plan import make_plan
-    from qdm_calibration.statistics import collect_scaled_inputs
-
-    plan, shares = budgeted.plan, budgeted.worst_shares
-    learned = options.reconstruct != "none" or options.bias_correction != "none" or options.from_modelopt is not None
-    if options.channel_scales != "free" or learned or not shares:
-        return plan
-    name = max(shares, key=lambda layer: shares[layer])
-    group = next(layers for layers in topology.groups().values() if name in {layer.name for layer in layers})
-    # What is free was searched already; where no normalization stands before, gains may, which a plan of its own loses.
-    if (
-        shares[name] < _LOUD
-        or not group[0].normalized
-        or group[0].input_group in free_inputs(topology, options.targets)
-    ):
-        return plan
-    only, key = Topology(group), group[0].input_group
-    found = search_channel_factors(
-        checkpoint.unet, only, statistics, calibration, ranges=options.ranges, zero_offset=options.zero_offset,
-        weight_bits=options.weight_bits, branch_fold=options.concat_scales == "branch", progress=progress,
-    )[key]  # fmt: skip
-    if found.inverse_k is None:
-        return plan
-    scaled = collect_scaled_inputs(
-        checkpoint.unet, only, calibration, statistics.timestep_edges, {key: found.inverse_k}, progress=progress
-    )
-    note = f"{found.note}; searched here because it makes {shares[name]:.0%} of the noise at the worst timestep"
-    planned = make_plan(
-        checkpoint.unet,
-        only,
-        replace(statistics, inputs=scaled),
-        # Behind a normalization there are no gains, whatever the bins are.
-        replace(_plan_options(options), step_bins=1),
-        factors={key: replace(found, note=note)},
-        progress=progress,
-    )
-    eased = {layer.name: layer for layer in planned.quantized}
-    # What is in float already stays so.
-    return replace(
-        plan,
-        layers=tuple(
-            eased[layer.name] if layer.name in eased and layer.precision == "int8" else layer for layer in plan.layers
-        ),
     )
 
 

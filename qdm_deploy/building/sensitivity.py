@@ -32,15 +32,12 @@ class Budgeted:
         plan: the plan.
         noise: for the report; None where nothing was measured.
         shares: part of the noise that each layer adds, by layer.
-        worst_shares: part of the noise at the worst timestep that each layer left in INT8 adds, by layer; empty where
-            the choice of layers needed no measurement.
         warnings: what was asked for and not reached.
     """
 
     plan: QuantizationPlan
     noise: NoiseBlock | None = None
     shares: dict[str, float] = field(default_factory=dict)
-    worst_shares: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -103,8 +100,7 @@ def measured_and_kept(
     if choice == "auto":
         unmet = _unmet(noise, options.min_eps_sqnr_db)
     warnings = unmet + _nothing_left(plan, chosen, choice)
-    worst = found.without(kept).worst_shares() if decides and left else {}
-    return Budgeted(chosen, noise, found.shares(), worst, warnings)
+    return Budgeted(chosen, noise, found.shares(), warnings)
 
 
 def _kept_to_time(

@@ -91,7 +91,7 @@ _FILE = click.Path(path_type=Path)
 )
 @option(
     "--ranges",
-    type=click.Choice(["minmax", "percentile", "mse", "lp", "l1", "cosine", "kl"]),
+    type=click.Choice(["minmax", "percentile", "mse", "lp"]),
     default="lp",
     section=_QUANTIZATION,
     help="How the scale of an input follows from its histogram; lp (p = 2.4) and mse search, mse clips more.",
@@ -129,7 +129,7 @@ _FILE = click.Path(path_type=Path)
     default="free",
     section=_QUANTIZATION,
     help="Scales per input channel: none, or kept where the layer then errs less; free: only where they cost no "
-    "operation, and for the one layer, if any, that makes most of the noise of the worst timestep.",
+    "operation.",
 )
 @option(
     "--step-bins",
@@ -186,13 +186,6 @@ _FILE = click.Path(path_type=Path)
     default=300,
     section=_QUANTIZATION,
     help="Training steps of each block.",
-)
-@option(
-    "--bias-correction",
-    type=click.Choice(["none", "auto"]),
-    default="none",
-    section=_QUANTIZATION,
-    help="Take each layer's mean error from its bias, where the layer then errs less on other calibration samples.",
 )
 @option(
     "--output-correction",

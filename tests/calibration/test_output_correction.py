@@ -17,11 +17,15 @@ from qdm_deploy.errors import InputError
 
 
 def shifted(tiny: Any, name: str) -> QuantizationPlan:
-    """A plan with wrong biases in its last INT8 layer; of both signs, as a GroupNorm follows."""
+    """A plan whose last INT8 layer has wrong weights; of both signs, as a GroupNorm follows.
+
+    Its inputs come from a SiLU, so they are positive in the mean, and the error of the output is too.
+    """
     plan = tiny.plan(name)
     last = plan.quantized[-1]
-    wrong = np.where(np.arange(last.layer.out_channels) % 2, -0.1, 0.1).astype(np.float32)
-    layers = tuple(replace(layer, bias_correction=wrong) if layer is last else layer for layer in plan.layers)
+    wrong = np.where(np.arange(last.layer.out_channels) % 2, -8, 8).reshape(-1, *[1] * (last.codes.ndim - 1))
+    codes = np.clip(last.codes + wrong, -127, 127).astype(np.int8)
+    layers = tuple(replace(layer, weight_codes=codes) if layer is last else layer for layer in plan.layers)
     return replace(plan, layers=layers)
 
 

@@ -91,7 +91,7 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
         "--save-calibration s.safetensors --conditioning t.safetensors --ranges mse --no-upsample-phases "
         "--no-zero-offset --concat-scales none --step-bins 2 "
         "--channel-scales auto --keep-fp 5% --no-sensitivity --weight-bits 4 --reconstruct weights "
-        "--reconstruct-iterations 11 --bias-correction auto --output-correction auto "
+        "--reconstruct-iterations 11 --output-correction auto "
         "--targets tensorrt,onnxruntime --rest bf16 --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
         "--min-psnr 31 --min-sqnr 26 --min-speedup 1.5"
     )
@@ -102,7 +102,7 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
         calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"),
         conditioning_file=Path("t.safetensors"), ranges="mse", upsample_phases=False, zero_offset=False,
         concat_scales="none", channel_scales="auto", step_bins=2, keep_fp="5%", sensitivity=False, weight_bits=4,
-        reconstruct="weights", reconstruct_iterations=11, bias_correction="auto", output_correction="auto",
+        reconstruct="weights", reconstruct_iterations=11, output_correction="auto",
         seed=9, rest="bf16", engines=("8.9", "12.0"), float_graph=False, verify_samples=6,
         verify_steps=8, min_psnr_db=31, min_eps_sqnr_db=26, min_speedup=1.5, force=True, threads=2,
         command=f"qdm-deploy build {line}",

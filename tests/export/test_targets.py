@@ -369,15 +369,6 @@ def test_a_graph_that_is_not_valid_is_refused(emitted: Any, tmp_path: Path) -> N
         check_onnx(tmp_path / "broken.onnx")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_activations_of_fewer_bits_are_simulated_only(tiny: Any, target: Any) -> None:
-    plan = tiny.plan("variance")
-    narrow = replace(plan, layers=tuple(replace(layer, activation_bits=6) for layer in plan.layers))
-    text = f"{len(plan.quantized)} layers of the plan have activations of 6 bits, which are simulated only"
-    with pytest.raises(InputError, match=text):
-        emit(tiny.float_graph("variance"), narrow, target)
-
-
 def test_the_bytes_of_all_inputs_and_results_are_those_of_the_values(tiny: Any, emitted: Any, run_graph: Any) -> None:
     plan, graph = tiny.plan("text"), tiny.float_graph("text")
     planned = {layer.name for layer in plan.quantized}

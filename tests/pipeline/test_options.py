@@ -42,7 +42,6 @@ BAD = float("nan")
             {"reconstruct": "wieghts"},
             r"unknown reconstruction 'wieghts' \(did you mean weights\?\); choose one of none",
         ),
-        ({"bias_correction": "always"}, r"unknown bias correction 'always'; choose one of none, auto"),
         ({"reconstruct_iterations": 0}, r"reconstruct iterations is 0; it must be from 1 to 100000"),
         ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
         (
