@@ -99,7 +99,7 @@ class Judge:
 
     def __init__(self, features: np.ndarray, captions: list[dict[str, Any]], resamples: int) -> None:
         self.classifiers = {
-            key: RidgeClassifier(alpha=100.0).fit(features, [caption[key] for caption in captions])
+            key: RidgeClassifier(alpha=10.0).fit(features, [caption[key] for caption in captions])
             for key in ("label", "style")
         }
         self.neighbours = NearestNeighbors(n_neighbors=1, metric="cosine").fit(features)
