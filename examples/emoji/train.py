@@ -326,7 +326,8 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="autocast; faster on GPUs and on CPUs with AMX")
     parser.add_argument("--compile", action="store_true", help="compile the U-Net; pays on GPUs")
     parser.add_argument("--save-minutes", type=float, default=10)
-    parser.add_argument("--sheet-minutes", type=float, default=60)
+    parser.add_argument("--measure-minutes", type=float, default=15, help="of the process's own time")
+    parser.add_argument("--sheet-minutes", type=float, default=90, help="of the process's own time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name, value in DEFAULTS[options.stage].items():

@@ -142,21 +142,23 @@ def run(
     """Train until ``--steps`` or ``--minutes``, or until the process is told to stop.
 
     ``next_loss`` (step, samples seen) gives the loss of one batch. Every ``--save-minutes`` ``state`` is saved and a
-    line with the losses and `measure`'s figures joins the log beside it; every ``--sheet-minutes`` `draw` writes a
-    sheet. Both see the averaged weights.
+    line joins the log beside it. After ``--measure-minutes`` and ``--sheet-minutes`` of the process's own time, which
+    stands still while others have the processor, the line gets `measure`'s figures and `draw` writes a sheet. Both see
+    the averaged weights.
     """
     stem = state.name.removesuffix("_state.safetensors")
-    begun = last = saved = drawn = time.perf_counter()
+    begun = last = saved = time.perf_counter()
+    measured = drawn = time.process_time()
     losses: list[float] = []
 
-    def keep() -> None:
+    def keep(*, figures: bool) -> None:
         training.save(state)
         line = {"step": training.step, "samples": training.samples, "hours": round(training.seconds / 3600, 3)}
         line |= {
             "loss": round(float(np.mean(losses)), 5),
             "rate": round(len(losses) * options.batch / (last - saved), 2),
         }
-        if not stopped:  # whoever stops it waits for the state, not for figures
+        if figures:
             with training.averaged():
                 line |= {name: round(value, 5) for name, value in measure().items()}
         with state.with_name(f"{stem}_log.jsonl").open("a") as log:
@@ -176,11 +178,13 @@ def run(
                 shown = f"{timedelta(seconds=round(left))} left" if left < 1e9 else "no end set"
                 print(f"step {training.step}, loss {np.mean(losses[-50:]):.4f}, {shown}", flush=True)
             if now - saved > options.save_minutes * 60:
-                keep()
+                figures = time.process_time() - measured > options.measure_minutes * 60
+                keep(figures=figures)
+                measured = time.process_time() if figures else measured
                 saved = last = time.perf_counter()
-            if now - drawn > options.sheet_minutes * 60:
+            if time.process_time() - drawn > options.sheet_minutes * 60:
                 with training.averaged():
                     draw(state.with_name(f"{stem}_{training.samples // 1000:05d}k.png"))
-                drawn = last = time.perf_counter()
+                drawn, last = time.process_time(), time.perf_counter()
         if losses:
-            keep()
+            keep(figures=not stopped)  # whoever stops it waits for the state only

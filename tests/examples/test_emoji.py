@@ -184,7 +184,7 @@ def test_the_pruned_tokenizer_gives_the_captions_the_same_pieces(emoji: Any, tmp
 def options_of(**changed: Any) -> Namespace:
     every = {
         "steps": 6, "minutes": 1, "lr": 0.1, "warmup_steps": 2, "decay_steps": 3,
-        "batch": 4, "average": 0.9, "save_minutes": 10, "sheet_minutes": 10, "seed": 0,
+        "batch": 4, "average": 0.9, "save_minutes": 10, "measure_minutes": 10, "sheet_minutes": 10, "seed": 0,
     }  # fmt: skip
     return Namespace(**{**every, **changed})
 
