@@ -239,8 +239,13 @@ def run_graph(
     if backend == "openvino":
         openvino = import_openvino()
         core = openvino.Core()
-        model = compile_graph(core, core.read_model(str(path)), {"INFERENCE_PRECISION_HINT": precision})
-        results = model(dict(inputs))
+        graph = core.read_model(str(path))
+        given = {item.any_name: inputs[item.any_name] for item in graph.inputs}
+        # As a session does. With shapes left open and no low-precision transformations, which is how a CPU without
+        # VNNI runs it, OpenVINO 2026.4 loses factors per channel in front of a quantize.
+        graph.reshape({name: list(values.shape) for name, values in given.items()})
+        model = compile_graph(core, graph, {"INFERENCE_PRECISION_HINT": precision})
+        results = model(given)
         # A value may be several outputs' tensor, and has then several names.
         return {name: results[port] for port in model.outputs for name in port.get_names()}
     import onnxruntime

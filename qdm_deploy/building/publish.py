@@ -22,6 +22,7 @@ from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.report.model import EngineRow, LayerRow, Report, SizeBlock, Thresholds
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.verdict import decide
+from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
 
 if TYPE_CHECKING:
     from qdm_export.unet import Checkpoint
@@ -147,6 +148,7 @@ def _report(
             engines=engines,
             checks=measured.checks,
             thresholds=thresholds,
+            exact_int8_is_slow=saturates_int8(cpu_flags()),
         ),
     )
 

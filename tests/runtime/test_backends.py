@@ -74,6 +74,18 @@ def test_auto_takes_what_the_bundle_was_built_for(small: Bundle) -> None:
     assert automatic_backend(("onnxruntime", "tensorrt")) == "onnxruntime"
 
 
+@pytest.mark.parametrize(
+    ("flags", "first"), [({"avx2"}, "onnxruntime"), ({"avx2", "avx_vnni"}, "openvino"), ({"asimddp"}, "onnxruntime")]
+)
+def test_the_backend_that_is_usually_faster_comes_first(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], first: str
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(backends, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(backends.platform, "machine", lambda: "aarch64" if "asimddp" in flags else "x86_64")
+    assert automatic_backend(("onnxruntime", "openvino", "tensorrt")) == first
+
+
 def test_a_graph_that_was_not_built(small: Bundle) -> None:
     with pytest.raises(BundleError, match=r"no graph for 'openvino'; it has: onnxruntime"):
         open_session(small, "openvino")
@@ -138,7 +150,7 @@ def test_every_backend_can_be_opened_or_says_why_not(small: Bundle) -> None:
     ],
 )
 def test_a_backend_that_cannot_be_imported(plain: Any, module: str, session: str, advice: str) -> None:
-    file, name = session.split(".")
+    file, name = session.rsplit(".", 1)
     code = (
         "import sys\n"
         f"sys.modules[{module!r}] = None\n"

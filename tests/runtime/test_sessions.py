@@ -12,7 +12,7 @@ import pytest
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.errors import BundleError, InputError
-from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
+from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model, saturates_int8
 from qdm_deploy.runtime.session import StepOutput
 
 
@@ -222,6 +222,22 @@ def test_cpu_information(tmp_path: Path) -> None:
     assert cpu_flags(info) == {"fpu", "avx2", "amx_bf16"}
     assert cpu_model(info) == "Some CPU @ 2.0GHz: x"
     assert (cpu_flags(tmp_path / "absent"), cpu_model(tmp_path / "absent")) == (frozenset(), "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "saturates"),
+    [
+        ({"avx2"}, True),
+        ({"avx2", "avx512f", "avx512bw"}, True),
+        ({"avx2", "avx_vnni"}, False),
+        ({"avx2", "avx512f", "avx512_vnni"}, False),
+        ({"avx2", "avx512_vnni", "amx_int8"}, False),
+        ({"asimddp"}, False),
+        (set(), False),
+    ],
+)
+def test_products_of_u8_and_s8_saturate_without_vnni(flags: set[str], saturates: bool) -> None:
+    assert saturates_int8(frozenset(flags)) == saturates
 
 
 def test_the_sampler_update_stays_float32_under_bf16(labelled: Any) -> None:
