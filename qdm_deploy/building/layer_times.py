@@ -14,6 +14,7 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import Progress
+from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
 from qdm_deploy.runtime.random_inputs import random_inputs
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ class LayerTimes:
 
 
 def can_be_timed(options: BuildOptions) -> bool:
-    """Whether a build makes a graph for a backend that tells the times of single nodes, and that backend is here."""
-    return "openvino" in options.targets and find_spec("openvino") is not None
+    """Whether a build makes a graph for a backend that tells the times of single nodes, and that backend is here.
+
+    Where this CPU's INT8 products saturate it multiplies the codes in float32, and such times say nothing of INT8.
+    """
+    return "openvino" in options.targets and find_spec("openvino") is not None and not saturates_int8(cpu_flags())
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class LayerTimer:
     def layer_times(self, plan: QuantizationPlan) -> LayerTimes | None:
         """Of the plan's INT8 layers, from its graph and the same graph with nothing in INT8.
 
-        None where the model is too large, the backend is no target or not here, or its profile says too little.
+        None where the model is too large, ``can_be_timed`` says no, or the backend's profile says too little.
         """
         weights = sum(prod(layer.layer.weight_shape) for layer in plan.layers)
         if not can_be_timed(self.options) or weights > _MOST_WEIGHTS:

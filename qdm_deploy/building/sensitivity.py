@@ -58,8 +58,8 @@ def _no_times(choice: str) -> InputError:
     percent = choice.removesuffix("time")
     return InputError(
         f"--keep-fp {choice} needs the times of single layers, which only OpenVINO tells, for models of up to 268 "
-        f"million weights: install it (pip install 'qdm-deploy[openvino]') and keep it among the targets, or give "
-        f"{percent}, a part of the multiply-accumulates"
+        f"million weights and on a CPU with VNNI or AMX: install it (pip install 'qdm-deploy[openvino]') and keep it "
+        f"among the targets, or give {percent}, a part of the multiply-accumulates"
     )
 
 
