@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 
 from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
+from qdm_deploy.components.conditioning import conditioning_of
 
 from qdm_calibration.simulate import simulate
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.building.quality import compare_with, reference_run
 from qdm_deploy.building.simulation import TorchSession
-from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.report.model import QualityRow
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import step_table

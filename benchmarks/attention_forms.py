@@ -18,11 +18,11 @@ import numpy as np
 from lib.apart import Apart, opened_stepper, timed_apart, turn_medians
 from lib.bench import case_to_time, finish, parser, save_form, say, write_float
 from numpy.typing import NDArray
-
 from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.runtime.random_inputs import random_inputs
+
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime import StepSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.passes.bfloat16_attention import LEAST_SCORES
 from qdm_export.targets import FORMS, emit
 

@@ -18,10 +18,10 @@ import numpy as np
 from lib.apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
 from lib.bench import case_to_time, finish, parser, say, write_graph
 from lib.hinted_session import HintedSession
+from qdm_deploy.runtime.random_inputs import random_inputs
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.backends import OpenVinoSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 
 COLUMNS = ("model", "batch", "mode", "rest", "median ms", "least ms", "faster", "SQNR dB", "last step dB")
 MODES = ("throughput", "latency")

@@ -32,11 +32,11 @@ from lib.machine_peak import float_peak, integer_peak, multiply_accumulates
 from lib.nncf_form import openvino_form
 from lib.speed_peers import PEERS, Missing, Opened
 from openvino_forms import LEFT_OUT
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.runtime.random_inputs import random_inputs
 from step_latency import COLUMNS, Contender, contenders, reference_of, sqnr_of, timed_rows, wanted
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.backends import OpenVinoSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import TargetForm, emit
 
 _SESSIONS = {**CPU_SESSIONS, "nncf": openvino_form, "hinted": HintedSession}

@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float
+from qdm_deploy.components.conditioning import conditioning_of
 
 from qdm_calibration.channel_factors import free_inputs, search_channel_factors
 from qdm_calibration.plan import PlanOptions, make_plan
@@ -29,7 +30,6 @@ from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.building.simulation import TorchSession
-from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.samplers import step_table
 from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.step_graph import StepGraph

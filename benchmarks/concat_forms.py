@@ -20,6 +20,8 @@ import numpy as np
 from ablation import session_for
 from lib.apart import Apart, opened_stepper, timed_apart
 from lib.bench import CPU_SESSIONS, FIRST_SEED, Case, case, finish, parser, say, write_float, write_graph
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.runtime.random_inputs import random_inputs
 
 from qdm_calibration.plan import PlanOptions
 from qdm_calibration.statistics import collect_statistics
@@ -27,8 +29,6 @@ from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
 from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
-from qdm_deploy.components.conditioning import conditioning_of
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
 from qdm_export.split_concat import split_checkpoint
 from qdm_export.topology import topology_of

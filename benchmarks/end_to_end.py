@@ -25,10 +25,10 @@ from diffusers import DDIMScheduler
 from lib.apart import Apart
 from lib.bench import case, checkpoint_of, finish, parser, say, write_float, write_graph
 from lib.speed_peers import Opened
+from qdm_deploy.components.conditioning import conditioning_of
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
-from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.runtime import StepSession, denoise
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.unet import Checkpoint

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from lib.apart import Apart, opened_stepper, timed_apart, turn_medians
 from lib.bench import CPU_SESSIONS, finish, parser, save_form
+from qdm_deploy.runtime.random_inputs import random_inputs
 from scipy import stats
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.float_graph import export_float_graph
 from qdm_export.targets import emit
 from qdm_export.unet import load_checkpoint

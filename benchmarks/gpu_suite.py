@@ -22,10 +22,10 @@ import onnxruntime
 from lib.gpu_graphs import calibrated_graphs, plan_graphs
 from lib.gpu_onnxruntime import measure_provider, offered_providers
 from lib.gpu_timing import loop_ms, mixed_rows, run_ms
+from qdm_deploy.artifacts.model_spec import ModelSpec
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_file
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.backends.tensorrt.session import open_tensorrt
 from qdm_deploy.building.speed import random_inputs

@@ -23,10 +23,10 @@ import numpy as np
 from lib.apart import Apart, ApartSession, opened_stepper, timed_apart, turn_medians
 from lib.bench import case_to_time, finish, parser, save_form, say
 from numpy.typing import NDArray
+from qdm_deploy.runtime.random_inputs import random_inputs
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.backends import OpenVinoSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import FORMS, emit
 
 WHOLE = FORMS["openvino"]

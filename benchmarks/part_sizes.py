@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from lib.apart import Apart, opened_stepper
 from lib.bench import CPU_SESSIONS, case_to_time, finish, parser, say, write_graph
+from qdm_deploy.runtime.random_inputs import random_inputs
 
 from qdm_deploy.backends.openvino.session import KEPT_BATCH_SIZES
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.timing import SETTLING
 
 

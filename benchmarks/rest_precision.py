@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from lib.bench import FIRST_SEED, Case, case, finish, parser, say, write_float
 from numpy.typing import NDArray
+from qdm_deploy.runtime.random_inputs import random_inputs
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.building.checks import run_graph
 from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.metrics.error import sqnr_per_step_db
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
 from qdm_deploy.samplers.columns import NO_CLIP
 from qdm_export.check import widened

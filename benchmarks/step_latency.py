@@ -36,12 +36,12 @@ from lib.bench import (
 from lib.hinted_session import HintedSession
 from lib.machine_peak import float_peak, integer_peak, multiply_accumulates
 from lib.speed_peers import PEERS, Missing, Opened
+from qdm_deploy.components.conditioning import conditioning_of
+from qdm_deploy.runtime.random_inputs import random_inputs
 
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.building.quality import ReferenceRun, output_sqnr_db, reference_run
-from qdm_deploy.components.conditioning import conditioning_of
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import step_table
 
 V = TypeVar("V")

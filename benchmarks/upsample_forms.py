@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from lib.apart import Apart, ApartSession, opened_stepper, timed_apart
 from lib.bench import case_to_time, finish, parser, save_form, say
+from qdm_deploy.runtime.random_inputs import random_inputs
 from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_export.targets import FORMS, emit
 
 WAYS = ("whole, own scales", "whole", "phases")

@@ -16,6 +16,7 @@ from concat_forms import split_case
 from lib.bench import FIRST_SEED, Case, say, write_float, write_graph
 from lib.made_pictures import features_of_made
 from lib.peer_models import CALIBRATION_STEPS
+from qdm_deploy.components.conditioning import conditioning_of
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.plan import PlanOptions
@@ -27,7 +28,6 @@ from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.building.quality import ReferenceRun, output_sqnr_db, reference_run
 from qdm_deploy.building.simulation import TorchSession
-from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.evaluate.feature_classifier import SHIPPED, FeatureClassifier
 from qdm_deploy.metrics.distribution import frechet_distance, gaussian_of
 from qdm_deploy.metrics.error import psnr_per_image_db

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from lab.laboratory import BATCH, PSNR, Laboratory
 from numpy.typing import NDArray
+from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.components.conditioning import conditioning_of
 
 from qdm_calibration.ranges import activation_scale
 from qdm_calibration.statistics import TensorCollector
-from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.components.conditioning import conditioning_of
 from qdm_deploy.metrics.error import psnr_per_image_db, sqnr_per_step_db
 from qdm_deploy.samplers import StepTable, initial_noise, step_noise, step_table
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from lib.random_models import random_model
 from numpy.typing import NDArray
+from qdm_deploy.artifacts.model_spec import ModelSpec
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.importance import StepImportance, importance_table, measure_importance
@@ -22,7 +23,6 @@ from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.artifacts.statistics import ActivationStatistics
 from qdm_deploy.artifacts.topology import Topology

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from lib.gpu_timing import summary, timed
 from numpy.typing import NDArray
-
 from qdm_deploy.artifacts.model_spec import ModelSpec
+
 from qdm_deploy.building.speed import random_inputs
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.metrics.error import sqnr_db

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-
 from qdm_deploy.artifacts.model_spec import ModelSpec
+
 from qdm_deploy.building.speed import random_inputs
 from qdm_deploy.runtime.session import StepInputs, StepLoop, StepSession
 

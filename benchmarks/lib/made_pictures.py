@@ -1,9 +1,9 @@
 """What the shipped classifier sees in the pictures that a session makes; for Frechet distances on few or many seeds."""
 
 import numpy as np
-
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.components.conditioning import conditioning_of
+
 from qdm_deploy.components.pictures import to_pictures
 from qdm_deploy.evaluate.feature_classifier import FeatureClassifier, Features
 from qdm_deploy.runtime import StepSession, denoise

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.manifest import Manifest
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
 from qdm_deploy.report.model import Report
@@ -24,7 +24,7 @@ class Inspection:
     """
 
     bundle_id: str
-    model: ModelSpec
+    model: PipelineSpec
     plan: QuantizationPlan
     manifest: Manifest
     noise_shares: Mapping[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def inspect(bundle: Path) -> Inspection:
     """
     opened = Bundle.open(bundle)
     plan = QuantizationPlan.load(opened.file("unet/plan.json").parent)
-    return Inspection(opened.id, opened.model, plan, opened.manifest, _noise_shares(opened))
+    return Inspection(opened.id, opened.pipeline, plan, opened.manifest, _noise_shares(opened))
 
 
 def _noise_shares(bundle: Bundle) -> dict[str, float]:

@@ -71,8 +71,8 @@ def serve(stream: socket.socket, open_: Open = open_bundle_session) -> None:
         with ExitStack() as sessions:
             loaded = load(bundle, settings, open_, sessions)
             stream.sendall(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
-            stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
-            _step_for_ever(stream, inbox, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
+            stepper = Stepper(Scheduler(loaded.max_rows, bundle.pipeline.interface), loaded.runner)
+            _step_for_ever(stream, inbox, stepper, JobMaker(bundle.pipeline, schedule, loaded.max_rows))
     except QdmError as error:
         stream.sendall(_TOLD.take() + frame("refused", error=type(error).__name__, message=str(error)))
 

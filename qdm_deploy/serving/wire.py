@@ -1,10 +1,10 @@
-"""What travels between the two processes: a JSON header and the raw bytes of one float32 array or two.
+"""What travels between the two processes: a JSON header and the raw bytes of its arrays.
 
 A frame is two little-endian uint32 lengths, the header as UTF-8 JSON, then the arrays one after the other, C order;
-the header's ``arrays`` holds their shapes. No pickle: reading one runs code, and requests carry what users sent, so the
-standard library's multiprocessing, which pickles whatever it moves, is not used. A socket pair rather than shared
-memory: frames are small beside a step, nothing is left behind when a process is killed, and the end of one process is
-the end of the stream for the other.
+the header's ``arrays`` holds their types and shapes. No pickle: reading one runs code, and requests carry what users
+sent, so the standard library's multiprocessing, which pickles whatever it moves, is not used. A socket pair rather than
+shared memory: frames are small beside a step, nothing is left behind when a process is killed, and the end of one
+process is the end of the stream for the other.
 """
 
 import json
@@ -18,19 +18,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.samplers.conditioning import Conditioning
 from qdm_deploy.serving.contract import GenerationRequest
 
 __all__ = ["Frame", "frame", "read_frame", "receive_frame", "request_from", "submission"]
 
-Frame = tuple[dict[str, Any], list[NDArray[np.float32]]]
+Frame = tuple[dict[str, Any], list[NDArray[Any]]]
 
 _LENGTHS = struct.Struct("<II")
+_TYPES = {"float32": "<f4", "int64": "<i8"}
 
 
-def frame(kind: str, arrays: Sequence[NDArray[np.float32]] = (), **fields: object) -> bytes:
+def frame(kind: str, arrays: Sequence[NDArray[Any]] = (), **fields: object) -> bytes:
     """One frame; ``fields`` are JSON values."""
-    header = json.dumps({"kind": kind, "arrays": [array.shape for array in arrays], **fields}).encode()
-    payload = b"".join(np.ascontiguousarray(array, "<f4").tobytes() for array in arrays)
+    described = [(_TYPES[array.dtype.name], array.shape) for array in arrays]
+    header = json.dumps({"kind": kind, "arrays": described, **fields}).encode()
+    payload = b"".join(
+        np.ascontiguousarray(array, code).tobytes() for array, (code, _) in zip(arrays, described, strict=True)
+    )
     return _LENGTHS.pack(len(header), len(payload)) + header + payload
 
 
@@ -56,18 +61,19 @@ async def read_frame(stream: StreamReader) -> Frame:
 
 def submission(request: GenerationRequest, deadline: float | None) -> bytes:
     """The frame that hands a request over; ``deadline`` is a time of ``time.monotonic``, the same in both processes."""
-    states = (request.encoder_hidden_states, request.null_hidden_states)
+    own, unconditional = request.conditioning.own, request.conditioning.unconditional
     return frame(
         "submit",
-        [state for state in states if state is not None],
+        [*own.values(), *(unconditional or {}).values()],
         request_id=request.request_id,
         seeds=request.seeds,
         sampler=request.sampler,
         steps=request.steps,
         eta=request.eta,
         guidance=request.guidance,
-        class_labels=request.class_labels,
-        states=[state is not None for state in states],
+        guidance_rescale=request.guidance_rescale,
+        own=list(own),
+        unconditional=None if unconditional is None else list(unconditional),
         previews=request.previews,
         deadline=deadline,
     )
@@ -77,8 +83,9 @@ def request_from(received: Frame) -> tuple[GenerationRequest, float | None]:
     """The request of a ``submission``, and its deadline."""
     header, arrays = received
     given = iter(arrays)
-    states = [next(given) if there else None for there in header["states"]]
-    labels = header["class_labels"]
+    own = {name: next(given) for name in header["own"]}
+    names = header["unconditional"]
+    unconditional = None if names is None else {name: next(given) for name in names}
     request = GenerationRequest(
         request_id=header["request_id"],
         seeds=tuple(header["seeds"]),
@@ -86,9 +93,8 @@ def request_from(received: Frame) -> tuple[GenerationRequest, float | None]:
         steps=header["steps"],
         eta=header["eta"],
         guidance=header["guidance"],
-        class_labels=None if labels is None else tuple(labels),
-        encoder_hidden_states=states[0],
-        null_hidden_states=states[1],
+        guidance_rescale=header["guidance_rescale"],
+        conditioning=Conditioning(own, unconditional),
         previews=header["previews"],
     )
     return request, header["deadline"]
@@ -109,9 +115,8 @@ def _parsed(header: bytes, payload: bytes) -> Frame:
     fields = json.loads(header)
     arrays = []
     offset = 0
-    for shape in fields["arrays"]:
-        count = math.prod(shape)
-        array = np.frombuffer(payload, "<f4", count, offset).reshape(shape)
-        arrays.append(array.astype(np.float32))  # the caller's own, where the payload could not be written to
-        offset += 4 * count
+    for code, shape in fields["arrays"]:
+        array = np.frombuffer(payload, code, math.prod(shape), offset).reshape(shape)
+        offset += array.nbytes
+        arrays.append(array.astype(array.dtype.newbyteorder("=")))  # the caller's own: the payload cannot be written to
     return fields, arrays

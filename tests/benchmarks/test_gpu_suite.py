@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from lib.gpu_graphs import forms_of_plan
 from lib.gpu_timing import mixed_rows, run_ms
-
 from qdm_deploy.artifacts.model_spec import ModelSpec
+
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.runtime.session import StepOutput
 

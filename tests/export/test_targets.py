@@ -57,7 +57,7 @@ def test_targets_have_the_interface_of_the_float_graph(emitted: Any, tiny: Any) 
         return [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
 
     expected = interface(tiny.float_graph("labels"))
-    assert [name for name, _, _ in expected][:5] == ["sample", "timestep", "coefficients", "noise", "previous_x0"]
+    assert [name for name, _, _ in expected][:5] == ["sample", "timestep", "coefficients", "noise", "history"]
     for target in TARGETS:
         assert interface(emitted.graph("labels", target)) == expected
 

@@ -18,7 +18,7 @@ OPTIONS = BuildOptions(out=Path("x.qdm"))
 
 
 def times_of(tiny: Any, name: str, options: BuildOptions = OPTIONS) -> Any:
-    spec = tiny.checkpoint(name).spec
+    spec = tiny.checkpoint(name).denoiser
     return LayerTimer(options, tiny.float_graph(name), spec, SILENT).layer_times(tiny.plan(name))
 
 

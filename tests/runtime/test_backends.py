@@ -33,7 +33,7 @@ def _write(path: Path, model: Any, graphs: dict[str, Any]) -> Bundle:
             shutil.copyfile(tiny.graph, writer.root / "unet" / f"{target}.onnx")
         writer.publish(
             name="tiny",
-            model=model.spec,
+            pipeline=model.spec,
             targets=[target for target in graphs if target != "float"],
             compatibility=Compatibility(opset=21, min_runtime="0.1.0"),
             provenance={},
@@ -138,7 +138,7 @@ def test_every_backend_can_be_opened_or_says_why_not(small: Bundle) -> None:
     ],
 )
 def test_a_backend_that_cannot_be_imported(plain: Any, module: str, session: str, advice: str) -> None:
-    file, name = session.split(".")
+    file, _, name = session.rpartition(".")
     code = (
         "import sys\n"
         f"sys.modules[{module!r}] = None\n"

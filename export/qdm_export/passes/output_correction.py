@@ -8,8 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan
-from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, graph_of
+from qdm_export.passes.base import PlanPass, constant, graph_of, whole_timestep
 from qdm_export.topology import MODULE_KEY, LayerNode
 
 __all__ = ["OutputCorrection"]
@@ -25,8 +24,7 @@ class OutputCorrection(PlanPass):
         last = [node for node in model.graph if MODULE_KEY in node.metadata_props][-1]
         output = last.outputs[0]
         inputs = {value.name: value for value in model.graph.inputs}
-        if "timestep" not in inputs:
-            raise ExportError("the graph has no timestep input to look the correction of the output up by")
+        timestep = whole_timestep(model)
         readers = list(output.uses())
         added: list[ir.Node] = []
 
@@ -39,7 +37,7 @@ class OutputCorrection(PlanPass):
 
         def at_timestep(values: NDArray[Any], name: str) -> ir.Value:
             table = constant(model, f"{name}_table", values[:, :, None, None].astype(np.float32))
-            row = add("Gather", [table, inputs["timestep"]], name, axis=0)
+            row = add("Gather", [table, timestep], name, axis=0)
             row.shape = None
             return row
 

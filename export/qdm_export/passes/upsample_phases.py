@@ -19,7 +19,7 @@ __all__ = ["UpsamplePhases"]
 
 
 class UpsamplePhases(PlanPass):
-    """Runs behind the passes that quantize: each phase gets its own codes, and shares scales and bias."""
+    """Runs behind the passes that quantize: each phase has its own codes and zero points, and shares scales and bias."""
 
     def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
         """Replace what fits."""
@@ -59,7 +59,11 @@ class UpsamplePhases(PlanPass):
             raise ExportError(f"the weight of {plan.name} is not quantized yet; phases are made after weights")
         label = f"phase_{number}"
         codes = constant(model, f"{layer.name}/{label}/weight_codes", phase_sums(plan.codes, phase).astype(np.int8))
-        operands = [codes, *dequantize.inputs[1:]]
+        # Its own: where ONNX Runtime 1.32 turns weights into u8, it refuses a zero point of two weights.
+        zero = constant(
+            model, f"{layer.name}/{label}/weight_zero_point", np.zeros(len(plan.weight_scales), dtype=np.int8)
+        )
+        operands = [codes, dequantize.inputs[1], zero]
         weight = named_node(layer, "DequantizeLinear", operands, f"{label}/dequantize_weight", {"axis": 0})
         # An even row reads the pixel above and its own, an odd one its own and the one below.
         before, after = [1 - parity for parity in phase], list(phase)

@@ -114,6 +114,7 @@ def without_bfloat16(model: Any) -> Any:
     float32. Weights keep the values that bfloat16 gave them.
     """
     openvino = import_openvino()
+    inputs = [(item, item.get_names()) for item in model.inputs]
     half = openvino.Type.bf16
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_output_element_type(0) == half:
@@ -125,5 +126,7 @@ def without_bfloat16(model: Any) -> Any:
             node.get_output_element_type(0),
         ):
             node.output(0).replace(node.input_value(0))
+    for item, names in inputs:  # what took a conversion's place took its names too
+        item.set_names(names)
     model.validate_nodes_and_infer_types()
     return model
