@@ -41,8 +41,9 @@ bundle=${1:-}
 if [ -z "$bundle" ]; then
     say "a quick bundle, beside what follows"
     bundle=$work/model.qdm
-    "$BUNDLER" -q build --int8 --out "$bundle" --calib-samples 1 --calib-steps 2 --verify-samples 1 --verify-steps 2 --ranges minmax \
-        --step-bins 1 --keep-fp none --no-sensitivity --no-engines --targets openvino,onnxruntime --min-psnr 0 --min-speedup 0 \
+    printf 'base = "fast"\n[calibration]\nsamples = 1\nsteps = 2\n' > "$work/recipe.toml"
+    "$BUNDLER" -q build --int8 --recipe "$work/recipe.toml" --out "$bundle" --verify-samples 1 --verify-steps 2 \
+        --engines none --targets openvino,onnxruntime --min-psnr 0 --min-speedup 0 \
         > "$work/bundle.log" 2>&1 &
     building=$!
 fi

@@ -10,10 +10,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if TYPE_CHECKING:
     from qdm_deploy.pipeline import BuildOptions as BuildOptions
     from qdm_deploy.pipeline import GenerateOptions as GenerateOptions
+    from qdm_deploy.pipeline import Recipe as Recipe
     from qdm_deploy.pipeline import build as build
     from qdm_deploy.pipeline import generate as generate
+    from qdm_deploy.pipeline import read_recipe as read_recipe
 
-__all__ = ["BuildOptions", "GenerateOptions", "build", "generate"]
+__all__ = ["BuildOptions", "GenerateOptions", "Recipe", "build", "generate", "read_recipe"]
 
 
 def __getattr__(name: str) -> Any:

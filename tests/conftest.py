@@ -171,10 +171,11 @@ class TinyModels:
     @_once
     def plan(self, name: str, **options: Any) -> Any:
         """A plan with every factor in use: thresholds low, ranges without a search unless ``options`` say otherwise."""
-        from qdm_calibration.plan import PlanOptions, make_plan
+        from qdm_calibration.plan import plan_scales
+        from tests.recipes import recipe_of
 
-        chosen = PlanOptions(**{"ranges": "minmax", "gain_ratio": 1.02, "branch_ratio": 1.1, "step_bins": 3, **options})
-        return make_plan(self.checkpoint(name).unet, self.topology(name), self.statistics(name), chosen)
+        chosen = recipe_of(**{"ranges": "minmax", "gain_ratio": 1.02, "branch_ratio": 1.1, "step_bins": 3, **options})
+        return plan_scales(self.checkpoint(name).unet, self.topology(name), self.statistics(name), chosen)
 
 
 def _unet(name: str) -> Any:

@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from qdm_calibration.sensitivity import Sensitivity
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.recipe import Recipe
 from qdm_deploy.artifacts.topology import Topology
 from qdm_deploy.errors import InputError
 
@@ -16,11 +17,14 @@ __all__ = [
     "MAX_FLOAT_SHARE",
     "FrontierPoint",
     "check_choice",
+    "check_rules",
     "frontier",
     "keep_float",
+    "keep_ruled",
     "needs_sensitivity",
     "needs_times",
     "percentage",
+    "pinned_layers",
 ]
 
 # Part of the cost that "auto" may take out of INT8 to reach a target: more would give back what INT8 is for.
@@ -75,6 +79,39 @@ def check_choice(choice: str, topology: Topology) -> None:
         _named(choice, [layer.name for layer in topology.candidates])
 
 
+def check_rules(recipe: Recipe, topology: Topology) -> None:
+    """Refuse layer rules that fit no layer, or give layers that read one tensor different grids for it.
+
+    Raises:
+        InputError: with the rule, and the layers it might have meant.
+    """
+    names = [layer.name for layer in topology.candidates]
+    for number, rule in enumerate(recipe.layers):
+        if not any(fnmatchcase(name, rule.match) for name in names):
+            raise InputError(
+                f"layers[{number}].match = {rule.match!r} fits no layer that may be INT8 "
+                f"({_closest(rule.match, names)}); `qdm-deploy inspect` lists a bundle's layers"
+            )
+    for layers in topology.groups().values():
+        found = {layer.name: recipe.layer(layer.name) for layer in layers}
+        if len({(choice.ranges, choice.zero_offset, choice.channel_factors) for choice in found.values()}) > 1:
+            raise InputError(
+                f"{', '.join(found)} read one tensor, so it has one grid, and the layer rules give them different "
+                "ranges, zero_offset or channel_factors; give them the same"
+            )
+
+
+def keep_ruled(plan: QuantizationPlan, recipe: Recipe) -> QuantizationPlan:
+    """The plan with those INT8 layers in float that a layer rule puts there."""
+    ruled = [item.name for item in plan.quantized if recipe.layer(item.name).precision == "float"]
+    return _with_float(plan, dict.fromkeys(ruled, "kept in float: by a layer rule of the recipe"))
+
+
+def pinned_layers(plan: QuantizationPlan, recipe: Recipe) -> frozenset[str]:
+    """INT8 layers that a layer rule keeps in INT8, whatever ``keep_fp`` says."""
+    return frozenset(item.name for item in plan.quantized if recipe.layer(item.name).precision == "int8")
+
+
 def percentage(choice: str) -> float:
     """N of "N%" and of "N%time".
 
@@ -103,6 +140,7 @@ def keep_float(
     extra_ms: Mapping[str, float] | None = None,
     min_sqnr_db: float = 25.0,
     max_float_share: float = MAX_FLOAT_SHARE,
+    pinned: Collection[str] = (),
 ) -> QuantizationPlan:
     """The plan with some of its INT8 layers kept in float, each with its reason.
 
@@ -117,6 +155,7 @@ def keep_float(
         extra_ms: milliseconds that a layer adds to a step in float, by layer; needed for "N%time".
         min_sqnr_db: "auto" goes on until the predicted SQNR of the output reaches this.
         max_float_share: "auto" keeps no more than this part of the cost in float.
+        pinned: layers that stay in INT8 whatever the choice is.
 
     Raises:
         InputError: a name that fits no INT8 layer, a percentage outside 0 to 100.
@@ -126,23 +165,25 @@ def keep_float(
     if choice == "none":
         return plan
     if not needs_sensitivity(choice):
-        return _with_float(plan, dict.fromkeys(_named(choice, names), "kept in float: asked for by name"))
+        asked = [name for name in _named(choice, names) if name not in pinned]
+        return _with_float(plan, dict.fromkeys(asked, "kept in float: asked for by name"))
     if sensitivity is None:
         raise ValueError(f"keeping {choice!r} in float needs the sensitivity of the layers")
     costs = _costs(sensitivity, cost)
     shares, worst = sensitivity.shares(), sensitivity.worst_shares()
     if choice == "auto":
         largest = {name: max(shares[name], worst[name]) for name in sensitivity.layers}
-        bargains = _within(sensitivity, costs, min(BARGAIN_SHARE, max_float_share), noise=largest, least_ratio=BARGAIN)
-        kept = _within(sensitivity, costs, max_float_share, bargains, min_sqnr_db=min_sqnr_db)
+        share = min(BARGAIN_SHARE, max_float_share)
+        bargains = _within(sensitivity, costs, share, pinned=pinned, noise=largest, least_ratio=BARGAIN)
+        kept = _within(sensitivity, costs, max_float_share, bargains, pinned=pinned, min_sqnr_db=min_sqnr_db)
     elif needs_times(choice):
         if step_ms is None or extra_ms is None:
             raise ValueError(f"keeping {choice!r} in float needs the times of the layers")
         # What INT8 makes no faster costs next to nothing to keep in float, and goes first.
         costs = {name: max(extra_ms[name], 1e-6 * step_ms) for name in sensitivity.layers}
-        kept = _within(sensitivity, costs, percentage(choice) / 100 * step_ms / sum(costs.values()))
+        kept = _within(sensitivity, costs, percentage(choice) / 100 * step_ms / sum(costs.values()), pinned=pinned)
     else:
-        kept = _within(sensitivity, costs, percentage(choice) / 100)
+        kept = _within(sensitivity, costs, percentage(choice) / 100, pinned=pinned)
     return _with_float(plan, {name: _reason(shares[name], worst[name]) for name in kept})
 
 
@@ -180,6 +221,7 @@ def _within(
     share: float,
     kept: Sequence[str] = (),
     *,
+    pinned: Collection[str],
     noise: Mapping[str, float] | None = None,
     least_ratio: float = 0.0,
     min_sqnr_db: float = math.inf,
@@ -194,7 +236,7 @@ def _within(
     # The hair is for a share of 100 %, whose sum may round up.
     left = share * whole * (1 + 1e-9) - sum(costs[name] for name in kept)
     chosen = list(kept)
-    for name in sorted(set(sensitivity.layers) - set(kept), key=lambda name: (-ratio[name], name)):
+    for name in sorted(set(sensitivity.layers) - set(kept) - set(pinned), key=lambda name: (-ratio[name], name)):
         predicted = sensitivity.sqnr_db(set(chosen))
         if ratio[name] < least_ratio or predicted is None or predicted >= min_sqnr_db:
             break
@@ -219,14 +261,17 @@ def _named(choice: str, names: list[str]) -> list[str]:
     for pattern in (part.strip() for part in choice.split(",")):
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            close = get_close_matches(pattern, names, n=3)
-            hint = f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
             raise InputError(
-                f"{pattern!r} is no INT8 layer to keep in float ({hint}); give 'auto', 'none', 'N%', 'N%time', or "
-                "names or patterns of the layers that `qdm-deploy inspect` lists"
+                f"{pattern!r} is no INT8 layer to keep in float ({_closest(pattern, names)}); give 'auto', 'none', "
+                "'N%', 'N%time', or names or patterns of the layers that `qdm-deploy inspect` lists"
             )
         found.update(matches)
     return [name for name in names if name in found]
+
+
+def _closest(pattern: str, names: list[str]) -> str:
+    close = get_close_matches(pattern, names, n=3)
+    return f"close to it: {', '.join(close)}" if close else f"one of them is {names[0]}" if names else "none is"
 
 
 def _reason(share: float, worst: float) -> str:

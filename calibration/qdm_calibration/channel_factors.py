@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qdm_calibration.layers import layer_of
-from qdm_calibration.ranges import ActivationScale, RangeMethod, activation_scale, quantize_weight, weight_scale
+from qdm_calibration.ranges import ActivationScale, activation_scale, quantize_weight, weight_scale
 from qdm_calibration.rows import chosen_rows, in_batches, run_rows
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import TensorCollector
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import LayerPlan, Target
+from qdm_deploy.artifacts.recipe import Recipe
 from qdm_deploy.artifacts.statistics import ActivationStatistics, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.progress import SILENT, Advance, Progress
@@ -83,11 +84,8 @@ def search_channel_factors(
     topology: Topology,
     statistics: ActivationStatistics,
     calibration: CalibrationSet,
+    recipe: Recipe,
     *,
-    ranges: RangeMethod = "lp",
-    zero_offset: bool = True,
-    weight_bits: int = 8,
-    branch_fold: bool = True,
     channels: Collection[str] | None = None,
     rows: int = _ROWS,
     batch_size: int = 8,
@@ -100,10 +98,8 @@ def search_channel_factors(
         topology: the layers and what they share.
         statistics: channel ranges of every input.
         calibration: where the rows come from that candidates are measured on.
-        ranges: how activation and weight ranges are chosen.
-        zero_offset: allow z.
-        weight_bits: bits of the weights that take the factors: fewer bits bear smaller ones.
-        branch_fold: offer the full fold of branch ranges at skip concatenations.
+        recipe: how ranges are chosen, bits of the weights that take the factors (fewer bits bear smaller ones), and
+            whether to offer the full fold of branch ranges at skip concatenations (``concat_scales`` "branch").
         channels: shared inputs to offer k_c = (amax_c / max)**alpha; None: all. The others are offered the fold alone,
             and that only where no normalization stands before them.
         rows: calibration rows to measure on, spread over the timesteps.
@@ -111,6 +107,7 @@ def search_channel_factors(
         progress: where to report.
     """
     groups = topology.groups()
+    branch_fold = recipe.activations.concat_scales == "branch"
     candidates = {
         name: _candidates(
             layers[0],
@@ -140,9 +137,8 @@ def search_channel_factors(
     def on_output(name: str, layer: Layer) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             for index, (_, inverse_k) in enumerate(candidates[name]):
-                errors[name][index] += _error(
-                    layer, module, args[0], output, inverse_k, grids[name][index], weight_bits
-                )
+                grid, bits = grids[name][index], recipe.layer(layer.name).bits
+                errors[name][index] += _error(layer, module, args[0], output, inverse_k, grid, bits)
 
         return hook
 
@@ -158,8 +154,10 @@ def search_channel_factors(
     with progress.task("Searching channel factors", 2 * len(picked)) as advance, torch.inference_mode():
         run([layer_of(network, name).register_forward_pre_hook(on_input(name)) for name in searched], advance)
         for name, found in collectors.items():
+            choice = recipe.layer(groups[name][0].name)
             grids[name] = [
-                activation_scale([(item.result().histogram(0), 1.0)], ranges, zero_offset=zero_offset) for item in found
+                activation_scale([(item.result().histogram(0), 1.0)], choice.ranges, zero_offset=choice.zero_offset)
+                for item in found
             ]
         run(
             [

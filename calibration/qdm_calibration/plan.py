@@ -6,8 +6,8 @@ timestep, then one scale s and one offset z for what is left.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,86 +17,40 @@ from qdm_calibration.channel_factors import ChannelFactors
 from qdm_calibration.layers import layer_of
 from qdm_calibration.phase_scales import scale_for_phases
 from qdm_calibration.ranges import (
-    METHODS,
     ActivationScale,
-    RangeMethod,
     activation_scale,
     quantize_weight,
-    weight_levels,
     weight_scale,
     weight_sqnr_db,
 )
 from qdm_calibration.step_bins import GainInput, StepBins, choose_step_bins
 from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS, LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.recipe import Activations, LayerChoice, Recipe
 from qdm_deploy.artifacts.statistics import ActivationStatistics, Histogram, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
-from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
 
-__all__ = ["PlanOptions", "make_plan", "output_grid"]
+__all__ = ["output_grid", "plan_scales"]
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What the plan may use.
-
-    Attributes:
-        ranges: how activation and weight ranges are chosen.
-        zero_offset: allow z (off: symmetric grids).
-        concat_scales: "branch" gives each skip branch its own factor k, "none" shares one scale; "split" is for a
-            network whose readers of skip concatenations are split already, and decides like "none".
-        step_bins: K, bins over the timestep for the gains r, cut where it helps most (``step_bins``); 1 switches gains
-            off, "auto" chooses K too.
-        branch_ratio: branches whose ranges differ by less than this factor share one scale.
-        gain_ratio: an input whose range moves by less than this factor over the bins stays static.
-        weight_bits: 8, or 4; codes of 4 bits run in the same INT8 kernels.
-        upsample_phases: convolutions that read an upsampled tensor get weight scales at which they can run as four
-            small ones (``phase_sums``).
-    """
-
-    ranges: RangeMethod = "lp"
-    zero_offset: bool = True
-    concat_scales: Literal["none", "branch", "split"] = "branch"
-    step_bins: int | Literal["auto"] = 4
-    branch_ratio: float = 1.25
-    gain_ratio: float = 1.3
-    weight_bits: int = 8
-    upsample_phases: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        if self.ranges not in METHODS:
-            raise InputError(f"range method {self.ranges!r} is not known; choose one of {', '.join(METHODS)}")
-        if self.concat_scales not in ("none", "branch", "split"):
-            raise InputError(f"concat scales {self.concat_scales!r} are not known; choose 'none', 'branch' or 'split'")
-        if isinstance(self.step_bins, str):
-            if self.step_bins != "auto":
-                raise InputError(f"step bins {self.step_bins!r} were asked for; allowed are 1 to 32, or 'auto'")
-        elif not 1 <= self.step_bins <= 32:
-            raise InputError(f"{self.step_bins} step bins were asked for; allowed are 1 to 32")
-        if self.branch_ratio < 1 or self.gain_ratio < 1:
-            raise InputError(f"branch ratio {self.branch_ratio} and gain ratio {self.gain_ratio} must be at least 1")
-        weight_levels(self.weight_bits)
-
-
-def make_plan(
+def plan_scales(
     network: nn.Module,
     topology: Topology,
     statistics: ActivationStatistics,
-    options: PlanOptions = PlanOptions(),
+    recipe: Recipe,
     *,
     factors: Mapping[str, ChannelFactors] | None = None,
     importance: Callable[[], NDArray[np.float64]] | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:
-    """Decide the precision and the numbers of every layer.
+    """Decide the numbers of every layer: what may be INT8 is.
 
     Args:
         network: holds the weights.
         topology: the layers in execution order.
         statistics: ranges of every activation.
-        options: which factors may be used.
+        recipe: which factors may be used, and how ranges are chosen.
         factors: k by input group, already searched; ``statistics`` then hold x / k where there is one. None decides k
             by the ranges of the skip branches alone.
         importance: weights of the timestep bins of ``statistics``, [M], for the choice of step bins; asked for only
@@ -114,16 +68,16 @@ def make_plan(
         unsplit: dict[str, _Unsplit] = {}
         for name, layers in groups.items():
             searched = None if factors is None else factors[name]
-            unsplit[name] = _before_bins(layers[0], statistics.inputs[name], options, searched)
+            unsplit[name] = _cut_nothing(layers[0], statistics.inputs[name], recipe, searched)
             advance()
-        bins = _step_bins(groups, statistics, unsplit, options, importance)
+        bins = _step_bins(groups, statistics, unsplit, recipe.activations, importance)
         # Gain bin of each timestep bin.
         bin_of = np.searchsorted(bins.edges, statistics.timestep_edges[:-1], side="right") - 1
         for name, layers in groups.items():
-            decision = _decide_input(layers[0], statistics.inputs[name], unsplit[name], bin_of, bins, options)
+            decision = _decide_input(layers[0], statistics.inputs[name], unsplit[name], bin_of, bins, recipe)
             for layer in layers:
                 weight = layer_of(network, layer.name).get_parameter("weight").detach().numpy()
-                plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, options)
+                plans[layer.name] = _plan_layer(layer, weight, decision, statistics, bin_of, recipe)
             advance()
     for layer in topology:
         if layer.float_reason is not None:
@@ -131,7 +85,7 @@ def make_plan(
     return QuantizationPlan(
         layers=tuple(plans[layer.name] for layer in topology),
         timestep_edges=bins.edges,
-        options=asdict(options),
+        options=recipe.model_dump(mode="json"),
         provenance={
             **(provenance or {}),
             "statistics": dict(statistics.provenance),
@@ -169,7 +123,7 @@ def _step_bins(
     groups: Mapping[str, Sequence[Layer]],
     statistics: ActivationStatistics,
     unsplit: Mapping[str, _Unsplit],
-    options: PlanOptions,
+    activations: Activations,
     importance: Callable[[], NDArray[np.float64]] | None,
 ) -> StepBins:
     inputs = [
@@ -180,9 +134,9 @@ def _step_bins(
     return choose_step_bins(
         statistics.timestep_edges,
         inputs,
-        options.step_bins,
-        zero_offset=options.zero_offset,
-        gain_ratio=options.gain_ratio,
+        activations.step_bins,
+        zero_offset=activations.zero_offset,
+        gain_ratio=activations.gain_ratio,
         importance=importance,
     )
 
@@ -194,15 +148,13 @@ def _merged(tensor: TensorStatistics, time_bins: Sequence[int], branch: int) -> 
     return merged
 
 
-def _before_bins(
-    layer: Layer, tensor: TensorStatistics, options: PlanOptions, searched: ChannelFactors | None
-) -> _Unsplit:
+def _cut_nothing(layer: Layer, tensor: TensorStatistics, recipe: Recipe, searched: ChannelFactors | None) -> _Unsplit:
     everything = list(range(len(tensor.counts)))
     whole = [_merged(tensor, everything, branch) for branch in range(tensor.branches)]
     notes: dict[str, str] = {}
     if searched is not None:
         return _Unsplit(whole, (1.0,) * len(whole), searched.inverse_k, {"k": searched.note})
-    factors = _branch_factors(layer, whole, options, notes)
+    factors = _branch_factors(layer, whole, recipe, notes)
     inverse_k = None
     if any(factor != 1.0 for factor in factors):
         inverse_k = np.repeat([1.0 / factor for factor in factors], layer.branches).astype(np.float32)
@@ -215,10 +167,11 @@ def _decide_input(
     unsplit: _Unsplit,
     bin_of: NDArray[np.int64],
     bins: StepBins,
-    options: PlanOptions,
+    recipe: Recipe,
 ) -> _Input:
     factors, notes = unsplit.factors, dict(unsplit.notes)
-    gains = _step_gains(layer, tensor, factors, bin_of, bins, options, notes)
+    choice = recipe.layer(layer.name)
+    gains = _step_gains(layer, tensor, factors, bin_of, bins, recipe, notes)
     if gains is None:
         seen = list(zip(unsplit.whole, factors, strict=True))
     else:
@@ -227,9 +180,9 @@ def _decide_input(
             for j, gain in enumerate(gains)
             for branch in range(tensor.branches)
         ]
-    grid = _grid(seen, options)
-    notes["s"] = f"{options.ranges} range over {len(bin_of)} timestep ranges"
-    if not options.zero_offset:
+    grid = _grid(seen, choice)
+    notes["s"] = f"{choice.ranges} range over {len(bin_of)} timestep ranges"
+    if not choice.zero_offset:
         notes["z"] = "switched off: symmetric grid"
     else:
         low, high = ((grid.zero_offset + end) * grid.scale for end in ACTIVATION_LEVELS)
@@ -238,14 +191,15 @@ def _decide_input(
     return _Input(grid.scale, grid.zero_offset, unsplit.inverse_k, inverse_r, notes)
 
 
-def _grid(seen: Sequence[tuple[Histogram, float]], options: PlanOptions) -> ActivationScale:
-    return activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
+def _grid(seen: Sequence[tuple[Histogram, float]], choice: LayerChoice) -> ActivationScale:
+    return activation_scale(seen, choice.ranges, zero_offset=choice.zero_offset)
 
 
 def _branch_factors(
-    layer: Layer, whole: Sequence[Histogram], options: PlanOptions, notes: dict[str, str]
+    layer: Layer, whole: Sequence[Histogram], recipe: Recipe, notes: dict[str, str]
 ) -> tuple[float, ...]:
     """k per branch; 1 / k is exact in float16."""
+    options = recipe.activations
     ones = (1.0,) * len(whole)
     if not layer.reads_concat:
         return ones
@@ -255,7 +209,7 @@ def _branch_factors(
     if options.concat_scales == "split":
         notes["k"] = "one scale for the skip branches: only what reads the concatenation itself is split"
         return ones
-    scales = [_grid([(branch, 1.0)], options).scale for branch in whole]
+    scales = [_grid([(branch, 1.0)], recipe.layer(layer.name)).scale for branch in whole]
     ratio = max(scales) / min(scales)
     if ratio < options.branch_ratio:
         notes["k"] = f"left out: the branches' ranges differ by {ratio:.2f}, less than {options.branch_ratio}"
@@ -275,10 +229,11 @@ def _step_gains(
     factors: Sequence[float],
     bin_of: NDArray[np.int64],
     bins: StepBins,
-    options: PlanOptions,
+    recipe: Recipe,
     notes: dict[str, str],
 ) -> tuple[float, ...] | None:
     """r per gain bin, at least 1 so that nothing in float16 grows; 1 / r is exact in float16. None: static."""
+    options = recipe.activations
     if options.step_bins == 1:
         notes["r"] = "switched off: one step bin"
         return None
@@ -294,7 +249,7 @@ def _step_gains(
     for j in range(bins.count):
         time_bins = np.flatnonzero(bin_of == j).tolist()
         seen = [(_merged(tensor, time_bins, branch), factor) for branch, factor in enumerate(factors)]
-        scales.append(_grid(seen, options).scale)
+        scales.append(_grid(seen, recipe.layer(layer.name)).scale)
     ratio = max(scales) / min(scales)
     if ratio < options.gain_ratio:
         notes["r"] = f"static: the range moves {ratio:.2f}-fold over the timestep bins, less than {options.gain_ratio}"
@@ -313,17 +268,18 @@ def _plan_layer(
     decision: _Input,
     statistics: ActivationStatistics,
     bin_of: NDArray[np.int64],
-    options: PlanOptions,
+    recipe: Recipe,
 ) -> LayerPlan:
+    choice = recipe.layer(layer.name)
     if decision.inverse_k is not None:
         weight = weight / decision.inverse_k.reshape(1, -1, *([1] * (weight.ndim - 2)))
-    scale = weight_scale(weight, options.ranges, options.weight_bits)
+    scale = weight_scale(weight, recipe.weights.ranges, choice.bits)
     notes = dict(decision.notes)
-    if layer.upsampled and options.upsample_phases:
-        scale, said = scale_for_phases(weight, scale, options.weight_bits)
+    if layer.upsampled and recipe.weights.upsample_phases:
+        scale, said = scale_for_phases(weight, scale, choice.bits)
         notes |= said
-    codes = quantize_weight(weight, scale, options.weight_bits)
-    output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, options)
+    codes = quantize_weight(weight, scale, choice.bits)
+    output_scale, output_zero_point = output_grid(layer, decision.inverse_r, statistics, bin_of, choice)
     return LayerPlan(
         layer=layer,
         precision="int8",
@@ -337,7 +293,7 @@ def _plan_layer(
         output_zero_point=output_zero_point,
         notes=notes,
         weight_sqnr_db=weight_sqnr_db(weight, codes, scale),
-        weight_bits=options.weight_bits,
+        weight_bits=choice.bits,
     )
 
 
@@ -346,7 +302,7 @@ def output_grid(
     inverse_r: NDArray[np.float32] | None,
     statistics: ActivationStatistics,
     bin_of: NDArray[np.int64],
-    options: PlanOptions,
+    choice: LayerChoice,
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None]:
     """Grid of what the integer kernel returns: with its bias, or, under gains, before the gain and the bias.
 
@@ -359,7 +315,7 @@ def output_grid(
         inverse_r: 1 / r per gain bin, [K]; None where the layer is static.
         statistics: ranges of the outputs and products.
         bin_of: gain bin of each timestep bin, [M].
-        options: how the range is chosen, and whether zero points may differ from 128.
+        choice: how the range is chosen, and whether zero points may differ from 128.
 
     Returns:
         The scales [O] float32 and the u8 zero points [O]; (None, None) for "linear".
@@ -367,7 +323,7 @@ def output_grid(
     if layer.kind != "conv":
         return None, None
     if layer.feeds_norm and inverse_r is None:
-        return _channel_grids(statistics.outputs[layer.name], zero_offset=options.zero_offset)
+        return _channel_grids(statistics.outputs[layer.name], zero_offset=choice.zero_offset)
     if inverse_r is None:
         seen = [(_merged(statistics.outputs[layer.name], list(range(len(bin_of))), 0), 1.0)]
     else:
@@ -376,7 +332,7 @@ def output_grid(
             (_merged(tensor, np.flatnonzero(bin_of == j).tolist(), 0), 1.0 / float(inverse))
             for j, inverse in enumerate(inverse_r)
         ]
-    grid = activation_scale(seen, options.ranges, zero_offset=options.zero_offset)
+    grid = _grid(seen, choice)
     scale = np.full(layer.out_channels, grid.scale, dtype=np.float32)
     return scale, np.full(layer.out_channels, 128 - grid.zero_offset, dtype=np.uint8)
 

@@ -8,12 +8,13 @@ and no product of codes can saturate a 16-bit pair sum on CPUs without VNNI.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import ACTIVATION_LEVELS
+from qdm_deploy.artifacts.recipe import RangeMethod
 from qdm_deploy.artifacts.statistics import Histogram
 from qdm_deploy.errors import InputError
 
@@ -21,7 +22,6 @@ __all__ = [
     "METHODS",
     "WEIGHT_LEVELS",
     "ActivationScale",
-    "RangeMethod",
     "activation_scale",
     "float16_exact",
     "grid_points",
@@ -33,8 +33,7 @@ __all__ = [
     "weight_sqnr_db",
 ]
 
-RangeMethod = Literal["minmax", "percentile", "mse", "lp"]
-METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "lp")
+METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 _POWERS = {"mse": 2.0, "lp": 2.4}  # PTQ4DM, table 4, where "MSE" has p = 2.4: it beats cosine, KL and L1
 _PERCENTILE = 99.99
 # The smallest normal float16: TensorRT flushes smaller scales to zero and refuses the network.

@@ -46,7 +46,7 @@ class ReconstructOptions:
     """How long, on what, and how the rounding is learned.
 
     Attributes:
-        iterations: at most, per block.
+        iterations: at most, per block (``Weights.iterations`` of a recipe).
         rows: calibration rows to work on, spread over the timesteps; every fifth of them only judges.
         batch_size: rows per iteration.
         learning_rate: of Adam, for alpha; high, because the iterations are few.
@@ -59,7 +59,7 @@ class ReconstructOptions:
             behind them. None keeps nothing.
     """
 
-    iterations: int = 300
+    iterations: int
     rows: int = 160
     batch_size: int = 16
     learning_rate: float = 5e-2
@@ -90,7 +90,7 @@ def reconstruct(
     network: nn.Module,
     plan: QuantizationPlan,
     calibration: CalibrationSet,
-    options: ReconstructOptions = ReconstructOptions(),
+    options: ReconstructOptions,
     *,
     progress: Progress = SILENT,
 ) -> QuantizationPlan:

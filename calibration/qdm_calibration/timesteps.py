@@ -7,51 +7,14 @@ script also stores each sample under a time-reversed label; here a sample keeps 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.errors import InputError
+from qdm_deploy.artifacts.recipe import SamplingPlan
 from qdm_deploy.samplers import StepTable
 
-__all__ = ["STRATEGIES", "Draw", "SamplingPlan", "sampling_plan"]
-
-STRATEGIES = ("uniform", "ndtc")
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """How rows are drawn: strategy, samples and, for ``ndtc``, the distribution over t.
-
-    Attributes:
-        strategy: "uniform" or "ndtc".
-        samples: trajectories; ``uniform`` takes one row per chosen step from each.
-        steps: for ``uniform``, how many of the sampler's steps are chosen (20 in the paper's scripts).
-        count: for ``ndtc``, rows drawn in all (N = 1024 in the paper).
-        mean, spread: for ``ndtc``, of the normal distribution, as fractions of T.
-    """
-
-    strategy: Literal["uniform", "ndtc"] = "uniform"
-    samples: int = 16
-    steps: int = 20
-    count: int = 320
-    mean: float = 0.4
-    spread: float = 0.4
-
-    def __post_init__(self) -> None:
-        """Refuse a plan that draws nothing."""
-        if self.strategy not in STRATEGIES:
-            raise InputError(
-                f"calibration strategy {self.strategy!r} is not known; choose one of {', '.join(STRATEGIES)}"
-            )
-        for name in ("samples", "steps", "count"):
-            if getattr(self, name) < 1:
-                raise InputError(f"calibration {name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.mean <= 1 or not 0 < self.spread <= 1:
-            raise InputError(
-                f"ndtc mean {self.mean} and spread {self.spread} are fractions of T: mean in [0, 1], spread in (0, 1]"
-            )
+__all__ = ["Draw", "SamplingPlan", "sampling_plan"]
 
 
 @dataclass(frozen=True)

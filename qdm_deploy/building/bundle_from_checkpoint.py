@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.bundle import BundleWriter
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.building.calibrate import calibrated_plan, calibration_given
+from qdm_deploy.building.calibrate import calibrate, read_calibration
 from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.measure import measure
 from qdm_deploy.building.options import BuildOptions
@@ -64,18 +64,18 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     with BundleWriter(options.out, force=options.force) as writer, ExitStack() as cleanup:
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qdm-deploy-")))
         checkpoint, table, verify_table = _load(options, stages, progress)
-        given = calibration_given(options, checkpoint, table)
+        given = read_calibration(options, checkpoint, table)
         with stages.stage("export"):
             progress.say(f"Exporting {checkpoint.spec.name} to ONNX")
             from qdm_export.float_graph import export_float_graph
 
             float_graph = export_float_graph(checkpoint)
             whole = float_graph  # what the float reference is written from
-            if options.concat_scales == "split":
+            if options.recipe.activations.concat_scales == "split":
                 from qdm_export.split_concat import split_checkpoint
 
                 checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
-        calibrated = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
+        calibrated = calibrate(options, checkpoint, table, given, float_graph, stages.stage, progress)
         plan = calibrated.plan
         _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
@@ -105,7 +105,7 @@ def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
         if options.engines is not None:
             raise EnvironmentProblem(
                 "engines were asked for, and the module tensorrt_rtx is missing; install it with "
-                "pip install 'qdm-deploy[tensorrt-rtx]', or build with --no-engines"
+                "pip install 'qdm-deploy[tensorrt-rtx]', or build with --engines none"
             )
         progress.say("No TensorRT-RTX here, so no engine is built (pip install 'qdm-deploy[tensorrt-rtx]')")
         return ()
@@ -155,7 +155,10 @@ def _emit(
                 for target in options.targets:
                     form = FORMS[target]
                     form = replace(form, packed_weights=packed and form.packed_weights)
-                    yield folder / f"{target}.onnx", emit(float_graph, plan, target, rest=options.rest, form=form)
+                    yield (
+                        folder / f"{target}.onnx",
+                        emit(float_graph, plan, target, rest=options.recipe.rest, form=form),
+                    )
                     advance()
 
             save_with_shared_weights(graphs(), folder / "weights.bin")

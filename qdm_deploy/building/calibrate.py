@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.building.float_layers import Budgeted, check_float_layers
 from qdm_deploy.building.layer_times import LayerTimer
 from qdm_deploy.building.options import BuildOptions
-from qdm_deploy.building.planning import check_modelopt, check_step_bins, planned
-from qdm_deploy.building.sensitivity import Budgeted, check_keep_fp
+from qdm_deploy.building.planning import make_plan
 from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import Progress
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qdm_calibration.importance import StepImportance
-    from qdm_calibration.timesteps import SamplingPlan
     from qdm_export.unet import Checkpoint
 
-__all__ = ["Calibrated", "calibrated_plan", "calibration_given"]
+__all__ = ["Calibrated", "calibrate", "read_calibration"]
 
 _STATES, _NULL_STATES = "encoder_hidden_states", "unconditional_hidden_states"
 
@@ -53,7 +52,7 @@ class Calibrated:
         return self.budgeted.plan
 
 
-def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: StepTable) -> CalibrationSet | None:
+def read_calibration(options: BuildOptions, checkpoint: "Checkpoint", table: StepTable) -> CalibrationSet | None:
     """The calibration set the user gave, if any, after refusing all that cannot end well.
 
     Raises:
@@ -61,28 +60,40 @@ def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: St
             calibration can tell apart.
     """
     from qdm_calibration.collect import conditioning_rows, unconditional_rows
+    from qdm_calibration.statistics import timestep_edges
+    from qdm_calibration.step_bins import check_step_bins
     from qdm_calibration.timesteps import sampling_plan
 
-    if options.from_modelopt is not None:
-        check_modelopt(options.from_modelopt)
+    recipe = options.recipe
+    _check_modelopt(recipe.from_modelopt)
     spec = checkpoint.spec
     states = read_hidden_states(options.conditioning_file)
     conditioning_of(spec, options.verify_samples, hidden_states=states)
     if options.guidance != 1.0:
         unconditional_rows(spec, 1, _renamed(states, _NULL_STATES))
     if options.calibration_file is None:
-        conditioning_rows(spec, options.calibration_samples, _renamed(states, _STATES))
-        draw = sampling_plan(_sampling(options), table, spec.num_train_timesteps, options.seed)
+        conditioning_rows(spec, recipe.calibration.samples, _renamed(states, _STATES))
+        draw = sampling_plan(recipe.calibration, table, spec.num_train_timesteps, options.seed)
         given, timesteps = None, table.timesteps[draw.step]
     else:
         given = CalibrationSet.load(options.calibration_file)
         _check_fits(given, checkpoint, options.calibration_file)
         timesteps = given.timestep
-    check_step_bins(options, timesteps, spec.num_train_timesteps)
+    check_step_bins(timestep_edges(timesteps, spec.num_train_timesteps), recipe.activations.step_bins)
     return given
 
 
-def calibrated_plan(
+def _check_modelopt(source: str) -> None:
+    """Refuse before any work a ModelOpt source that cannot be used."""
+    from qdm_calibration.modelopt import CONFIGS, read_quantizer_state, require_modelopt
+
+    if source in CONFIGS:
+        require_modelopt()
+    elif source != "none":
+        read_quantizer_state(Path(source))
+
+
+def calibrate(
     options: BuildOptions,
     checkpoint: "Checkpoint",
     table: StepTable,
@@ -98,14 +109,14 @@ def calibrated_plan(
 
     spec = checkpoint.spec
     topology = topology_of(float_graph)
-    check_keep_fp(options, topology)
+    check_float_layers(options.recipe, topology, options.targets)
     with stage("calibrate"):
         states = read_hidden_states(options.conditioning_file)
         calibration = given or collect_calibration_set(
             checkpoint.unet,
             spec,
             table,
-            _sampling(options),
+            options.recipe.calibration,
             seed=options.seed,
             guidance=options.guidance,
             conditioning=_renamed(states, _STATES),
@@ -124,10 +135,22 @@ def calibrated_plan(
     def importance() -> "StepImportance":
         return _importance(options, checkpoint, states, progress)
 
-    budgeted = planned(
-        options, checkpoint, topology, calibration, statistics,
-        importance=importance, stage=stage, timer=LayerTimer(options, float_graph, spec, progress), progress=progress,
-    )  # fmt: skip
+    budgeted = make_plan(
+        options.recipe,
+        checkpoint,
+        topology,
+        calibration,
+        statistics,
+        targets=options.targets,
+        min_sqnr_db=options.min_eps_sqnr_db,
+        seed=options.seed,
+        # Beside the bundle: what an interrupted build has learned outlives its unfinished folder.
+        folder=options.out.absolute().parent / f".{options.out.name}.reconstruction",
+        importance=importance,
+        stage=stage,
+        timer=LayerTimer(options.targets, options.threads, float_graph, spec, progress),
+        progress=progress,
+    )
     return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 
 
@@ -150,19 +173,6 @@ def _importance(
         conditioning=_renamed(states, _STATES),
         unconditional=_renamed(states, _NULL_STATES),
         progress=progress,
-    )
-
-
-def _sampling(options: BuildOptions) -> "SamplingPlan":
-    from qdm_calibration.timesteps import SamplingPlan
-
-    return SamplingPlan(
-        strategy=options.strategy,
-        samples=options.calibration_samples,
-        steps=options.calibration_steps,
-        count=options.ndtc_count,
-        mean=options.ndtc_mean,
-        spread=options.ndtc_spread,
     )
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.phase_sums import PHASES
-from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles
-from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.runtime.random_inputs import random_inputs
 
@@ -42,9 +41,9 @@ class LayerTimes:
     measured_on: str
 
 
-def can_be_timed(options: BuildOptions) -> bool:
+def can_be_timed(targets: tuple[Target, ...]) -> bool:
     """Whether a build makes a graph for a backend that tells the times of single nodes, and that backend is here."""
-    return "openvino" in options.targets and find_spec("openvino") is not None
+    return "openvino" in targets and find_spec("openvino") is not None
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,15 @@ class LayerTimer:
     """Times the step graphs of plans for one model.
 
     Attributes:
-        options: of the build.
+        targets: of the build.
+        threads: CPU threads; None: all.
         float_graph: the float step graph.
         spec: the model's.
         progress: where to report.
     """
 
-    options: BuildOptions
+    targets: tuple[Target, ...]
+    threads: int | None
     float_graph: "ir.Model"
     spec: ModelSpec
     progress: Progress
@@ -69,7 +70,7 @@ class LayerTimer:
         None where the model is too large, the backend is no target or not here, or its profile says too little.
         """
         weights = sum(prod(layer.layer.weight_shape) for layer in plan.layers)
-        if not can_be_timed(self.options) or weights > _MOST_WEIGHTS:
+        if not can_be_timed(self.targets) or weights > _MOST_WEIGHTS:
             return None
         nothing = tuple(LayerPlan(item.layer, "float", reason="timed") for item in plan.layers)
         profiles = self._profiles({"int8": plan, "float": replace(plan, layers=nothing)})
@@ -104,7 +105,7 @@ class LayerTimer:
                 model = emit(self.float_graph, plan, "openvino")
                 save_with_shared_weights([(graph, model)], graph.with_suffix(".bin"))
                 advance()
-            return step_profiles(graphs, random_inputs(self.spec, _BATCH), threads=self.options.threads)
+            return step_profiles(graphs, random_inputs(self.spec, _BATCH), threads=self.threads)
 
     def _layer_names(self, plan: QuantizationPlan) -> dict[str, str]:
         """The layer of a node, by the node's name in any graph of the plan."""

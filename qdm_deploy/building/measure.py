@@ -197,7 +197,7 @@ def _checks(
             with simulation_of(checkpoint, plan, "tensorrt") as session:
                 simulated = session.run(inputs).x0
             graph = folder / "tensorrt.onnx"
-            if options.rest == "bf16":
+            if options.recipe.rest == "bf16":
                 checks.append(check_bfloat16_graph(graph, folder / "float.onnx", expected, simulated, inputs, scratch))
             else:
                 checks.append(check_half_graph(graph, expected, simulated, inputs))

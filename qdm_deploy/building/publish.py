@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,15 +89,16 @@ def _opset(folder: Path) -> int:
 
 
 def _recipe(options: BuildOptions) -> dict[str, Any]:
-    """The options that shape the bundle, as JSON; no path of this machine among them."""
-    left_out = {"out", "force", "threads", "command", "save_calibration"}
-    recipe: dict[str, Any] = {}
-    for name, value in asdict(options).items():
-        if name not in left_out:
-            recipe[name] = value.name if isinstance(value, Path) else value
+    """The recipe, and under "build" what else shapes the bundle, as JSON; no path of this machine is in it."""
+    left_out = {"out", "recipe", "force", "threads", "command", "save_calibration"}
+    build: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in left_out:
+            build[field.name] = value.name if isinstance(value, Path) else value
     if options.model is not None:
-        recipe["model"] = Path(options.model).name
-    plain: dict[str, Any] = json.loads(json.dumps(recipe))
+        build["model"] = Path(options.model).name
+    plain: dict[str, Any] = json.loads(json.dumps({**options.recipe.document(), "build": build}))
     return plain
 
 

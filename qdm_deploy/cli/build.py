@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qdm_deploy.cli.moved_options import moved_options
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.progress import duration
 from qdm_deploy.cli.tables import db, print_engines, print_table, size
-from qdm_deploy.cli.verb import CommaList, CountOrAuto, Verb, option
+from qdm_deploy.cli.verb import CommaList, Verb, option
 from qdm_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -20,12 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 _BUILT_IN_MODEL = "ddpm-fashion-mnist"
-_CALIBRATION, _QUANTIZATION, _TARGETS, _VERIFICATION = (
-    "Calibration",
-    "Quantization",
-    "Targets",
-    "Verification and verdict",
-)
+_SAMPLING, _VERDICT = "Sampling and calibration", "Verification and verdict"
 _FILE = click.Path(path_type=Path)
 
 
@@ -36,7 +32,7 @@ _FILE = click.Path(path_type=Path)
     examples=(
         "qdm-deploy build --int8",
         "qdm-deploy build --int8 ./my-model --out my-model.qdm --sampler dpmpp-2m --steps 20",
-        "qdm-deploy build --int8 google/ddpm-cifar10-32 --targets onnxruntime,openvino --no-engines",
+        "qdm-deploy build --int8 google/ddpm-cifar10-32 --recipe w4a8 --targets onnxruntime,openvino",
         "qdm-deploy build --int8 ./my-model --min-psnr 35 && ./publish.sh my-model.qdm",
     ),
 )
@@ -44,181 +40,27 @@ _FILE = click.Path(path_type=Path)
     "model", required=False, help="Folder or Hugging Face name of a diffusers model; without: a small built-in one."
 )
 @option("--int8", is_flag=True, help="Precision of the bundle; required, and the only one today.")
+@option(
+    "--recipe",
+    default="default",
+    metavar="NAME|FILE",
+    help="How it is quantized: a name of `qdm-deploy recipe list`, or a TOML file.",
+)
 @option("--out", type=_FILE, help="Where the bundle goes.  [default: ./<model name>.qdm]")
 @option("--force", is_flag=True, help="Replace the output if it is a bundle.")
-@option(
-    "--sampler", default="ddim", metavar="NAME", help="Sampler the bundle is tuned for: ddpm, ddim, dpmpp-2m or euler."
-)
-@option("--steps", type=int, default=50, help="Its denoising steps.")
-@option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
-@option("--seed", type=int, default=0, help="Seed of everything random in the build.")
-@option("--threads", type=int, help="CPU threads.  [default: all cores]")
-@option(
-    "--calib-samples",
-    "calibration_samples",
-    type=int,
-    default=16,
-    section=_CALIBRATION,
-    help="Trajectories to measure.",
-)
-@option("--calib-steps", "calibration_steps", type=int, default=20, section=_CALIBRATION, help="Steps of each of them.")
-@option(
-    "--strategy",
-    type=click.Choice(["uniform", "ndtc"]),
-    default="uniform",
-    section=_CALIBRATION,
-    help="Timesteps to measure: evenly spread, or normally distributed as in PTQ4DM.",
-)
-@option(
-    "--ndtc-mean", type=float, default=0.4, section=_CALIBRATION, help="Mean of ndtc, as a fraction of all timesteps."
-)
-@option("--ndtc-spread", type=float, default=0.4, section=_CALIBRATION, help="Spread of ndtc, likewise.")
-@option("--ndtc-count", type=int, default=320, section=_CALIBRATION, help="Samples that ndtc draws.")
-@option(
-    "--calibration",
-    "calibration_file",
-    type=_FILE,
-    section=_CALIBRATION,
-    help="Take this saved calibration set rather than making one.",
-)
-@option("--save-calibration", type=_FILE, section=_CALIBRATION, help="Keep the calibration set in this file.")
-@option(
-    "--conditioning",
-    "conditioning_file",
-    type=_FILE,
-    section=_CALIBRATION,
-    help="Safetensors file with encoder_hidden_states (and unconditional_hidden_states) for a text-conditional model.",
-)
-@option(
-    "--ranges",
-    type=click.Choice(["minmax", "percentile", "mse", "lp"]),
-    default="lp",
-    section=_QUANTIZATION,
-    help="How the scale of an input follows from its histogram; lp (p = 2.4) and mse search, mse clips more.",
-)
-@option(
-    "--no-upsample-phases",
-    "upsample_phases",
-    is_flag=True,
-    flag_value=False,
-    default=True,
-    show_default=False,
-    section=_QUANTIZATION,
-    help="Leave convolutions behind an upsampling whole: a bit more precise, and slower on CPUs than in four parts.",
-)
-@option(
-    "--no-zero-offset",
-    "zero_offset",
-    is_flag=True,
-    flag_value=False,
-    default=True,
-    show_default=False,
-    section=_QUANTIZATION,
-    help="Keep every grid symmetric around zero.",
-)
-@option(
-    "--concat-scales",
-    type=click.Choice(["none", "branch", "split"]),
-    default="branch",
-    section=_QUANTIZATION,
-    help="Scales at skip concatenations: one for all, one for each branch, or a kernel for each branch.",
-)
-@option(
-    "--channel-scales",
-    type=click.Choice(["none", "free", "auto"]),
-    default="free",
-    section=_QUANTIZATION,
-    help="Scales per input channel: none, or kept where the layer then errs less; free: only where they cost no "
-    "operation.",
-)
-@option(
-    "--step-bins",
-    type=CountOrAuto(),
-    metavar="auto|N",
-    default="auto",
-    section=_QUANTIZATION,
-    help="Timestep bins with a gain of their own, cut where it helps most; 1 is none, auto as many as pay for "
-    "themselves.",
-)
-@option(
-    "--from-modelopt",
-    metavar="CONFIG|FILE",
-    section=_QUANTIZATION,
-    help="Scales of NVIDIA ModelOpt rather than our own: INT8_DEFAULT_CFG, INT8_SMOOTHQUANT_CFG, INT8_DIFFUSERS, or a "
-    "safetensors file with its quantizers' state. Goes with none of the options above.",
-)
-@option(
-    "--keep-fp",
-    section=_QUANTIZATION,
-    metavar="auto|N%|N%time|none|NAMES",
-    help="Layers to keep in float: few, cheap and noisy ones and what --min-sqnr takes; the noisiest within N percent "
-    "of the INT8 multiply-accumulates, or so that a step takes N percent longer at most, measured on OpenVINO; none; "
-    "or names and patterns (a,b*).  [default: auto; with --from-modelopt none]",
-)
-@option(
-    "--no-sensitivity",
-    "sensitivity",
-    is_flag=True,
-    flag_value=False,
-    default=True,
-    show_default=False,
-    section=_QUANTIZATION,
-    help="Do not measure each layer's noise, unless --keep-fp needs it; the report then has no frontier.",
-)
-@option(
-    "--weight-bits",
-    type=click.Choice(["8", "4"]),
-    default="8",
-    section=_QUANTIZATION,
-    callback=lambda ctx, parameter, value: int(value),
-    help="Bits of a weight; 4 need --reconstruct weights to stay close to the model.",
-)
-@option(
-    "--reconstruct",
-    type=click.Choice(["none", "weights", "full"]),
-    default="none",
-    section=_QUANTIZATION,
-    help="Learn how weights are rounded (AdaRound), block by block; full: activation scales (LSQ) too. Takes minutes.",
-)
-@option(
-    "--reconstruct-iterations",
-    type=int,
-    default=300,
-    section=_QUANTIZATION,
-    help="Training steps of each block.",
-)
-@option(
-    "--output-correction",
-    type=click.Choice(["none", "auto"]),
-    show_default="auto; with --from-modelopt none",
-    section=_QUANTIZATION,
-    help="Take away what of the model's error follows its output and its input at each timestep, where that helps on "
-    "other samples.",
-)
 @option(
     "--targets",
     type=CommaList(),
     default="onnxruntime,openvino,tensorrt",
-    section=_TARGETS,
     metavar="A,B",
     help="Runtimes that get a graph.",
 )
 @option(
-    "--rest",
-    type=click.Choice(["fp16", "bf16"]),
-    default="fp16",
-    section=_TARGETS,
-    help="Floating-point type around the INT8 kernels on tensorrt; bf16 is less precise, and for models that fp16 "
-    "overflows.",
-)
-@option(
     "--engines",
     type=CommaList(),
-    section=_TARGETS,
-    metavar="X.Y,...",
+    metavar="X.Y,...|none",
     help="Compute capabilities to build and audit an engine for.  [default: 8.9 where tensorrt-rtx is installed]",
 )
-@option("--no-engines", is_flag=True, section=_TARGETS, help="Build and audit no engine.")
 @option(
     "--no-float",
     "float_graph",
@@ -226,25 +68,49 @@ _FILE = click.Path(path_type=Path)
     flag_value=False,
     default=True,
     show_default=False,
-    section=_TARGETS,
     help="Leave the float reference graph out of the bundle.",
 )
-@option("--verify-samples", type=int, default=16, section=_VERIFICATION, help="Samples for the comparison with float.")
-@option("--verify-steps", type=int, default=20, section=_VERIFICATION, help="Steps of each of them.")
-@option("--min-psnr", "min_psnr_db", type=float, default=30.0, section=_VERIFICATION, help="Mean PSNR to ship, in dB.")
+@option("--threads", type=int, help="CPU threads.  [default: all cores]")
+@option(
+    "--sampler",
+    default="ddim",
+    metavar="NAME",
+    section=_SAMPLING,
+    help="Sampler the bundle is tuned for: ddpm, ddim, dpmpp-2m or euler.",
+)
+@option("--steps", type=int, default=50, section=_SAMPLING, help="Its denoising steps.")
+@option("--guidance", type=float, default=1.0, section=_SAMPLING, help="Weight of classifier-free guidance; 1 is none.")
+@option("--seed", type=int, default=0, section=_SAMPLING, help="Seed of everything random in the build.")
+@option(
+    "--conditioning",
+    "conditioning_file",
+    type=_FILE,
+    section=_SAMPLING,
+    help="Safetensors file with encoder_hidden_states (and unconditional_hidden_states) for a text-conditional model.",
+)
+@option(
+    "--calibration",
+    "calibration_file",
+    type=_FILE,
+    section=_SAMPLING,
+    help="Take this saved calibration set rather than making one.",
+)
+@option("--save-calibration", type=_FILE, section=_SAMPLING, help="Keep the calibration set in this file.")
+@option("--verify-samples", type=int, default=16, section=_VERDICT, help="Samples for the comparison with float.")
+@option("--verify-steps", type=int, default=20, section=_VERDICT, help="Steps of each of them.")
+@option("--min-psnr", "min_psnr_db", type=float, default=30.0, section=_VERDICT, help="Mean PSNR to ship, in dB.")
 @option(
     "--min-sqnr",
     "min_eps_sqnr_db",
     type=float,
     default=25.0,
-    section=_VERIFICATION,
+    section=_VERDICT,
     help="Mean SQNR of the model's output to ship, in dB.",
 )
-@option(
-    "--min-speedup", type=float, default=1.0, section=_VERIFICATION, help="Speed over float to ship; 0 asks for none."
-)
+@option("--min-speedup", type=float, default=1.0, section=_VERDICT, help="Speed over float to ship; 0 asks for none.")
+@moved_options
 @click.pass_context
-def build(ctx: click.Context, /, int8: bool, no_engines: bool, **options: Any) -> int:
+def build(ctx: click.Context, /, int8: bool, recipe: str, **options: Any) -> int:
     """Calibrate, quantize and export MODEL, compare the result with the float model, and write it as one folder.
 
     It ends with a verdict: the exit code is 0 for SHIP and 1 for DO NOT SHIP. The bundle is written in both cases, with
@@ -253,13 +119,12 @@ def build(ctx: click.Context, /, int8: bool, no_engines: bool, **options: Any) -
     output: Output = ctx.obj
     if not int8:
         raise InputError("no precision was given; today there is one, INT8: add --int8")
-    if no_engines:
-        if options["engines"] is not None:
-            raise InputError("--no-engines and --engines contradict each other; give one of them")
+    if options["engines"] == ("none",):
         options["engines"] = ()
-    from qdm_deploy.pipeline import BuildOptions
+    from qdm_deploy.pipeline import BuildOptions, read_recipe
     from qdm_deploy.pipeline import build as run
 
+    options["recipe"] = read_recipe(recipe)
     options["out"] = options["out"] or _default_out(options["model"])
     done = run(BuildOptions(**options, command=output.command_line), output.progress)
     report = done.report

@@ -21,6 +21,7 @@ from qdm_deploy.cli.failures import EXIT_CODES, Terminated, show_failure
 from qdm_deploy.cli.generate import generate
 from qdm_deploy.cli.healthcheck import healthcheck
 from qdm_deploy.cli.inspect import inspect
+from qdm_deploy.cli.recipe import recipe
 from qdm_deploy.cli.serve import serve
 from qdm_deploy.cli.verb import Settings, common_switches, write_lines
 from qdm_deploy.cli.verify import verify
@@ -86,6 +87,7 @@ def cli() -> None:
 cli.params += common_switches()
 _COMMANDS = (
     build,
+    recipe,
     generate,
     batch,
     serve,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdm_deploy.artifacts.recipe import Recipe
     from qdm_deploy.building.bundle_from_checkpoint import build
     from qdm_deploy.building.engine_audit import (
         CachedEngines,
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     )
     from qdm_deploy.building.options import BuildOptions
     from qdm_deploy.building.publish import BuildResult
+    from qdm_deploy.building.recipe import list_recipes, read_recipe, write_recipe
     from qdm_deploy.evaluate.evaluation import evaluate
     from qdm_deploy.evaluate.options import EvaluateOptions
     from qdm_deploy.pipeline.comparison import Comparison, compare
@@ -34,6 +36,7 @@ __all__ = [
     "GenerateOptions",
     "GenerateResult",
     "Inspection",
+    "Recipe",
     "ServeOptions",
     "TritonExport",
     "Verification",
@@ -45,9 +48,12 @@ __all__ = [
     "export_triton",
     "generate",
     "inspect",
+    "list_recipes",
     "prune_engines",
+    "read_recipe",
     "serve",
     "verify",
+    "write_recipe",
 ]
 
 _HOME = {
@@ -61,6 +67,7 @@ _HOME = {
     "GenerateOptions": "pipeline.options",
     "GenerateResult": "pipeline.images_from_bundle",
     "Inspection": "pipeline.inspection",
+    "Recipe": "artifacts.recipe",
     "ServeOptions": "pipeline.service",
     "TritonExport": "pipeline.triton_repository",
     "Verification": "pipeline.verification",
@@ -72,9 +79,12 @@ _HOME = {
     "export_triton": "pipeline.triton_repository",
     "generate": "pipeline.images_from_bundle",
     "inspect": "pipeline.inspection",
+    "list_recipes": "building.recipe",
     "prune_engines": "building.engine_audit",
+    "read_recipe": "building.recipe",
     "serve": "pipeline.service",
     "verify": "pipeline.verification",
+    "write_recipe": "building.recipe",
 }
 
 

@@ -3,10 +3,12 @@
 ``report.html`` beside this module holds the page's frame and its style sheet; the sections are made here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+
+from pydantic import JsonValue
 
 from qdm_deploy.report.charts import Bar, bar_chart
 from qdm_deploy.report.layer_section import layer_section
@@ -242,13 +244,24 @@ def _origin(report: Report) -> str:
         ("Model", report.model.items()),
     )
     lists = "".join(f"<div><h3>{escape(name)}</h3>{pairs(items)}</div>" for name, items in blocks if items)
-    options = f"<h3>Options</h3>{pairs(report.recipe.items(), 'many')}" if report.recipe else ""
+    options = f"<h3>Options</h3>{pairs(_flat(report.recipe).items(), 'many')}" if report.recipe else ""
     stages = ""
     if report.stage_seconds:
         bars = [Bar(words(name), seconds, f"{seconds:.1f} s") for name, seconds in report.stage_seconds.items()]
         total = f"{sum(report.stage_seconds.values()):.0f} s in all."
         stages = figure("Time of the build", total, bar_chart(bars, title="Time of the build", x_label="seconds"))
     return section("How it was made", f'<p>{made}</p>{command}<div class="charts">{stages}{lists}</div>{options}')
+
+
+def _flat(document: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The values of a document by their dotted keys."""
+    found: dict[str, JsonValue] = {}
+    for key, value in document.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{inner}": each for inner, each in _flat(value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def _model_name(report: Report) -> str:

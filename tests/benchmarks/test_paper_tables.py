@@ -28,7 +28,6 @@ from lab.sources import SINGLE_STEPS, source_rows, timestep_rows
 from lab.tables import LETTERS, rows_of
 from numpy.typing import NDArray
 
-from qdm_calibration.plan import PlanOptions
 from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.metrics.error import sqnr_db
@@ -36,6 +35,7 @@ from qdm_deploy.runtime import Conditioning, denoise
 from qdm_deploy.samplers import apply_step
 from qdm_export.step_graph import StepGraph
 from qdm_export.unet import load_checkpoint
+from tests.recipes import recipe_of
 
 
 def idx(path: Path, values: NDArray[np.uint8]) -> None:
@@ -208,8 +208,8 @@ def test_plans_that_round_alike_are_measured_once(lab: Laboratory, monkeypatch: 
     case, sessions = lab.case(), []
     measured = lab.measured
     monkeypatch.setattr(lab, "measured", lambda session: sessions.append(session) or measured(session))
-    numbers = lab.planned(case, PlanOptions(step_bins=1))
-    plan = case.plan(PlanOptions(step_bins=1))
+    numbers = lab.planned(case, recipe_of(step_bins=1))
+    plan = case.plan(recipe_of(step_bins=1))
 
     def changed(**values: Any) -> dict[str, float]:
         last = plan.quantized[-1]
@@ -227,7 +227,7 @@ def test_pictures_of_a_broken_plan_are_further_from_real_ones(settings: Settings
     model = Model(load_checkpoint(EMBEDDED_MODEL), dataclasses.replace(settings, frechet_images=64, frechet_steps=4))
     lab = Laboratory(model, seed=0)
     case = lab.case()
-    plan = case.plan(PlanOptions(step_bins=1))
+    plan = case.plan(recipe_of(step_bins=1))
     good = lab.pictured(case, plan)
     coarse = [dataclasses.replace(layer, scale=16 * layer.scale) for layer in plan.layers]
     bad = lab.pictured(case, dataclasses.replace(plan, layers=tuple(coarse)))

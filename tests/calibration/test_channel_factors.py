@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qdm_calibration.channel_factors import free_inputs, search_channel_factors
-from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.plan import plan_scales
 from qdm_calibration.simulate import quantized_layer
 from qdm_calibration.statistics import collect_scaled_inputs, collect_statistics
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.topology import Layer, Topology
+from tests.recipes import recipe_of
 
 CHANNELS = 16
 
@@ -55,7 +56,7 @@ def searched(gains: Tensor, topology: Topology, *, uniform: bool = False, **opti
     net = Net(gains).eval()
     calibration = rows(uniform=uniform)
     statistics = collect_statistics(net, topology, calibration, 1000)
-    found = search_channel_factors(net, topology, statistics, calibration, **options)
+    found = search_channel_factors(net, topology, statistics, calibration, recipe_of(), **options)
     return net, calibration, statistics, found["conv"]
 
 
@@ -68,10 +69,10 @@ def test_uneven_channels_get_factors_and_the_layer_errs_less() -> None:
     assert found.note.startswith("alpha")
     assert found.inverse_k.min() >= 1
     np.testing.assert_array_equal(found.inverse_k, found.inverse_k.astype(np.float16).astype(np.float32))
-    options = PlanOptions(concat_scales="none", step_bins=1)
-    plain = make_plan(net, topology, statistics, options)
+    options = recipe_of(concat_scales="none", step_bins=1)
+    plain = plan_scales(net, topology, statistics, options)
     scaled = collect_scaled_inputs(net, topology, calibration, statistics.timestep_edges, {"conv": found.inverse_k})
-    factored = make_plan(net, topology, replace(statistics, inputs=scaled), options, factors={"conv": found})
+    factored = plan_scales(net, topology, replace(statistics, inputs=scaled), options, factors={"conv": found})
     fresh = torch.randn(4, CHANNELS, 8, 8) * net.gains
     conv = net.unet["conv"]
     with torch.inference_mode():

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_calibration.plan import PlanOptions, output_grid
+from qdm_calibration.plan import output_grid
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer
+from tests.recipes import recipe_of
 
 EDGES = np.array([0, 500, 1000])
 BIN_OF = np.array([0, 0])
@@ -29,7 +30,7 @@ def statistics() -> ActivationStatistics:
 
 
 def grid(layer: Layer, inverse_r: Any = None, **options: Any) -> tuple[Any, Any]:
-    return output_grid(layer, inverse_r, statistics(), BIN_OF, PlanOptions(ranges="minmax", **options))
+    return output_grid(layer, inverse_r, statistics(), BIN_OF, recipe_of(ranges="minmax", **options).layer(layer.name))
 
 
 def test_before_a_normalization_each_channel_has_its_own() -> None:

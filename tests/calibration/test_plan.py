@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.plan import plan_scales
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, ActivationStatistics, TensorStatistics
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import InputError
+from tests.recipes import recipe_of
 
 EDGES = np.array([0, 250, 500, 750, 1000])
 
@@ -56,7 +57,7 @@ def planned(layer: Layer, data: TensorStatistics, **options: Any) -> Quantizatio
     statistics = ActivationStatistics(
         EDGES, {layer.name: data}, {layer.name: out}, {layer.name: tensor(*[(1.0,), (2.0,), (4.0,), (8.0,)])}
     )
-    return make_plan(network(layer), Topology((layer,)), statistics, PlanOptions(**{"ranges": "minmax", **options}))
+    return plan_scales(network(layer), Topology((layer,)), statistics, recipe_of(**{"ranges": "minmax", **options}))
 
 
 FLAT = [(4.0,)] * 4
@@ -134,7 +135,7 @@ def test_step_gains_follow_the_range_and_are_at_least_one() -> None:
 
 
 def test_weights_of_4_bits_use_15_codes_and_are_remembered(tiny: Any, tmp_path: Path) -> None:
-    plan = tiny.plan("variance", weight_bits=4, ranges="mse")
+    plan = tiny.plan("variance", bits=4, ranges="mse")
     assert {layer.weight_bits for layer in plan.quantized} == {4}
     assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) == 7
     assert all(layer.weight_sqnr_db is not None and 12 < layer.weight_sqnr_db < 30 for layer in plan.quantized)
@@ -190,15 +191,15 @@ def test_step_bins_are_cut_where_the_range_changes_and_the_plan_says_so() -> Non
         noise = plan.provenance["step_bins"]["relative_noise"]
         assert noise["2"] < 0.5 * noise["1"]
     assert "as asked for" in planned(conv(), data, step_bins=2).layers[0].notes["r"]
-    assert plan.options["step_bins"] == "auto"
+    assert plan.options["activations"]["step_bins"] == "auto"
 
 
 def test_weights_of_the_timesteps_move_the_cut() -> None:
     data = tensor((1.0,), (1.0,), (4.0,), (16.0,))
     statistics = ActivationStatistics(EDGES, {"conv": data}, {"conv": data}, {"conv": data})
     for weights, edge in ([50.0, 50.0, 1.0, 1.0], 500), ([0.01, 0.01, 1.0, 1.0], 750):
-        plan = make_plan(
-            network(conv()), Topology((conv(),)), statistics, PlanOptions(step_bins=2),
+        plan = plan_scales(
+            network(conv()), Topology((conv(),)), statistics, recipe_of(step_bins=2),
             importance=lambda weights=weights: np.array(weights),
         )  # fmt: skip
         assert plan.timestep_edges.tolist() == [0, edge, 1000]
@@ -215,30 +216,6 @@ def test_more_bins_than_were_calibrated_are_refused() -> None:
         InputError, match="5 step bins were asked for, but the calibration set only tells 4 timestep ranges apart"
     ):
         planned(conv(), tensor(*FLAT), step_bins=5)
-
-
-# -------------------------------------------------------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            {"ranges": "entropy"},
-            "range method 'entropy' is not known; choose one of minmax, percentile, mse, lp",
-        ),
-        ({"concat_scales": "both"}, "concat scales 'both' are not known; choose 'none', 'branch' or 'split'"),
-        ({"step_bins": 0}, "0 step bins were asked for; allowed are 1 to 32"),
-        ({"step_bins": 33}, "33 step bins were asked for; allowed are 1 to 32"),
-        ({"step_bins": "some"}, "step bins 'some' were asked for; allowed are 1 to 32, or 'auto'"),
-        ({"weight_bits": 3}, "weights of 3 bits were asked for; choose 8 or 4"),
-        ({"branch_ratio": 0.5, "gain_ratio": 2.0}, r"branch ratio 0\.5 and gain ratio 2\.0 must be at least 1"),
-        ({"branch_ratio": 2.0, "gain_ratio": 0.9}, r"branch ratio 2\.0 and gain ratio 0\.9 must be at least 1"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(InputError, match=text):
-        PlanOptions(**options)
 
 
 # ------------------------------------------------------------------------------------------------------- whole networks
@@ -304,7 +281,7 @@ def test_save_and_load_keep_everything(tiny: Any, tmp_path: Path) -> None:
     plan.save(tmp_path)
     same(plan, QuantizationPlan.load(tmp_path))
     readable = json.loads((tmp_path / "plan.json").read_text())
-    assert readable["options"]["gain_ratio"] == 1.02
+    assert readable["options"]["activations"]["gain_ratio"] == 1.02
     assert [entry["layer"]["name"] for entry in readable["layers"]] == [p.name for p in plan.layers]
 
 

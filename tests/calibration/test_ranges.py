@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from qdm_calibration.ranges import (
     METHODS,
     ActivationScale,
-    RangeMethod,
     activation_scale,
     float16_exact,
     quantize_weight,
     weight_levels,
     weight_scale,
 )
+from qdm_deploy.artifacts.recipe import RangeMethod
 from qdm_deploy.artifacts.statistics import HISTOGRAM_BINS, Histogram
 from qdm_deploy.errors import InputError
 

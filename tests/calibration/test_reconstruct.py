@@ -34,7 +34,7 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def four_bits(tiny: Any) -> QuantizationPlan:
-    plan: QuantizationPlan = tiny.plan("labels", weight_bits=4)
+    plan: QuantizationPlan = tiny.plan("labels", bits=4)
     return plan
 
 

@@ -15,9 +15,16 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "qdm_deploy.cli.main")
 # Too small for a good model, large enough for every stage.
 SMALL = (
-    "--calib-samples", "2", "--calib-steps", "2", "--step-bins", "2", "--steps", "4", "--verify-samples", "1",
-    "--verify-steps", "2", "--no-engines", "--targets", "onnxruntime",
+    "--steps", "4", "--verify-samples", "1", "--verify-steps", "2", "--engines", "none", "--targets", "onnxruntime",
 )  # fmt: skip
+RECIPE = """
+base = "fast"
+[calibration]
+samples = 2
+steps = 2
+[activations]
+step_bins = 2
+"""
 
 OneDocument = Callable[[str], dict[str, Any]]
 pytestmark = pytest.mark.slow
@@ -33,7 +40,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A bundle and the run that made it."""
     bundle = tmp_path_factory.mktemp("built") / "small.qdm"
-    return bundle, run("build", "--int8", "--out", bundle, *SMALL, "--json")
+    recipe = bundle.with_suffix(".toml")
+    recipe.write_text(RECIPE)
+    return bundle, run("build", "--int8", "--recipe", recipe, "--out", bundle, *SMALL, "--json")
 
 
 @pytest.fixture
@@ -124,7 +133,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(tmp_path: Path) -> None:
     scratch.mkdir()
     out = tmp_path / "out"
     out.mkdir()
-    command = [*PROGRAM, "build", "--int8", "--out", str(out / "x.qdm"), "--no-engines"]
+    command = [*PROGRAM, "build", "--int8", "--out", str(out / "x.qdm"), "--engines", "none"]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -96,14 +96,11 @@ def test_nothing_heavy_is_loaded_to_say_something_light(arguments: list[str]) ->
         (["inspect"], "Missing argument 'BUNDLE'"),
         (["generate", "x.qdm"], "Missing option '--out'"),
         (["generate", "x.qdm", "--out", "o", "--steps", "many"], "'many' is not a valid integer"),
-        (
-            ["build", "--int8", "--ranges", "wide"],
-            "'wide' is not one of 'minmax', 'percentile', 'mse', 'lp'",
-        ),
+        (["build", "--int8", "--recipe", "defualt"], "there is no recipe 'defualt' (did you mean default?)"),
+        (["recipe", "show", "w4a9"], "there is no recipe 'w4a9' (did you mean w4a8?)"),
         (["build", "--int8", "--targets", "openvino,,tensorrt"], "'openvino,,tensorrt' has an empty entry"),
         (["engine", "build", "x.qdm", "--profile", "1,4"], "'1,4' is not three batch sizes; write MIN,OPT,MAX"),
         (["build"], "no precision was given; today there is one, INT8: add --int8"),
-        (["build", "--int8", "--engines", "8.9", "--no-engines"], "--no-engines and --engines contradict each other"),
     ],
 )
 def test_usage_errors_go_to_stderr_and_exit_2(

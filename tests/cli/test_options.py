@@ -9,12 +9,15 @@ import click
 import pytest
 
 from qdm_deploy.artifacts.plan import TARGETS
+from qdm_deploy.artifacts.recipe import Recipe
 from qdm_deploy.backends import BACKENDS
+from qdm_deploy.cli import moved_options
 from qdm_deploy.cli.engine import engine
 from qdm_deploy.cli.main import cli
 from qdm_deploy.errors import BundleError
 from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, GenerateOptions, ServeOptions
 from qdm_deploy.samplers import SAMPLERS
+from tests.recipes import recipe_of
 
 Invoke = Callable[..., Any]
 OneDocument = Callable[[str], dict[str, Any]]
@@ -38,7 +41,7 @@ def options_of(replace: Replace, invoke: Invoke, verb: str, line: str) -> Any:
 @pytest.mark.parametrize(
     ("verb", "options", "own", "set_by_command"),
     [
-        ("build", BuildOptions, {"int8", "no_engines"}, {"command"}),
+        ("build", BuildOptions, {"int8"}, {"command"}),
         ("generate", GenerateOptions, set(), set()),
         ("compare", CompareOptions, set(), set()),
         ("evaluate", EvaluateOptions, set(), set()),
@@ -86,43 +89,60 @@ def test_a_model_given_as_a_dot_is_named_after_its_folder(
 
 def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     line = (
-        "--int8 m --out o.qdm --force --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 --calib-samples 3 "
-        "--calib-steps 4 --strategy ndtc --ndtc-mean 0.1 --ndtc-spread 0.2 --ndtc-count 5 --calibration c.safetensors "
-        "--save-calibration s.safetensors --conditioning t.safetensors --ranges mse --no-upsample-phases "
-        "--no-zero-offset --concat-scales none --step-bins 2 "
-        "--channel-scales auto --keep-fp 5% --no-sensitivity --weight-bits 4 --reconstruct weights "
-        "--reconstruct-iterations 11 --output-correction auto "
-        "--targets tensorrt,onnxruntime --rest bf16 --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
+        "--int8 m --recipe w4a8 --out o.qdm --force --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 "
+        "--calibration c.safetensors --save-calibration s.safetensors --conditioning t.safetensors "
+        "--targets tensorrt,onnxruntime --engines 8.9,12.0 --no-float --verify-samples 6 --verify-steps 8 "
         "--min-psnr 31 --min-sqnr 26 --min-speedup 1.5"
     )
     built = options_of(replace, invoke, "build", line)
     assert built == BuildOptions(
-        out=Path("o.qdm"), model="m", targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
-        strategy="ndtc", calibration_samples=3, calibration_steps=4, ndtc_mean=0.1, ndtc_spread=0.2, ndtc_count=5,
+        out=Path("o.qdm"), model="m", recipe=recipe_of(bits=4, reconstruct="weights"),
+        targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
         calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"),
-        conditioning_file=Path("t.safetensors"), ranges="mse", upsample_phases=False, zero_offset=False,
-        concat_scales="none", channel_scales="auto", step_bins=2, keep_fp="5%", sensitivity=False, weight_bits=4,
-        reconstruct="weights", reconstruct_iterations=11, output_correction="auto",
-        seed=9, rest="bf16", engines=("8.9", "12.0"), float_graph=False, verify_samples=6,
+        conditioning_file=Path("t.safetensors"), seed=9, engines=("8.9", "12.0"), float_graph=False, verify_samples=6,
         verify_steps=8, min_psnr_db=31, min_eps_sqnr_db=26, min_speedup=1.5, force=True, threads=2,
         command=f"qdm-deploy build {line}",
     )  # fmt: skip
     defaults = BuildOptions(out=Path("x"))
     unchanged = [field.name for field in fields(built) if getattr(built, field.name) == getattr(defaults, field.name)]
-    # Scales of ModelOpt go with none of the options that choose ours.
-    assert unchanged == ["from_modelopt"], "the line above must change every other option"
-    assert options_of(replace, invoke, "build", "--int8 --from-modelopt a.safetensors").from_modelopt == "a.safetensors"
-    assert options_of(replace, invoke, "build", "--int8 --no-engines").engines == ()
+    assert unchanged == [], "the line above must change every option"
+    assert options_of(replace, invoke, "build", "--int8 --engines none").engines == ()
 
 
-def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> None:
-    assert options_of(replace, invoke, "build", "--int8").step_bins == "auto"
-    assert options_of(replace, invoke, "build", "--int8 --step-bins 8").step_bins == 8
-    assert options_of(replace, invoke, "build", "--int8 --step-bins auto").step_bins == "auto"
-    for value, said in ("many", "'many' is neither a number nor auto"), ("40", "step bins is 40; it must be from 1"):
-        refused = invoke("build", "--int8", "--step-bins", value)
-        assert refused.exit_code == 2
-        assert said in refused.stderr
+def test_build_has_at_most_20_options_and_its_help_fits_a_screen_and_a_half(invoke: Invoke) -> None:
+    shown = [
+        parameter for parameter in cli.commands["build"].params
+        if isinstance(parameter, click.Option) and parameter.expose_value and not parameter.hidden
+    ]  # fmt: skip
+    assert len(shown) <= 20
+    assert len(invoke("build", "--help").output.splitlines()) <= 75
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--weight-bits 4", "--weight-bits is a key of the recipe now: weights.bits."),
+        ("--ranges mse", "--ranges is a key of the recipe now: activations.ranges and weights.ranges."),
+        ("--no-zero-offset", "--no-zero-offset is a key of the recipe now: activations.zero_offset."),
+        ("--ndtc-mean 0", "--ndtc-mean is a key of the recipe now: calibration.mean."),
+        ("--no-engines", "--no-engines is --engines none now"),
+    ],
+)
+def test_an_option_that_became_a_key_says_which(words: str, said: str, invoke: Invoke) -> None:
+    refused = invoke("build", "--int8", *words.split())
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+def test_every_key_that_an_option_became_is_one() -> None:
+    known = {
+        f"{name}.{key}"
+        for name, field in Recipe.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+    } | set(Recipe.model_fields)
+    named = {part for keys in moved_options.KEYS.values() for part in keys.split(" and ")}
+    assert named <= known
+    assert len(moved_options.KEYS) == 20
 
 
 @pytest.mark.parametrize(

@@ -176,4 +176,4 @@ def test_the_plan_says_what_the_sums_cost(tiny: Any) -> None:
     assert "sums of the codes are int8" in plan.layer(name).notes["w"]
     assert "w" not in own.layer(name).notes
     assert plan.layer(name).weight_sqnr_db < own.layer(name).weight_sqnr_db
-    assert "w" not in tiny.plan("rgb", weight_bits=4).layer(name).notes
+    assert "w" not in tiny.plan("rgb", bits=4).layer(name).notes

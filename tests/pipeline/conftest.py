@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from qdm_deploy.artifacts.files import canonical_json
 from qdm_deploy.pipeline import BuildOptions, BuildResult, build
 from qdm_export import float_graph
 from qdm_export.unet import Checkpoint
+from tests.recipes import recipe_of
 
 # As little of everything as still runs every stage.
 QUICK: dict[str, Any] = {
     "steps": 8,
-    "calibration_samples": 4,
+    "samples": 4,
     "calibration_steps": 8,
     "step_bins": 2,
     "ranges": "minmax",
-    "channel_scales": "none",
+    "channel_factors": "none",
     "keep_fp": "none",
     "verify_samples": 2,
     "verify_steps": 4,
@@ -36,7 +38,7 @@ QuickBuild = Callable[..., BuildResult]
 
 @pytest.fixture(scope="session")
 def quick_build(tiny: Any) -> QuickBuild:
-    """Builds one of the tiny models; keywords are those of ``BuildOptions``."""
+    """Builds one of the tiny models; keywords are those of ``BuildOptions``, and of ``recipe_of`` without a recipe."""
 
     exporter = float_graph.export_float_graph
 
@@ -47,7 +49,10 @@ def quick_build(tiny: Any) -> QuickBuild:
         return graph.clone()
 
     def run(out: Path, name: str = "labels", **changes: Any) -> BuildResult:
-        options = BuildOptions(**{**QUICK, "out": out, "model": str(tiny.folder(name)), **changes})
+        asked = {**QUICK, "out": out, "model": str(tiny.folder(name)), **changes}
+        build_keys = {field.name for field in fields(BuildOptions)}
+        of_recipe = {key: asked.pop(key) for key in set(asked) - build_keys}
+        options = BuildOptions(**{"recipe": recipe_of(**of_recipe), **asked})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(float_graph, "export_float_graph", export_once)
             return build(options)

@@ -87,9 +87,9 @@ def test_the_integers_are_checked_against_pytorch(labels_build: BuildResult) -> 
 
 def test_the_recipe_names_options_and_no_path(labels_build: BuildResult, rgb_build: BuildResult) -> None:
     recipe = inspect(labels_build.bundle).manifest.recipe
-    assert recipe["calibration_samples"] == 4
-    assert recipe["model"] == "labels"
-    assert inspect(rgb_build.bundle).manifest.recipe["calibration_file"] == "rgb.calibration"
+    assert recipe["calibration"]["samples"] == 4
+    assert recipe["build"]["model"] == "labels"
+    assert inspect(rgb_build.bundle).manifest.recipe["build"]["calibration_file"] == "rgb.calibration"
     for path in labels_build.bundle.rglob("*"):
         if path.is_file():
             assert str(labels_build.bundle.parent).encode() not in path.read_bytes(), path
@@ -218,19 +218,17 @@ def test_weights_of_4_bits_are_reconstructed_and_say_so(quick_build: Any, tmp_pa
     built = quick_build(
         tmp_path / "four.qdm",
         name="variance",
-        weight_bits=4,
+        bits=4,
         reconstruct="full",
-        reconstruct_iterations=5,
-        output_correction="auto",
+        iterations=5,
         targets=("onnxruntime",),
     )
     plan = QuantizationPlan.load(built.bundle / "unet")
-    assert plan.options["reconstruct"] == "full"
-    assert plan.options["reconstruct_iterations"] == 5
+    assert (plan.options["weights"]["reconstruct"], plan.options["weights"]["iterations"]) == ("full", 5)
     assert all("held-out error" in layer.notes["w"] for layer in plan.quantized)
     assert max(int(np.abs(layer.codes).max()) for layer in plan.quantized) <= 7
     assert built.report.stage_seconds["reconstruct"] > 0
-    assert plan.options["output_correction"] == "auto"
+    assert plan.output_correction is not None
     assert "output correction" in built.report.stage_seconds
     assert all(check.ok for check in built.report.checks)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["four.qdm"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qdm_calibration.channel_factors import ChannelFactors
-from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.plan import plan_scales
 from qdm_calibration.statistics import collect_scaled_inputs
 from qdm_deploy.backends import OnnxRuntimeSession
 from qdm_deploy.building.checks import (
@@ -27,6 +27,7 @@ from qdm_deploy.samplers.columns import NO_CLIP
 from qdm_export import absorb, targets
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import emit, emit_float
+from tests.recipes import recipe_of
 
 LAYER = "down_blocks.0.resnets.0.conv2"
 
@@ -156,7 +157,7 @@ def test_absorbed_factors_pass_the_check_and_lost_ones_do_not(
         {name: found.inverse_k for name, found in spread.items() if found.inverse_k is not None},
     )  # fmt: skip
     statistics = dataclasses.replace(statistics, inputs={**statistics.inputs, **scaled})
-    plan = make_plan(checkpoint.unet, topology, statistics, PlanOptions(ranges="minmax"), factors=spread)
+    plan = plan_scales(checkpoint.unet, topology, statistics, recipe_of(ranges="minmax"), factors=spread)
     inputs = random_inputs(checkpoint.spec, 3)
     good = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
     assert good.ok, good

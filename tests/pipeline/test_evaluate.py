@@ -19,6 +19,7 @@ from qdm_deploy.evaluate.feature_classifier import SHIPPED
 from qdm_deploy.evaluate.sample_cache import SampleCache
 from qdm_deploy.pipeline import BuildOptions, CompareOptions, EvaluateOptions, build, compare, evaluate
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, frechet_sentence
+from tests.recipes import recipe_of
 
 
 def options(bundle: Path, cache: Path, **changes: Any) -> EvaluateOptions:
@@ -45,8 +46,8 @@ def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(
         BuildOptions(
             out=folder / "clothes.qdm", model=str(folder / "model"), targets=("onnxruntime",), steps=4,
-            calibration_samples=2, calibration_steps=4, step_bins=1, ranges="minmax", verify_samples=2, verify_steps=2,
-            engines=(), min_speedup=0.0, threads=1,
+            recipe=recipe_of(samples=2, calibration_steps=4, step_bins=1, ranges="minmax"), verify_samples=2,
+            verify_steps=2, engines=(), min_speedup=0.0, threads=1,
         )
     ).bundle  # fmt: skip
 

@@ -43,9 +43,7 @@ def test_a_part_of_the_time_is_kept_to(quick_build: Any, tmp_path: Path) -> None
 def test_nothing_left_in_int8_is_told(quick_build: Any, tmp_path: Path) -> None:
     result = quick_build(tmp_path / "kept.qdm", "rgb", keep_fp="*")
     assert not QuantizationPlan.load(tmp_path / "kept.qdm" / "unet").quantized
-    assert any(
-        re.search(r"--keep-fp \* keeps all \d+ layers in float: nothing", text) for text in result.report.warnings
-    )
+    assert any(re.search(r"keep_fp \* keeps all \d+ layers in float: nothing", text) for text in result.report.warnings)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +61,6 @@ def test_a_choice_that_cannot_be_kept_is_refused(quick_build: Any, tmp_path: Pat
 
 
 def test_a_part_of_the_time_needs_a_backend_that_tells_it(quick_build: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--keep-fp 5%time needs the times of single layers.*or give 5%, a part of"):
+    with pytest.raises(InputError, match=r"keep_fp 5%time needs the times of single layers.*or give 5%, a part of"):
         quick_build(tmp_path / "kept.qdm", "rgb", keep_fp="5%time", targets=("onnxruntime",))
     assert not (tmp_path / "kept.qdm").exists()

@@ -1,25 +1,23 @@
 """What single layers take: every layer of the plan has a time, and large models are left alone."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qdm_deploy.artifacts.phase_sums import fits_phases
+from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles, turn_means
 from qdm_deploy.building import layer_times
 from qdm_deploy.building.layer_times import LayerTimer
-from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import SILENT
 
 pytest.importorskip("openvino")
-OPTIONS = BuildOptions(out=Path("x.qdm"))
 
 
-def times_of(tiny: Any, name: str, options: BuildOptions = OPTIONS) -> Any:
+def times_of(tiny: Any, name: str, targets: Any = TARGETS) -> Any:
     spec = tiny.checkpoint(name).spec
-    return LayerTimer(options, tiny.float_graph(name), spec, SILENT).layer_times(tiny.plan(name))
+    return LayerTimer(targets, None, tiny.float_graph(name), spec, SILENT).layer_times(tiny.plan(name))
 
 
 @pytest.mark.parametrize("name", ["labels", "text"])
@@ -54,7 +52,7 @@ def test_times_follow_the_node(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> No
 
 
 def test_there_are_none_without_the_backend_or_for_large_models(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert times_of(tiny, "labels", replace(OPTIONS, targets=("onnxruntime",))) is None
+    assert times_of(tiny, "labels", ("onnxruntime",)) is None
     monkeypatch.setattr(layer_times, "_MOST_WEIGHTS", 100)
     assert times_of(tiny, "labels") is None
 

@@ -1,6 +1,5 @@
 """What cannot be done is refused when the options are made, with the value and what is allowed."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline import BuildOptions, CompareOptions, GenerateOptions
+from tests.recipes import recipe_of
 
 X = Path("x")
 BAD = float("nan")
@@ -21,43 +21,13 @@ BAD = float("nan")
         ({"targets": ("openvino",)}, r"the target onnxruntime is part of every bundle"),
         ({"targets": ("onnxruntime", "onnxruntime")}, r"a target is given twice: onnxruntime, onnxruntime"),
         (
-            {"targets": ("onnxruntime",), "rest": "bf16"},
-            r"a bf16 rest was asked for, which only the target tensorrt has",
+            {"targets": ("onnxruntime",), "recipe": recipe_of(rest="bf16")},
+            r"the recipe asks for a bf16 rest, which only the target tensorrt has",
         ),
-        ({"rest": "bfloat"}, r"unknown rest 'bfloat'"),
         ({"targets": ("onnxruntime",), "engines": ("8.9",)}, r"engines for 8\.9 are built from the target tensorrt"),
         ({"sampler": "DDIM"}, r"unknown sampler 'DDIM' \(did you mean ddim\?\); choose one of ddpm, ddim"),
         ({"sampler": "qqq"}, r"unknown sampler 'qqq'; choose one of"),
-        ({"strategy": "gauss"}, r"unknown calibration strategy 'gauss'; choose one of uniform, ndtc"),
-        ({"ranges": "MinMax"}, r"unknown range method 'MinMax' \(did you mean minmax\?\)"),
-        ({"concat_scales": "both"}, r"unknown concat scales 'both'; choose one of none, branch, split"),
         ({"steps": 0}, r"steps is 0; it must be from 1 to 10000"),
-        ({"calibration_samples": 0}, r"calibration samples is 0; it must be from 1 to 100000"),
-        ({"calibration_steps": -1}, r"calibration steps is -1; it must be from 1 to"),
-        ({"ndtc_count": 0}, r"ndtc count is 0; it must be from 1 to"),
-        ({"ndtc_mean": 1.5}, r"ndtc mean is 1\.5; it must be from 0 to 1"),
-        ({"ndtc_spread": 0.0}, r"ndtc spread is 0\.0; it must be from 0\.001 to 1"),
-        ({"weight_bits": 6}, r"unknown weight bits '6'; choose one of 8, 4"),
-        (
-            {"reconstruct": "wieghts"},
-            r"unknown reconstruction 'wieghts' \(did you mean weights\?\); choose one of none",
-        ),
-        ({"reconstruct_iterations": 0}, r"reconstruct iterations is 0; it must be from 1 to 100000"),
-        ({"step_bins": 0}, r"step bins is 0; it must be from 1 to 32"),
-        (
-            {"from_modelopt": "INT8_DIFFUSERS", "ranges": "mse", "step_bins": 1},
-            r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with ranges, step bins, which choose",
-        ),
-        (
-            {"from_modelopt": "f", "zero_offset": False, "concat_scales": "none"},
-            r"from ModelOpt \(f\) were asked for together with zero offset, concat scales, which choose",
-        ),
-        ({"step_bins": "all"}, r"step bins is 'all'; give a number from 1 to 32, or auto"),
-        (
-            {"from_modelopt": "INT8_DIFFUSERS", "step_bins": 4},
-            r"scales from ModelOpt \(INT8_DIFFUSERS\) were asked for together with step bins, which choose",
-        ),
-        ({"step_bins": 33}, r"step bins is 33; it must be from 1 to 32"),
         ({"guidance": BAD}, r"guidance is nan; it must be from 0 to 100"),
         ({"seed": -1}, r"seed is -1; it must be from 0 to"),
         ({"seed": 2**63}, r"seed is 9223372036854775808; it must be from 0 to 4611686018427387904"),
@@ -119,11 +89,3 @@ def test_a_calibration_set_is_saved_where_it_can_be_and_replaces_nothing(tmp_pat
     assert BuildOptions(out=tmp_path / "x", save_calibration=taken, force=True).save_calibration == taken
     with pytest.raises(InputError, match=r"cannot be saved as .*nowhere/c: there is no such folder"):
         BuildOptions(out=tmp_path / "x", save_calibration=tmp_path / "nowhere" / "c")
-
-
-def test_scales_of_modelopt_are_left_as_they_are_unless_asked_otherwise() -> None:
-    ours, theirs = BuildOptions(out=Path("x")), BuildOptions(out=Path("x"), from_modelopt="INT8_DEFAULT_CFG")
-    assert (ours.float_choice, ours.corrected_output) == ("auto", "auto")
-    assert (theirs.float_choice, theirs.corrected_output) == ("none", "none")
-    asked = replace(theirs, keep_fp="5%", output_correction="auto")
-    assert (asked.float_choice, asked.corrected_output) == ("5%", "auto")

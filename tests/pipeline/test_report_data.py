@@ -9,10 +9,10 @@ import torch
 
 from qdm_calibration.sensitivity import measure_sensitivity
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.building.sensitivity import Budgeted, measured_and_kept
-from qdm_deploy.pipeline import BuildOptions, BuildResult, inspect
-from qdm_deploy.progress import SILENT
+from qdm_deploy.building.float_layers import Budgeted, choose_float_layers
+from qdm_deploy.pipeline import BuildResult, inspect
 from qdm_deploy.report.ranges import LEVELS, InputRanges, input_ranges
+from tests.recipes import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ def test_movement_is_the_ratio_of_the_largest_to_the_smallest_range(ranges: dict
         assert item.movement == pytest.approx(max(sizes) / min(sizes))
 
 
-def budgeted(tiny: Any, tmp_path: Any, **changes: Any) -> Budgeted:
-    options = BuildOptions(out=tmp_path / "x", **changes)
-    return measured_and_kept(options, tiny.checkpoint("rgb"), tiny.calibration("rgb"), tiny.plan("rgb"), SILENT)
+def budgeted(tiny: Any, min_sqnr_db: float = 25.0, **changes: Any) -> Budgeted:
+    network, plan = tiny.checkpoint("rgb").unet, tiny.plan("rgb")
+    return choose_float_layers(recipe_of(**changes), network, plan, tiny.calibration("rgb"), min_sqnr_db=min_sqnr_db)
 
 
-def test_the_noise_block_is_the_measurement(tiny: Any, tmp_path: Any) -> None:
-    found = budgeted(tiny, tmp_path, keep_fp="none")
+def test_the_noise_block_is_the_measurement(tiny: Any) -> None:
+    found = budgeted(tiny, keep_fp="none")
     network, plan, data = tiny.checkpoint("rgb").unet, tiny.plan("rgb"), tiny.calibration("rgb")
     expected = measure_sensitivity(network, plan, data, rows=8).balanced()
     assert found.plan == plan
@@ -119,23 +119,23 @@ def test_the_noise_block_is_the_measurement(tiny: Any, tmp_path: Any) -> None:
     assert found.warnings == ()
 
 
-def test_auto_says_when_its_target_is_out_of_reach(tiny: Any, tmp_path: Any) -> None:
-    found = budgeted(tiny, tmp_path, keep_fp="auto", min_eps_sqnr_db=200.0)
+def test_auto_says_when_its_target_is_out_of_reach(tiny: Any) -> None:
+    found = budgeted(tiny, keep_fp="auto", min_sqnr_db=200.0)
     assert found.noise is not None
     (warning,) = found.warnings
     assert f"is {found.noise.sqnr_db:.1f} dB, and 200 dB was asked for. It keeps 10% at most" in warning
     assert f"with {found.noise.kept} layer" in warning
     assert found.noise.kept == len(tiny.plan("rgb").quantized) - len(found.plan.quantized)
     assert found.noise.int8_share >= 0.9
-    assert budgeted(tiny, tmp_path, keep_fp="auto", min_eps_sqnr_db=1.0).warnings == ()
+    assert budgeted(tiny, keep_fp="auto", min_sqnr_db=1.0).warnings == ()
 
 
-def test_nothing_is_measured_where_nobody_wants_it(tiny: Any, tmp_path: Any) -> None:
+def test_nothing_is_measured_where_nobody_wants_it(tiny: Any) -> None:
     name = tiny.plan("rgb").quantized[0].name
-    found = budgeted(tiny, tmp_path, sensitivity=False, keep_fp=name)
+    found = budgeted(tiny, sensitivity=False, keep_fp=name)
     assert (found.noise, found.shares, found.warnings) == (None, {}, ())
     assert found.plan.layer(name).precision == "float"
-    assert budgeted(tiny, tmp_path, sensitivity=False, keep_fp="10%").noise is not None
+    assert budgeted(tiny, sensitivity=False, keep_fp="10%").noise is not None
 
 
 def test_a_build_reports_ranges_noise_and_seeds(labels_build: BuildResult) -> None:

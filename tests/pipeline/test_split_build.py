@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.plan import plan_scales
 from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.building.checks import check_integer_kernels, check_layers, run_graph
@@ -14,6 +14,7 @@ from qdm_export.float_graph import save_graph
 from qdm_export.split_concat import concat_readers, split_checkpoint
 from qdm_export.targets import emit
 from qdm_export.topology import topology_of
+from tests.recipes import recipe_of
 
 NAMES = ("labels", "rgb", "text", "variance")
 _split: dict[str, Any] = {}
@@ -24,8 +25,8 @@ def split(tiny: Any, name: str) -> Any:
     if name not in _split:
         checkpoint, graph = split_checkpoint(tiny.checkpoint(name), tiny.float_graph(name))
         statistics = collect_statistics(checkpoint.unet, topology_of(graph), tiny.calibration(name), 1000)
-        options = PlanOptions(ranges="minmax", concat_scales="split", gain_ratio=1.02, step_bins=3)
-        _split[name] = checkpoint, graph, make_plan(checkpoint.unet, topology_of(graph), statistics, options)
+        options = recipe_of(ranges="minmax", concat_scales="split", gain_ratio=1.02, step_bins=3)
+        _split[name] = checkpoint, graph, plan_scales(checkpoint.unet, topology_of(graph), statistics, options)
     return _split[name]
 
 

@@ -1,19 +1,16 @@
-"""``--keep-fp N%time`` is kept to by the clock; only the clock is told what to say here."""
+"""``keep_fp`` N%time is kept to by the clock; only the clock is told what to say here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan
+from qdm_deploy.building.float_layers import Budgeted, choose_float_layers
 from qdm_deploy.building.layer_times import LayerTimer, LayerTimes
-from qdm_deploy.building.options import BuildOptions
-from qdm_deploy.building.sensitivity import Budgeted, measured_and_kept
 from qdm_deploy.progress import SILENT
-
-OPTIONS = BuildOptions(out=Path("x.qdm"), keep_fp="20%time")
+from tests.recipes import recipe_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,9 @@ class ToldTimer(LayerTimer):
 
 def budgeted(tiny: Any, part: Callable[[int], float]) -> tuple[Budgeted, int]:
     plan, checkpoint = tiny.plan("rgb"), tiny.checkpoint("rgb")
-    timer = ToldTimer(OPTIONS, tiny.float_graph("rgb"), checkpoint.spec, SILENT, part)
-    found = measured_and_kept(OPTIONS, checkpoint, tiny.calibration("rgb"), plan, SILENT, timer)
+    timer = ToldTimer(TARGETS, None, tiny.float_graph("rgb"), checkpoint.spec, SILENT, part)
+    recipe = recipe_of(keep_fp="20%time")
+    found = choose_float_layers(recipe, checkpoint.unet, plan, tiny.calibration("rgb"), min_sqnr_db=25.0, timer=timer)
     return found, len(plan.quantized) - len(found.plan.quantized)
 
 
@@ -48,5 +46,5 @@ def test_where_nothing_helps_no_layer_is_kept_and_that_is_told(tiny: Any) -> Non
     assert count == 0
     (warning,) = found.warnings
     assert warning.startswith(
-        "--keep-fp 20%time keeps no layer (a told clock): with 1 layer in float a step takes +30.0%"
+        "keep_fp 20%time keeps no layer (a told clock): with 1 layer in float a step takes +30.0%"
     )

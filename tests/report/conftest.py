@@ -114,7 +114,10 @@ def make_report(**changes: Any) -> Report:
         "versions": {"python": "3.11.7", "qdm-deploy": "0.1.0", "numpy": "2.4.1", "onnxruntime": "1.32.0"},
         "machine": {"cpu": "A CPU", "cores_usable": 2, "instruction_sets": ["avx2", "amx_int8"], "os": "Linux"},
         "model": {"name": "fashion", "sample_shape": [1, 28, 28], "num_train_timesteps": 1000, "labels": None},
-        "recipe": {"strategy": "uniform", "calibration_samples": 16, "seed": 0, "targets": ["openvino", "tensorrt"]},
+        "recipe": {
+            "calibration": {"strategy": "uniform", "samples": 16},
+            "build": {"seed": 0, "targets": ["openvino", "tensorrt"]},
+        },
         "plan_summary": {"layers": 43, "int8": 42, "float": 1, "zero_offset": 30, "step_gains": 11},
         "layers": layers,
         "inputs": (input_row("concat"), input_row("down_blocks.0.resnets.1.conv1", 3.0)),

@@ -123,13 +123,13 @@ def test_branches_and_their_factors(report: Callable[..., Report], inputs: Calla
 
 
 def test_the_noise_section_has_the_frontier(report: Callable[..., Report]) -> None:
-    page = render(report(warnings=("--keep-fp auto did not reach <25> dB.",)))
+    page = render(report(warnings=("keep_fp auto did not reach <25> dB.",)))
     section = page.partition("<h2>Noise and the frontier</h2>")[2].partition("</section>")[0]
     cells = re.findall(r"<td>(.*?)</td>", section)
     assert cells[4:] == ["noisy", "75 %", "50 %", "23.0 dB", "next", "50 %", "&lt; 0.1 %", "54.0 dB"]
     assert "1 of them stay in float" in section
     verdict = page.partition('<section id="verdict"')[2].partition("</section>")[0]
-    assert "--keep-fp auto did not reach &lt;25&gt; dB." in verdict
+    assert "keep_fp auto did not reach &lt;25&gt; dB." in verdict
 
 
 def test_layers_are_listed_with_the_noisiest_first(report: Callable[..., Report]) -> None:

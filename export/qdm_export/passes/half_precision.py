@@ -92,7 +92,7 @@ class HalfPrecision(ir.passes.InPlacePass):
         if not np.isfinite(values).all():
             raise ExportError(
                 f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which {self._name} cannot hold; "
-                "let the rest be bfloat16 (--rest bf16)"
+                "let the rest be bfloat16 (rest = \"bf16\" in a recipe)"
             )
         tensor = ir.tensor(values, name=name)
         half = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self._half), const_value=tensor)
