@@ -163,7 +163,7 @@ class Load:
 
 async def measure(given: Any, bundle: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     common: dict[str, Any] = {"backend": given.backend, "threads": given.threads, "max_waiting": 10_000}
-    batching = ProcessEngine(bundle, max_rows=ROWS, lanes=given.lanes, **common)
+    batching = ProcessEngine(bundle, max_rows=ROWS, **common)
     single = ProcessEngine(bundle, max_rows=1, **common)
     counted: dict[str, Rows] = {}
     rows: list[dict[str, Any]] = []
@@ -223,7 +223,6 @@ def main() -> None:
     arguments.add_argument("--bundle", type=Path, help="of the embedded model; built when left out")
     arguments.add_argument("--backend", default="auto")
     arguments.add_argument("--threads", type=int)
-    arguments.add_argument("--lanes", type=int, help="sessions that share a batch; the engine's own choice by default")
     arguments.add_argument("--clients", default="1,2,4,8,16", help="closed-loop concurrencies; 8 sets the Poisson rate")
     arguments.add_argument("--steps", default="20", help="denoising steps, one of these at random")
     arguments.add_argument("--images", type=int, default=64, help="for each way, load and round")

@@ -108,8 +108,8 @@ def open_session(
             difference.
         progress: told what an automatic choice took and why, and when an engine has to be built first, which takes
             seconds to minutes.
-        kept_batch_sizes: batch sizes that a backend which prepares each one (openvino compiles it, tensorrt records it)
-            keeps ready.
+        kept_batch_sizes: batch sizes that a backend which prepares each one keeps ready: openvino compiles it, tensorrt
+            records it, and onnxruntime opens a session for each number of cores that a part of a batch gets.
 
     Raises:
         InputError: unknown backend or precision, or fewer than one thread.
@@ -133,4 +133,4 @@ def open_session(
             identity=f"{bundle.id}/{graph.name}",
         )
     graph = bundle.graph("onnxruntime" if precision == "int8" else "float")
-    return OnnxRuntimeSession(graph, threads=threads, mode=mode)
+    return OnnxRuntimeSession(graph, threads=threads, mode=mode, kept_sessions=kept_batch_sizes)

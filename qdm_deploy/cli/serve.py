@@ -30,12 +30,6 @@ __all__ = ["serve"]
 @option("--max-batch-rows", type=int, default=8, section="Batching", help="Rows of a step; a guided image takes two.")
 @option("--max-waiting", type=int, default=64, section="Batching", help="Requests that may wait for a row.")
 @option(
-    "--lanes",
-    type=int,
-    section="Batching",
-    help="Sessions that share a batch, each with a copy of the weights.  [default: 2 on a CPU, 1 on a GPU]",
-)
-@option(
     "--deterministic",
     is_flag=True,
     section="Batching",

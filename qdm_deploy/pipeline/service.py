@@ -32,7 +32,6 @@ class ServeOptions:
         backend, precision, threads: what runs the steps.
         max_batch_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row; one more gets ``queue_full_status``.
-        lanes: sessions that share a batch, each with a copy of the weights; None takes two on a CPU, one on a GPU.
         deterministic: the same bits whatever shares the batch, at the price of always running a full one.
         request_timeout: seconds from submission to images, the wait included.
         drain_timeout: seconds that admitted requests get after SIGTERM.
@@ -56,7 +55,6 @@ class ServeOptions:
     threads: int | None = None
     max_batch_rows: int = 8
     max_waiting: int = 64
-    lanes: int | None = None
     deterministic: bool = False
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
@@ -74,8 +72,6 @@ class ServeOptions:
         """Refuse what cannot work."""
         within("rows of a batch", self.max_batch_rows, 1, _MAX_ROWS)
         within("waiting requests", self.max_waiting, 0, _MAX_WAITING)
-        if self.lanes is not None:
-            within("lanes", self.lanes, 1, self.max_batch_rows)
         within("the step timeout in seconds", self.step_timeout, _MIN_SECONDS, _MAX_SECONDS)
         within("the load timeout in seconds", self.load_timeout, _MIN_SECONDS, _MAX_SECONDS)
 
@@ -112,7 +108,6 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
         threads=options.threads,
         max_rows=options.max_batch_rows,
         max_waiting=options.max_waiting,
-        lanes=options.lanes,
         deterministic=options.deterministic,
         step_timeout=options.step_timeout,
         load_timeout=options.load_timeout,

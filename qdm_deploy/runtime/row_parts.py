@@ -34,9 +34,9 @@ def row_parts(inputs: Mapping[str, NDArray[Any]], rows: int, cores: int, small: 
     """
     best, soonest = rows, rows * _per_row(cores)
     for each in range(rows // 2 if cores > 1 else 0, 0, -1):
-        lanes = min(rows // each, cores)
+        at_once = min(rows // each, cores)
         on_one = _SINGLE if each == 1 else _LARGE if each > small else 1
-        end = -(-rows // each // lanes) * each * on_one * _per_row(cores // lanes)
+        end = -(-rows // each // at_once) * each * on_one * _per_row(cores // at_once)
         if rows % each == 0 and end < soonest and _inside(inputs, each):
             best, soonest = each, end
     return [slice(first, first + best) for first in range(0, rows, best)]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.session import StepSession
+from qdm_deploy.runtime.rows import row_links
+from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.samplers import step_noise
 from qdm_deploy.samplers.columns import COEFFICIENTS
 from qdm_deploy.serving.scheduler import Image
@@ -20,22 +21,19 @@ from qdm_deploy.serving.scheduler import Image
 __all__ = ["BatchRunner", "batch_sizes"]
 
 _NOISE_COLUMN = COEFFICIENTS.index("d")
-# At most a third of a batch is padding.
+# At most a third of a batch is padding, and a large batch divides into equal parts (``runtime.row_parts``).
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
-def batch_sizes(max_rows: int, *, fixed_shapes: bool, deterministic: bool) -> tuple[int, ...] | None:
-    """Batch sizes to run, rising; None is any number of rows.
+def batch_sizes(max_rows: int, *, deterministic: bool) -> tuple[int, ...]:
+    """Batch sizes to run, rising; few of them, because backends prepare each one by itself.
 
     Args:
         max_rows: the largest.
-        fixed_shapes: the backend compiles each batch size by itself, so there must be few of them.
         deterministic: one size only, because a kernel may round otherwise in a batch of another size.
     """
     if deterministic:
         return (max_rows,)
-    if not fixed_shapes:
-        return None
     return (*(size for size in _SIZES if size < max_rows), max_rows)
 
 
@@ -46,13 +44,13 @@ class BatchRunner:
         session: the step graph of ``model``; not closed here.
         model: shapes and conditioning.
         max_rows: rows of the largest batch.
-        sizes: allowed batch sizes, rising up to ``max_rows``; None allows all.
+        sizes: allowed batch sizes, rising up to ``max_rows``.
 
     Raises:
         InputError: the session is of another model.
     """
 
-    def __init__(self, session: StepSession, model: ModelSpec, max_rows: int, sizes: Sequence[int] | None) -> None:
+    def __init__(self, session: StepSession, model: ModelSpec, max_rows: int, sizes: Sequence[int]) -> None:
         self._model = model
         self._sizes = sizes
         self._session = session
@@ -78,10 +76,17 @@ class BatchRunner:
             )
 
     def warm_up(self) -> None:
-        """Run every size once on nothing, so that no request waits for a kernel to be compiled."""
-        self._clear(0, self.max_rows)
-        for size in self._sizes or sorted({1, self.max_rows}):
-            self._session.run({name: values[:size] for name, values in self._rows.items()})
+        """Run every size once on nothing, so that no request waits for a kernel to be compiled.
+
+        Rows that are linked in pairs may be cut into other parts than single ones, so both are run.
+        """
+        for size in self._sizes:
+            self._clear(0, size)
+            self._run_rows(size)
+            if self._model.conditional and size > 1:
+                for name, links in row_links(size - size % 2, 2).items():
+                    self._rows[name][: len(links)] = links
+                self._run_rows(size)
 
     def run(self, images: Sequence[Image]) -> int:
         """Take one step with each image and return how many rows were padding.
@@ -89,19 +94,24 @@ class BatchRunner:
         Raises:
             Exception: whatever the backend raises; no image moved then.
         """
+        # Pairs in front stand at even rows, so a session can cut the batch into parts of even rows between them.
+        images = sorted(images, key=lambda image: -image.job.rows_each)
         first_rows: list[int] = []
         used = 0
         for image in images:
             first_rows.append(used)
             used += self._put(image, used)
-        size = used if self._sizes is None else next(size for size in self._sizes if size >= used)
+        size = next(size for size in self._sizes if size >= used)
         self._clear(used, size)
-        result = self._session.run({name: values[:size] for name, values in self._rows.items()})
+        result = self._run_rows(size)
         for image, row in zip(images, first_rows, strict=True):
             image.sample[...] = result.next_sample[row]
             image.previous_x0[...] = result.x0[row]
             image.step += 1
         return size - used
+
+    def _run_rows(self, size: int) -> StepOutput:
+        return self._session.run({name: values[:size] for name, values in self._rows.items()})
 
     def _put(self, image: Image, first: int) -> int:
         """Write one image's rows from row ``first`` on; how many they are."""

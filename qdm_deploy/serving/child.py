@@ -9,23 +9,29 @@ import queue
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
+from qdm_deploy.backends.opening import open_session
 from qdm_deploy.child_process import Frame, Parent, frame
 from qdm_deploy.errors import QdmError
+from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.samplers import NoiseSchedule
+from qdm_deploy.serving.batch import BatchRunner, batch_sizes
 from qdm_deploy.serving.jobs import JobMaker
-from qdm_deploy.serving.loading import Open, load, open_bundle_session
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.settings import EXIT_BROKEN, EXIT_OUT_OF_MEMORY, Settings
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Happened, Shown, Stepped, Stepper
 from qdm_deploy.serving.wire import request_from
 
-__all__ = ["main", "serve"]
+__all__ = ["Open", "load", "main", "open_bundle_session", "serve"]
+
+Open = Callable[[Bundle, Settings], StepSession]
 
 _LOG = logging.getLogger("qdm_deploy.serving.child")  # not __name__: this module runs as __main__
+# Every size that a batch may have, cut in one way or the other.
+_KEPT_BATCH_SIZES = 32
 
 
 class _Told(logging.Handler):
@@ -47,6 +53,27 @@ class _Told(logging.Handler):
 _TOLD = _Told()
 
 
+def open_bundle_session(bundle: Bundle, settings: Settings) -> StepSession:
+    """The session that the settings ask for."""
+    return open_session(
+        bundle,
+        settings.backend,
+        precision=settings.precision,
+        threads=settings.threads,
+        # Where a batch is cut depends on which of its rows are pairs, so on what else runs; one piece is always one.
+        mode="latency" if settings.deterministic else "throughput",
+        kept_batch_sizes=_KEPT_BATCH_SIZES,
+    )
+
+
+def load(bundle: Bundle, settings: Settings, session: StepSession) -> BatchRunner:
+    """A runner on a session; it has run every batch size that it will meet."""
+    rows = min(settings.max_rows, session.max_batch or settings.max_rows)
+    runner = BatchRunner(session, bundle.model, rows, batch_sizes(rows, deterministic=settings.deterministic))
+    runner.warm_up()
+    return runner
+
+
 def serve(parent: Parent, open_: Open = open_bundle_session) -> None:
     """Serve one parent until it goes.
 
@@ -58,11 +85,11 @@ def serve(parent: Parent, open_: Open = open_bundle_session) -> None:
     try:
         bundle = Bundle.open(Path(settings.bundle))
         schedule = NoiseSchedule.from_config(bundle.scheduler_config())
-        with ExitStack() as sessions:
-            loaded = load(bundle, settings, open_, sessions)
-            parent.send(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
-            stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
-            _step_for_ever(parent, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
+        with open_(bundle, settings) as session:
+            runner = load(bundle, settings, session)
+            parent.send(_TOLD.take() + frame("ready", backend=session.describe(), max_rows=runner.max_rows))
+            stepper = Stepper(Scheduler(runner.max_rows, bundle.model.sample_shape), runner)
+            _step_for_ever(parent, stepper, JobMaker(bundle.model, schedule, runner.max_rows))
     except QdmError as error:
         parent.send(_TOLD.take())
         parent.tell_error(error)

@@ -54,10 +54,8 @@ class ProcessEngine:
         threads: CPU threads of the session; None takes the cores this process may use.
         max_rows: rows of the largest batch; a guided image takes two.
         max_waiting: requests that may wait for a row.
-        lanes: sessions that share a batch and the threads, each with a copy of the weights; None takes two on a CPU
-            with two threads, one on a GPU. With more than one there is a further session for an image that runs alone.
-        deterministic: run every batch at one size, filled up where there are fewer rows, so that an image has the same
-            bits whatever runs beside it.
+        deterministic: run every batch in one piece of one size, filled up where there are fewer rows, so that an image
+            has the same bits whatever runs beside it.
         step_timeout: seconds without a word of the child while it has work, after which it is killed.
         load_timeout: seconds for the child to open the bundle, build engines on a GPU, and run its first steps.
         restarts: when to start the child again; None takes the defaults of ``RestartPolicy``.
@@ -78,7 +76,6 @@ class ProcessEngine:
         threads: int | None = None,
         max_rows: int = 8,
         max_waiting: int = 64,
-        lanes: int | None = None,
         deterministic: bool = False,
         step_timeout: float = 60.0,
         load_timeout: float = 1800.0,
@@ -91,7 +88,7 @@ class ProcessEngine:
         opened = Bundle.open(bundle, check="sizes")
         self._model = opened.model
         self._schedule = NoiseSchedule.from_config(opened.scheduler_config())
-        self._settings = Settings(str(bundle), backend, precision, threads, max_rows, lanes, deterministic)
+        self._settings = Settings(str(bundle), backend, precision, threads, max_rows, deterministic)
         self._maker = JobMaker(self._model, self._schedule, max_rows)
         self._step_timeout = step_timeout
         self._load_timeout = load_timeout

@@ -18,7 +18,6 @@ class Settings:
     precision: Literal["int8", "float"] = "int8"
     threads: int | None = None
     max_rows: int = 8
-    lanes: int | None = None
     deterministic: bool = False
 
     def chosen(self, backend: str) -> "Settings":

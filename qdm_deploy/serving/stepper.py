@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.serving.batch import BatchRunner
 from qdm_deploy.serving.contract import FailureReason
-from qdm_deploy.serving.lanes import Runner
 from qdm_deploy.serving.scheduler import Image, Scheduler
 
 __all__ = ["Done", "EngineBroken", "Failed", "Happened", "Shown", "Stepped", "Stepper"]
@@ -70,7 +70,7 @@ class Stepper:
         runner: how they run.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: BatchRunner) -> None:
         self.scheduler = scheduler
         self._runner = runner
         self._without_success = 0
@@ -107,9 +107,7 @@ class Stepper:
             raise
         except Exception:  # noqa: BLE001 - backends' errors share no base class
             _LOG.exception("a batch of %d images failed; its requests are run one by one", len(images))
-            # One lane may have moved its part although another failed.
-            waiting = [image for image, step in zip(images, before, strict=True) if image.step == step]
-            failed = self._one_by_one(waiting)
+            failed = self._one_by_one(images)
             happened += failed
             self._failed_batches = 0 if failed else self._failed_batches + 1
         else:

@@ -25,8 +25,6 @@ __all__ = ["OnnxRuntimeSession", "session_options"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
 _LOG_FATAL_ONLY = 4
-# Sessions with different numbers of threads, each of which holds the weights.
-_KEPT_SESSIONS = 2
 
 
 class OnnxRuntimeSession:
@@ -36,6 +34,7 @@ class OnnxRuntimeSession:
         graph: ONNX file of the step graph; external data beside it.
         threads: threads of one operator; None takes the cores this process may use.
         mode: ``"latency"``, or ``"throughput"``, which cuts a batch into parts where its rows allow that.
+        kept_sessions: of ONNX Runtime, each with another number of threads and the weights; the last ones used.
 
     Raises:
         BundleError: the file is missing, damaged, not a step graph, or ONNX Runtime cannot load it.
@@ -45,7 +44,12 @@ class OnnxRuntimeSession:
     max_batch: int | None = None
 
     def __init__(
-        self, graph: Path, *, threads: int | None = None, mode: Literal["latency", "throughput"] = "latency"
+        self,
+        graph: Path,
+        *,
+        threads: int | None = None,
+        mode: Literal["latency", "throughput"] = "latency",
+        kept_sessions: int = 2,
     ) -> None:
         try:
             # Here, so that `doctor` and `--help` work without it and start fast.
@@ -59,12 +63,12 @@ class OnnxRuntimeSession:
         self._threads = threads or available_cores()
         if not graph.is_file():
             raise BundleError(f"the step graph {graph} does not exist; verify the bundle or build it again")
-        self._ort, self._graph, self._mode = ort, graph, mode
+        self._ort, self._graph, self._mode, self._kept_sessions = ort, graph, mode, kept_sessions
         # By threads, the last one used at the end: parts share a session of few, a whole batch needs one of all.
         self._sessions: OrderedDict[int, Any] = OrderedDict()
         self._ran: set[int] = set()
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
-        self._pool = ThreadPoolExecutor(self._cores, "onnxruntime-lane") if self._cores > 1 else None
+        self._pool = ThreadPoolExecutor(self._cores, "onnxruntime-part") if self._cores > 1 else None
         first = 1 if self._pool is not None else self._threads
         session = self._sessions[first] = self._opened(first)
         self._specs = step_graph_inputs(
@@ -91,17 +95,17 @@ class OnnxRuntimeSession:
         parts = row_parts(inputs, rows, self._cores)
         if self._pool is None or len(parts) == 1:
             return StepOutput(*self._session(self._threads).run(OUTPUTS, dict(inputs)))
-        lanes = min(len(parts), self._cores)
-        session = self._session(self._cores // lanes)
+        at_once = min(len(parts), self._cores)
+        session = self._session(self._cores // at_once)
         joined = [np.empty((rows, *inputs["sample"].shape[1:]), dtype=np.float32) for _ in OUTPUTS]
 
-        def lane(own: Sequence[slice]) -> None:
+        def run_some(own: Sequence[slice]) -> None:
             for part in own:
                 for place, values in zip(joined, session.run(OUTPUTS, part_of(inputs, part)), strict=True):
                     place[part] = values
 
         # All of them end before an error is raised: nothing may go on reading the inputs.
-        running = [self._pool.submit(lane, parts[number::lanes]) for number in range(lanes)]
+        running = [self._pool.submit(run_some, parts[number::at_once]) for number in range(at_once)]
         for error in [future.exception() for future in running]:
             if error is not None:
                 raise error
@@ -140,7 +144,7 @@ class OnnxRuntimeSession:
         if threads not in self._sessions:
             for idle in self._sessions.keys() - self._ran:
                 del self._sessions[idle]
-            while len(self._sessions) >= _KEPT_SESSIONS:
+            while len(self._sessions) >= self._kept_sessions:
                 self._sessions.popitem(last=False)
             self._sessions[threads] = self._opened(threads)
         self._ran.add(threads)

@@ -32,6 +32,4 @@ class Faulty(OnnxRuntimeSession):
 
 
 if __name__ == "__main__":
-    sys.exit(
-        main(sys.argv[1:], lambda bundle, settings, threads, sizes: Faulty(bundle.graph("onnxruntime"), threads=1))
-    )
+    sys.exit(main(sys.argv[1:], lambda bundle, settings: Faulty(bundle.graph("onnxruntime"), threads=1)))

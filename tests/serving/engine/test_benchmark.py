@@ -10,7 +10,7 @@ def test_the_benchmark_runs_every_way_under_every_load(linear: Path) -> None:
     from serving_throughput import measure
 
     given = Namespace(
-        backend="onnxruntime", threads=2, lanes=None, steps="3,6", images=12, rounds=2, clients="1,8"
+        backend="onnxruntime", threads=2, steps="3,6", images=12, rounds=2, clients="1,8"
     )  # fmt: skip
     rows, extra = asyncio.run(measure(given, linear))
     ways = ["continuous", "one at a time", "static"]

@@ -55,7 +55,7 @@ def test_requests_at_the_same_time_really_share_steps(linear: Path) -> None:
             await until(lambda: sum(rows for rows, _ in recorder.steps) == sum(range(10, 18)))
             # One by one they would take 108 steps; together as many as the longest, and a few until all had arrived.
             assert 17 <= len(recorder.steps) <= 24
-            assert all(padding == 0 for _, padding in recorder.steps)
+            assert all(rows + padding in (1, 2, 3, 4, 6, 8) for rows, padding in recorder.steps)
 
     run(body())
 
@@ -156,9 +156,6 @@ def test_what_cannot_be_loaded_is_said_at_the_start(linear: Path, tmp_path: Path
         with pytest.raises(InputError, match="the backend 'magic' is unknown"):
             await engine.start()
         assert engine.state.phase == "dead"
-        with pytest.raises(InputError, match="9 lanes cannot share 1 threads and 4 rows"):
-            async with started(linear, lanes=9):
-                pass
         broken = ProcessEngine(linear)
         broken._program = ("-c", "import os; os.abort()")
         with pytest.raises(EnvironmentProblem, match="crashed with SIGABRT"):

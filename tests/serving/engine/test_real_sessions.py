@@ -4,7 +4,7 @@ The model is a tiny U-Net in INT8 with attention.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.backends import OnnxRuntimeSession, open_session
+from qdm_deploy.backends import open_session
 from qdm_deploy.samplers import NoiseSchedule
+from qdm_deploy.serving.child import load, open_bundle_session
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
-from qdm_deploy.serving.loading import load, open_bundle_session
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.settings import Settings
 from qdm_deploy.serving.stepper import Done, Stepper
@@ -47,11 +47,11 @@ def engine(bundle: Path, backend: str, *, deterministic: bool, threads: int = 2)
     opened = Bundle.open(bundle, check="sizes")
     settings = Settings(str(bundle), backend, threads=threads, max_rows=ROWS, deterministic=deterministic)
     maker = JobMaker(opened.model, NoiseSchedule.from_config(opened.scheduler_config()), ROWS)
-    with ExitStack() as sessions:
-        loaded = load(opened, settings, open_bundle_session, sessions)
+    with open_bundle_session(opened, settings) as session:
+        runner = load(opened, settings, session)
 
         def run(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-            stepper = Stepper(Scheduler(ROWS, opened.model.sample_shape), loaded.runner)
+            stepper = Stepper(Scheduler(ROWS, opened.model.sample_shape), runner)
             waiting, done, step = list(requests), {}, 0
             while waiting or stepper.scheduler.alive:
                 if waiting and step % 2 == 0:
@@ -79,9 +79,9 @@ def test_deterministic_images_have_the_same_bits_whatever_runs_beside_them(
             np.testing.assert_array_equal(run(requests)["target"], by_itself)
         with np.errstate(all="ignore"):
             np.testing.assert_array_equal(run([*EXTREME, TARGET])["target"], by_itself)
-    # And they are those of ``denoise`` in a batch of that size: a lane's, half of the rows, rounded up to pairs.
-    with open_session(Bundle.open(unet, check="sizes"), backend, threads=1) as session:
-        np.testing.assert_array_equal(alone(unet, session, TARGET, copies=2), by_itself)
+    # And they are those of ``denoise`` in a batch of that size.
+    with open_session(Bundle.open(unet, check="sizes"), backend, threads=2) as session:
+        np.testing.assert_array_equal(alone(unet, session, TARGET, copies=ROWS // 2), by_itself)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
@@ -97,20 +97,3 @@ def test_otherwise_they_differ_by_less_than_the_stated_tolerance(unet: Path, bac
             found = signal_to_noise_db(reference, shared[request.request_id])
             assert found > TOLERANCE_DB[backend], request.request_id
         assert signal_to_noise_db(alone(unet, session, TARGET), shared["target among extremes"]) > TOLERANCE_DB[backend]
-
-
-@pytest.mark.parametrize(
-    ("backend", "threads", "lanes"), [("tensorrt", 8, 1), ("onnxruntime", 8, 2), ("openvino", 1, 1)]
-)
-def test_lanes_by_default(linear: Path, backend: str, threads: int, lanes: int) -> None:
-    opened = Bundle.open(linear, check="sizes")
-    given: list[int] = []
-
-    def open_(bundle: Bundle, settings: Settings, threads: int, sizes: int) -> OnnxRuntimeSession:
-        given.append(threads)
-        return OnnxRuntimeSession(bundle.graph("onnxruntime"), threads=1)
-
-    with ExitStack() as sessions:
-        loaded = load(opened, Settings(str(linear), backend, threads=threads, max_rows=4), open_, sessions)
-    assert (loaded.backend["lanes"], loaded.max_rows) == (lanes, 4)
-    assert given == ([threads] if lanes == 1 else [threads // 2, threads // 2, threads])

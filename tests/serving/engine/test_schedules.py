@@ -16,7 +16,6 @@ from qdm_deploy.serving.batch import BatchRunner
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.generation import LiveGeneration
 from qdm_deploy.serving.jobs import JobMaker
-from qdm_deploy.serving.lanes import Lanes, lane_rows
 from qdm_deploy.serving.ledger import Ledger
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Stepper
@@ -47,8 +46,8 @@ class Schedules(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        runners = [BatchRunner(FakeSession(), MODEL, lane_rows(MAX_ROWS, 2), None) for _ in range(2)]
-        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE), Lanes(runners, None))
+        runner = BatchRunner(FakeSession(), MODEL, MAX_ROWS, range(1, MAX_ROWS + 1))
+        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE), runner)
         self.ledger = Ledger(MAX_ROWS, MAX_WAITING)  # admits as the parent process does
         self.loop = asyncio.new_event_loop()
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Scheduler and session in one process: results, isolation, padding, lanes."""
+"""Scheduler and session in one process: results, isolation, padding."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +11,6 @@ from qdm_deploy.samplers import step_table
 from qdm_deploy.serving.batch import BatchRunner, batch_sizes
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
-from qdm_deploy.serving.lanes import Lanes, lane_rows, split
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Shown, Stepped, Stepper
 from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
@@ -27,7 +26,8 @@ MIXED = [
 
 
 def stepper(session: Any = None, max_rows: int = 4, sizes: Sequence[int] | None = None) -> Stepper:
-    return Stepper(Scheduler(max_rows, SHAPE), BatchRunner(session or FakeSession(), MODEL, max_rows, sizes))
+    runner = BatchRunner(session or FakeSession(), MODEL, max_rows, sizes or range(1, max_rows + 1))
+    return Stepper(Scheduler(max_rows, SHAPE), runner)
 
 
 def run(engine: Stepper, requests: Sequence[GenerationRequest], every: int = 1) -> Iterator[Any]:
@@ -178,53 +178,42 @@ def test_no_noise_of_an_earlier_image_reaches_a_later_one() -> None:
     assert not session.seen["noise"].any()
 
 
-def lanes(count: int, max_rows: int, sizes: Any = None, *, alone: bool = True) -> tuple[Stepper, list[FakeSession]]:
-    sessions = [FakeSession() for _ in range(count + 1)]
-    rows = lane_rows(max_rows, count)
-    runners = [BatchRunner(session, MODEL, rows, sizes) for session in sessions[:-1]]
-    single = BatchRunner(sessions[-1], MODEL, 2, None) if alone else None
-    return Stepper(Scheduler(max_rows, SHAPE), Lanes(runners, single)), sessions
+class CutSession(FakeSession):
+    """Notes whether every pair of rows lies inside a part of two rows."""
+
+    cut = True
+
+    def run(self, inputs: Any) -> Any:
+        owner = inputs["owner_row"]
+        self.cut &= bool((owner // 2 == np.arange(len(owner)) // 2).all())
+        return super().run(inputs)
 
 
-@pytest.mark.parametrize(("count", "max_rows"), [(2, 8), (2, 5), (3, 6), (4, 4)])
-def test_lanes_give_the_same_images(count: int, max_rows: int) -> None:
-    engine, sessions = lanes(count, max_rows)
-    happened = list(run(engine, MIXED, 2))
-    done = {item.request_id: item.samples for item in happened if isinstance(item, Done)}
-    for request in MIXED:
-        np.testing.assert_array_equal(done[request.request_id], solo(request))
-    assert all(session.rows for session in sessions)  # the last one ran what was alone
-    assert max(sessions[-1].rows) <= 2
+def test_pairs_lie_where_a_session_can_cut_between_them() -> None:
+    session = CutSession()
+    engine = stepper(session, max_rows=8)
+    guided = [GenerationRequest(f"g{index}", (index,), steps=9, class_labels=(1,), guidance=2.0) for index in range(3)]
+    done = [item for item in run(engine, [MIXED[0], guided[0], MIXED[2], *guided[1:]]) if isinstance(item, Done)]
+    assert {item.request_id for item in done} == {"ddim", "eta", "g0", "g1", "g2"}
+    assert max(session.rows) == 8
+    assert session.cut
 
 
-def test_an_error_in_one_lane_leaves_the_others_where_they_are() -> None:
-    engine, _ = lanes(2, 4)
-    poison = GenerationRequest("poison", (9,), steps=6, class_labels=(RAISES,))
-    happened = list(run(engine, [MIXED[0], poison, MIXED[2]]))
-    assert [item.request_id for item in happened if isinstance(item, Failed)] == ["poison"]
-    done = {item.request_id: item.samples for item in happened if isinstance(item, Done)}
-    np.testing.assert_array_equal(done["ddim"], solo(MIXED[0]))
-    np.testing.assert_array_equal(done["eta"], solo(MIXED[2]))
+def test_every_size_is_warm_with_single_rows_and_with_pairs() -> None:
+    class Noting(FakeSession):
+        pairs: list[int]
 
+        def run(self, inputs: Any) -> Any:
+            self.pairs.append(int((inputs["owner_row"] != np.arange(len(inputs["owner_row"]))).sum()))
+            return super().run(inputs)
 
-@pytest.mark.parametrize("lanes_", [1, 2, 3, 4, 5])
-def test_no_mix_of_images_overflows_a_lane(lanes_: int) -> None:
-    for max_rows in range(max(2, lanes_), 17):
-        for guided in range(max_rows // 2 + 1):
-            for plain in range(max_rows - 2 * guided + 1):
-                names = [("g", 2.0)] * guided + [("p", 1.0)] * plain
-                scheduler = Scheduler(max_rows, SHAPE)
-                for index, (name, guidance) in enumerate(names):
-                    request = GenerationRequest(f"{name}{index}", (0,), steps=1, guidance=guidance, class_labels=(0,))
-                    scheduler.submit(MAKER.job(request))
-                parts = split(scheduler.fill(), lanes_)
-                assert sum(map(len, parts)) == len(names)
-                largest = max(sum(image.job.rows_each for image in part) for part in parts)
-                assert largest <= lane_rows(max_rows, lanes_), (max_rows, guided, plain)
+    session = Noting()
+    session.pairs = []
+    BatchRunner(session, MODEL, 5, (1, 2, 5)).warm_up()
+    assert list(zip(session.rows, session.pairs, strict=True)) == [(1, 0), (2, 0), (2, 1), (5, 0), (5, 2)]
 
 
 def test_batch_sizes() -> None:
-    assert batch_sizes(8, fixed_shapes=True, deterministic=False) == (1, 2, 3, 4, 6, 8)
-    assert batch_sizes(5, fixed_shapes=True, deterministic=False) == (1, 2, 3, 4, 5)
-    assert batch_sizes(8, fixed_shapes=False, deterministic=False) is None
-    assert batch_sizes(8, fixed_shapes=False, deterministic=True) == (8,)
+    assert batch_sizes(8, deterministic=False) == (1, 2, 3, 4, 6, 8)
+    assert batch_sizes(5, deterministic=False) == (1, 2, 3, 4, 5)
+    assert batch_sizes(8, deterministic=True) == (8,)

@@ -208,7 +208,6 @@ def test_r10_an_extra_file_ends_the_command_with_3(bundle: Path, tmp_path: Path)
     [
         (["--host", "0.0.0.0"], "host 0.0.0.0 is reachable"),  # noqa: S104
         (["--max-batch-rows", "0"], "rows of a batch"),
-        (["--lanes", "9"], "lanes is 9; it must be from 1 to 8"),
         (["--step-timeout", "0"], "the step timeout in seconds is 0.0"),
         (["--load-timeout", "nan"], "the load timeout in seconds is nan"),
         (["--api-key-file", "nowhere.txt"], "nowhere.txt"),
@@ -230,9 +229,9 @@ def test_an_engine_that_cannot_start_ends_the_command(bundle: Path, backend: str
 
 
 def test_what_the_engine_is_given_arrives(bundle: Path) -> None:
-    done = qdm("serve", str(bundle), "--port", "0", "--threads", "1", "--lanes", "2")
+    done = qdm("serve", str(bundle), "--port", "0", "--threads", "0")
     assert done.returncode == 2
-    assert "2 lanes cannot share 1 threads and 8 rows" in done.stderr
+    assert "0 threads cannot run anything" in done.stderr
     done = qdm("serve", str(bundle), "--port", "0", "--load-timeout", "0.1")
     assert done.returncode == 4
     assert "did not load the bundle within 0.1 s" in done.stderr
