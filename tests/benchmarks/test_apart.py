@@ -26,7 +26,7 @@ class Doubling:
 
 
 def doubling() -> Stepper:
-    return Stepper(Doubling())  # type: ignore[arg-type]
+    return Stepper(Doubling)  # type: ignore[arg-type]
 
 
 def test_a_contender_answers_from_another_process() -> None:
@@ -44,7 +44,8 @@ def test_a_contender_that_cannot_be_made_says_why() -> None:
 def test_each_is_timed_as_often_as_asked_for() -> None:
     inputs = {"sample": np.arange(3.0), "another": np.zeros(3)}
     with Apart(doubling) as one, Apart(doubling) as other:
-        times = timed_apart({"one": one, "other": other}, inputs, runs=7, seconds=60)
+        both = {"one": inputs, "other": inputs}
+        times = timed_apart({"one": one, "other": other}, both, runs=7, seconds=60)
         assert {name: len(values) for name, values in times.items()} == {"one": 7, "other": 7}
         assert min(times["one"] + times["other"]) > 0
         output = ApartSession(one).run({"sample": np.arange(3.0)})
@@ -54,7 +55,7 @@ def test_each_is_timed_as_often_as_asked_for() -> None:
 
 def test_what_takes_too_long_is_timed_less_often() -> None:
     with Apart(doubling) as one:
-        assert len(timed_apart({"one": one}, {"sample": np.zeros(1)}, runs=7, seconds=0)["one"]) == 1
+        assert len(timed_apart({"one": one}, {"one": {"sample": np.zeros(1)}}, runs=7, seconds=0)["one"]) == 1
 
 
 def test_turns_have_a_median_each() -> None:

@@ -1,24 +1,21 @@
-"""What the benchmark scripts share: the models they measure, the stages up to a plan, and how results are written."""
+"""A model ready to be planned, and the graphs and sessions that its plans become."""
 
-import argparse
-import json
-import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from lib.random_models import random_model
+from lib.results import say
 from numpy.typing import NDArray
 
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.importance import StepImportance, importance_table, measure_importance
 from qdm_calibration.plan import PlanOptions, make_plan
+from qdm_calibration.simulate import simulate
 from qdm_calibration.statistics import collect_statistics
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
@@ -30,45 +27,31 @@ from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.building.bundle_from_checkpoint import EMBEDDED_MODEL
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.planning import planned
-from qdm_deploy.report.machine import library_versions, machine_card
+from qdm_deploy.building.simulation import TorchSession
+from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import NoiseSchedule, step_table
 from qdm_export.float_graph import export_float_graph, save_graph
 from qdm_export.shared_weights import save_with_shared_weights
+from qdm_export.step_graph import StepGraph
 from qdm_export.targets import emit, emit_float
 from qdm_export.topology import topology_of
 from qdm_export.unet import Checkpoint, load_checkpoint
 
-__all__ = [
-    "CPU_SESSIONS",
-    "FIRST_SEED",
-    "RESULTS",
-    "Case",
-    "case",
-    "checkpoint_of",
-    "finish",
-    "parser",
-    "print_table",
-    "publish",
-    "random_states",
-    "save_form",
-    "say",
-    "write_exported",
-    "write_float",
-    "write_graph",
-]
-
-RESULTS = Path(__file__).parents[1] / "results"
 # Seeds that no calibration uses.
 FIRST_SEED = 2**40
-CPU_SESSIONS: dict[Target, type[OnnxRuntimeSession | OpenVinoSession]] = {
-    "onnxruntime": OnnxRuntimeSession,
-    "openvino": OpenVinoSession,
-}
+# What `build` is asked for where it is to do no better than anybody: symmetric ranges, one scale for each tensor.
+PLAIN: dict[str, Any] = {
+    "ranges": "minmax", "zero_offset": False, "concat_scales": "none", "channel_scales": "none", "step_bins": 1,
+    "keep_fp": "none", "output_correction": "none", "upsample_phases": False,
+}  # fmt: skip
+# Searches that run the model once for every layer are left out for these; no time depends on what they find.
+_LARGE = ("ldm4", "sd15")
+_NO_SEARCH = {"channel_scales": "none", "keep_fp": "none"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model ready to be planned: loaded, exported and calibrated."""
+    """A model that is loaded, exported and calibrated."""
 
     name: str
     checkpoint: Checkpoint
@@ -84,12 +67,13 @@ class Case:
 
     def built(self, **options: Any) -> QuantizationPlan:
         """The plan that `build` makes with these options (``BuildOptions``), from this calibration set."""
-        given = BuildOptions(out=Path("unused"), sensitivity=False, **options)
+        given = BuildOptions(
+            out=Path("unused"), sensitivity=False, **{**(_NO_SEARCH if self.name in _LARGE else {}), **options}
+        )
         spec = self.checkpoint.spec
 
         def importance() -> StepImportance:
-            steps = given.steps
-            table = importance_table(self.schedule, given.sampler, steps, learned_variance=spec.learned_variance)
+            table = importance_table(self.schedule, given.sampler, given.steps, learned_variance=spec.learned_variance)
             return measure_importance(self.checkpoint.unet, spec, table)
 
         return planned(
@@ -104,9 +88,8 @@ def case(name: str, *, samples: int, steps: int = 50, seed: int = 0) -> Case:
     checkpoint = checkpoint_of(name)
     graph = export_float_graph(checkpoint)
     schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
-    table = step_table(schedule, "ddim", steps)
     calibration = collect_calibration_set(
-        checkpoint.unet, checkpoint.spec, table, SamplingPlan(samples=samples), seed=seed,
+        checkpoint.unet, checkpoint.spec, step_table(schedule, "ddim", steps), SamplingPlan(samples=samples), seed=seed,
         conditioning=random_states(checkpoint.spec, samples),
     )  # fmt: skip
     topology = topology_of(graph)
@@ -137,12 +120,21 @@ def random_states(spec: ModelSpec, count: int) -> dict[str, NDArray[np.float32]]
     }
 
 
-def write_graph(case: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:
+def session_for(model: Case, plan: QuantizationPlan, target: Target, folder: Path) -> StepSession:
+    """What runs a plan here: the target's graph on its own runtime, for `tensorrt` the simulation of its integers."""
+    if target == "tensorrt":
+        step = StepGraph(simulate(model.checkpoint.unet, plan, target), model.checkpoint.spec).eval()
+        return TorchSession(step, target)
+    path = write_graph(model, plan, target, folder)
+    return OnnxRuntimeSession(path) if target == "onnxruntime" else OpenVinoSession(path, precision="f32")
+
+
+def write_graph(model: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:
     """Emit one target's graph into a folder of its own."""
-    return save_form(emit(case.graph, plan, target), folder, target)
+    return save_form(emit(model.graph, plan, target), folder, target)
 
 
-def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Path:
+def save_form(model: ir.Model, folder: Path, target: Target) -> Path:
     """Save an emitted graph as TARGET.onnx in a folder of its own, its weights beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{target}.onnx"
@@ -150,70 +142,17 @@ def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Pat
     return path
 
 
-def write_exported(case: Case, folder: Path) -> Path:
+def write_exported(model: Case, folder: Path) -> Path:
     """Write the float graph as the exporter leaves it, which is what another tool would be given."""
+    return _write(model.graph.clone(), folder)
+
+
+def write_float(model: Case, folder: Path) -> Path:
+    """Write the float graph as a bundle holds it."""
+    return _write(emit_float(model.graph), folder)
+
+
+def _write(graph: ir.Model, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_graph(case.graph.clone(), folder / "float.onnx", weights="float.data")
+    save_graph(graph, folder / "float.onnx", weights="float.data")
     return folder / "float.onnx"
-
-
-def write_float(case: Case, folder: Path) -> Path:
-    """Write the float graph as a bundle holds it into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_graph(emit_float(case.graph), folder / "float.onnx", weights="float.data")
-    return folder / "float.onnx"
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that every benchmark takes."""
-    arguments = argparse.ArgumentParser(description=description)
-    arguments.add_argument("--save", action="store_true", help="also write the JSON line to benchmarks/results/")
-    return arguments
-
-
-def finish(
-    name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool
-) -> None:
-    """Print a table, then the whole result as one JSON line; with ``save`` keep that line as a file."""
-    print_table(columns, rows)
-    publish(name, rows, extra, save=save)
-
-
-def print_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows under their columns; numbers with two decimals."""
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
-    for line in [list(columns), ["-" * width for width in widths], *cells]:
-        print(
-            "  ".join(
-                text.rjust(width) if i else text.ljust(width)
-                for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
-
-
-def publish(name: str, rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, save: bool) -> None:
-    """Print the whole result as one JSON line; with ``save`` keep that line as a file."""
-    now = datetime.now(UTC)
-    document = {
-        "benchmark": name,
-        "created": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": machine_card(),
-        "versions": library_versions(),
-        **extra,
-        "rows": list(rows),
-    }
-    line = json.dumps(document, sort_keys=True)
-    if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{now:%Y-%m-%d}-{name}.json").write_text(line + "\n", encoding="utf-8")
-    print(line)
-
-
-def say(text: str) -> None:
-    """A line for the person who waits; the result alone goes to standard output."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
