@@ -24,8 +24,9 @@ from qdm_deploy.errors import InputError
 
 __all__ = ["TARGETS", "LayerPlan", "QuantizationPlan", "Target", "activation_levels"]
 
-Target = Literal["onnxruntime", "openvino", "tensorrt"]
-TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "tensorrt")
+# What a graph is emitted for. ``openvino-amx`` is the form for CPUs that multiply bfloat16; its integers are openvino's.
+Target = Literal["onnxruntime", "openvino", "openvino-amx", "tensorrt"]
+TARGETS: tuple[Target, ...] = ("onnxruntime", "openvino", "openvino-amx", "tensorrt")
 
 _KIND = "qdm-quantization-plan"
 _VERSION = 2

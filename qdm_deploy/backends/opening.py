@@ -13,11 +13,12 @@ from qdm_deploy.backends.tensorrt.session import open_tensorrt
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
+from qdm_deploy.runtime.cpu import cpu_flags, multiplies_bfloat16
 from qdm_deploy.runtime.session import StepSession
 
 __all__ = ["BACKENDS", "automatic_backend", "choose_backend", "open_session"]
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "openvino", "openvino-amx", "tensorrt", "tensorrt-rtx")
 
 
 def automatic_backend(targets: tuple[str, ...]) -> str:
@@ -26,11 +27,27 @@ def automatic_backend(targets: tuple[str, ...]) -> str:
 
 
 def _cpu_backends(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The CPU backends that this machine has and the targets allow, the one that is usually faster first."""
+    """The CPU backends that this machine has and the targets allow, the one that is usually faster first.
+
+    With AMX openvino-amx stands in the place of openvino. With AVX512-BF16 alone it is one more: there it is faster for
+    large models, and rounds what openvino computes in float32 (docs/adr/0022).
+    """
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if on_x86 and "openvino" in targets and find_spec("openvino") is not None:
-        return ("openvino", "onnxruntime")
-    return ("onnxruntime",)
+    if not on_x86 or find_spec("openvino") is None:
+        return ("onnxruntime",)
+    flags = cpu_flags()
+    forms = [name for name in ("openvino", "openvino-amx") if name in targets]
+    if "openvino-amx" in forms and not multiplies_bfloat16(flags):
+        forms.remove("openvino-amx")
+    if "openvino-amx" in forms and "amx_bf16" in flags:
+        forms = ["openvino-amx"]
+    return (*forms, "onnxruntime")
+
+
+def _form(backend: str, targets: tuple[str, ...]) -> str:
+    """The form of a backend for this CPU: openvino is openvino-amx where the CPU has AMX and the bundle that graph."""
+    has_amx = backend == "openvino" and "openvino-amx" in targets and "amx_bf16" in cpu_flags()
+    return "openvino-amx" if has_amx else backend
 
 
 def _versions(backend: str) -> str:
@@ -65,12 +82,19 @@ def choose_backend(
         raise InputError(f"the precision {precision!r} is unknown; choose auto, int8 or float")
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads cannot run anything; give at least 1, or leave it out for all cores")
-    backends = _cpu_backends(bundle.manifest.targets) if backend == "auto" else (backend,)
+    targets = bundle.manifest.targets
+    backends = _cpu_backends(targets) if backend == "auto" else (_form(backend, targets),)
     kinds: list[Literal["int8", "float"]] = ["int8", "float"] if precision == "auto" else [precision]
     if precision == "auto" and (backend in FLAVOURS or not bundle.has_graph("float")):
         # On a GPU each candidate is an engine to build, which may take minutes: INT8 is what it was made for.
         kinds = ["int8"]
-    candidates: list[Candidate] = [(name, kind) for kind in kinds for name in backends]
+    candidates: list[Candidate] = [
+        (name, kind)
+        for kind in kinds
+        for name in backends
+        # The float graph is the same for both forms.
+        if kind == "int8" or name != "openvino-amx" or "openvino" not in backends
+    ]
     if len(candidates) == 1:
         return candidates[0]
     choice = choose(
@@ -101,6 +125,7 @@ def open_session(
     Args:
         bundle: an opened bundle.
         backend: one of ``BACKENDS``, or ``"auto"``: the CPU backend that is the fastest here (``choose_backend``).
+            ``"openvino"`` opens the bundle's graph for openvino-amx where the CPU has AMX.
         precision: ``"int8"``: the graph of the backend's own target; ``"float"``: the unquantized step graph, in
             float32; ``"auto"``: whichever is faster here.
         threads: CPU threads; None takes the cores this process may use. A GPU backend has none.
@@ -121,16 +146,14 @@ def open_session(
     if backend in FLAVOURS:
         graph = bundle.graph("tensorrt" if precision == "int8" else "float")
         return open_tensorrt(graph, backend, kept_batch_sizes=kept_batch_sizes, progress=progress)
-    if backend == "openvino":
-        graph = bundle.graph("openvino" if precision == "int8" else "float")
+    graph = bundle.graph(backend if precision == "int8" else "float")
+    if backend != "onnxruntime":
         return OpenVinoSession(
             graph,
             threads=threads,
-            precision="auto" if precision == "int8" else "f32",
             mode=mode,
             kept_batch_sizes=kept_batch_sizes,
             # The bundle's files were checked against its id when it was opened.
             identity=f"{bundle.id}/{graph.name}",
         )
-    graph = bundle.graph("onnxruntime" if precision == "int8" else "float")
     return OnnxRuntimeSession(graph, threads=threads, mode=mode)

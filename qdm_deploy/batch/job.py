@@ -137,11 +137,7 @@ def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object]) 
 
 
 def _facts(engine: Mapping[str, object]) -> dict[str, Any]:
-    return {
-        name: _facts(value) if isinstance(value, Mapping) else value
-        for name, value in engine.items()
-        if name != "precision_reason"
-    }
+    return {name: _facts(value) if isinstance(value, Mapping) else value for name, value in engine.items()}
 
 
 def threads_for(options: BatchOptions, workers: int) -> int:

@@ -29,6 +29,7 @@ from qdm_deploy.components.conditioning import conditioning_of, read_hidden_stat
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
 from qdm_deploy.runtime import StepSession
+from qdm_deploy.runtime.cpu import cpu_flags, multiplies_bfloat16, rounds_to_bfloat16
 from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers import StepTable
 from qdm_deploy.samplers.columns import NO_CLIP
@@ -114,8 +115,10 @@ def measure(
             )
         quality, samples = [], {}
         for target in options.targets:
-            judge = target if opened.has(target) else "simulation"
-            with opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target) as session:
+            judge = opened.judge(target)
+            with (
+                opened(target, "int8") if judge != "simulation" else simulation_of(checkpoint, plan, target) as session
+            ):
                 row, samples[target] = compare_with(
                     reference, session, spec, target=target, backend=judge, progress=progress
                 )
@@ -140,26 +143,32 @@ class _Sessions:
 
     def __init__(self, options: BuildOptions, folder: Path) -> None:
         self._threads, self._folder = options.threads, folder
-        openvino = "openvino" in options.targets and find_spec("openvino") is not None
-        self.backends = ("onnxruntime", "openvino") if openvino else ("onnxruntime",)
+        here = find_spec("openvino") is not None
+        self._backends = ("onnxruntime", *(name for name in options.targets if here and name.startswith("openvino")))
 
     def timed_together(self) -> list[list[Key]]:
-        """What is timed in turn: float and INT8 of a backend, or each alone where both would take too much memory."""
+        """What is timed in turn: float and INT8 of a backend, or each alone where both would take too much memory.
+
+        bfloat16 is timed where the CPU multiplies it.
+        """
         files = [self._folder / name for name in ("float.onnx", "float.data")]
         together = sum(path.stat().st_size for path in files if path.exists()) <= _TOGETHER_BYTES
-        pairs: list[list[Key]] = [[(backend, "float"), (backend, "int8")] for backend in self.backends]
+        timed = [name for name in self._backends if name != "openvino-amx" or multiplies_bfloat16(cpu_flags())]
+        pairs: list[list[Key]] = [[(backend, "float"), (backend, "int8")] for backend in timed]
         return pairs if together else [[key] for pair in pairs for key in pair]
 
-    def has(self, target: Target) -> bool:
-        """Whether a target's own runtime is here."""
-        return target in self.backends
+    def judge(self, target: Target) -> str:
+        """What a target's graph runs on here: its own runtime, that runtime in float32, or the simulation."""
+        if target not in self._backends:
+            return "simulation"
+        in_float32 = target == "openvino-amx" and not rounds_to_bfloat16(cpu_flags())
+        return "openvino" if in_float32 else target
 
     def __call__(self, backend: str, precision: Literal["int8", "float"]) -> StepSession:
         graph = self._folder / f"{backend if precision == 'int8' else 'float'}.onnx"
         if backend == "onnxruntime":
             return OnnxRuntimeSession(graph, threads=self._threads, mode="throughput")
-        rest: Literal["auto", "f32"] = "auto" if precision == "int8" else "f32"
-        return OpenVinoSession(graph, threads=self._threads, precision=rest, mode="throughput")
+        return OpenVinoSession(graph, threads=self._threads, mode="throughput")
 
 
 def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Target) -> TorchSession:

@@ -19,7 +19,7 @@ from qdm_deploy.building.selftest import answers, distance_db, write_selftest
 from qdm_deploy.components.pictures import to_pictures
 from qdm_deploy.report.html import render
 from qdm_deploy.report.machine import library_versions, machine_card
-from qdm_deploy.report.model import EngineRow, LayerRow, Report, SizeBlock, Thresholds
+from qdm_deploy.report.model import EngineRow, LayerRow, Report, RewriteRow, SizeBlock, Thresholds
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.verdict import decide
 
@@ -48,12 +48,13 @@ def publish(
     calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
+    rewrites: tuple[RewriteRow, ...],
     seconds: Mapping[str, float],
 ) -> BuildResult:
     """Write what is left to write and seal the bundle."""
     root = writer.root
     recipe = _recipe(options)
-    report = _report(options, checkpoint, calibrated, measured, engines, seconds, root, recipe)
+    report = _report(options, checkpoint, calibrated, measured, engines, rewrites, seconds, root, recipe)
     _write_selftest(root, checkpoint, measured)
     (root / "scheduler").mkdir()
     _write_json(root / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config))
@@ -107,6 +108,7 @@ def _report(
     calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
+    rewrites: tuple[RewriteRow, ...],
     seconds: Mapping[str, float],
     root: Path,
     recipe: dict[str, Any],
@@ -130,6 +132,7 @@ def _report(
         layers=tuple(LayerRow.from_plan(layer, budgeted.shares.get(layer.name)) for layer in plan.layers),
         inputs=calibrated.inputs,
         noise=budgeted.noise,
+        rewrites=rewrites,
         warnings=budgeted.warnings,
         quality=measured.quality,
         speed=measured.speed,
@@ -169,10 +172,10 @@ def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) ->
     for row in measured.quality:
         if row.backend == "simulation":
             continue
-        opener = OpenVinoSession if row.backend == "openvino" else OnnxRuntimeSession
+        opener = OnnxRuntimeSession if row.backend == "onnxruntime" else OpenVinoSession
         with opener(unet / f"{row.target}.onnx") as session:
             got = answers(session, inputs)
-        reached[row.backend] = distance_db(expected, got)
+        reached[row.target] = distance_db(expected, got)
     write_selftest(root / "selftest", inputs, expected, reached)
 
 

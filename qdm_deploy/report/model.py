@@ -21,6 +21,7 @@ __all__ = [
     "LayerRow",
     "QualityRow",
     "Report",
+    "RewriteRow",
     "SizeBlock",
     "SpeedRow",
     "Thresholds",
@@ -29,7 +30,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
-Backend = Literal["onnxruntime", "openvino", "simulation"]
+Backend = Literal["onnxruntime", "openvino", "openvino-amx", "simulation"]
 
 
 class QualityRow(Value):
@@ -37,7 +38,8 @@ class QualityRow(Value):
 
     Attributes:
         target: whose graph ran.
-        backend: what it ran on; "simulation" computes the target's arithmetic without its runtime.
+        backend: what it ran on; "simulation" computes the target's arithmetic without its runtime, and "openvino" the
+            graph of openvino-amx in float32.
         samples, steps, sampler, guidance: how the samples were made.
         timesteps: [S], in the order in which they run.
         eps_sqnr_db: [S], the model's output at each step, both fed the float run's sample (teacher-forced).
@@ -174,6 +176,31 @@ class CheckRow(Value):
     detail: str
 
 
+class RewriteRow(Value):
+    """One rewriting of a target's graph, counted.
+
+    Attributes:
+        target: whose graph; "float" for the reference.
+        name: what is rewritten, such as "norms".
+        done: places that were rewritten.
+        expected: places that the float graph promises, less those that a rule leaves alone.
+        missed: one sentence for each promised place that was not rewritten.
+        left: one sentence for each rule that leaves places as they are.
+    """
+
+    target: Target | Literal["float"]
+    name: str
+    done: Count
+    expected: Count
+    missed: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> str:
+        """Like "norms 61 of 61"."""
+        return f"{self.name} {self.done} of {self.expected}"
+
+
 class LayerRow(Value):
     """One layer of the quantization plan, for reading.
 
@@ -281,6 +308,7 @@ class Report(Value):
         layers: the plan, layer by layer.
         inputs: what calibration saw at each shared input, over the timesteps.
         noise: how much noise each layer adds, and what keeping layers in float would give; None: not measured.
+        rewrites: what was done to each target's graph.
         warnings: what was asked for and not reached, one sentence each; it speaks for itself, not for or against SHIP.
         quality, speed, engines, checks: one row each per measurement.
         speedup: float median over INT8 median of one step on the backend at hand; None where it was not measured.
@@ -301,6 +329,7 @@ class Report(Value):
     layers: tuple[LayerRow, ...] = ()
     inputs: tuple[InputRanges, ...] = ()
     noise: NoiseBlock | None = None
+    rewrites: tuple[RewriteRow, ...] = ()
     warnings: tuple[str, ...] = ()
     quality: tuple[QualityRow, ...] = ()
     speed: tuple[SpeedRow, ...] = ()

@@ -45,6 +45,8 @@ def decide(
     for row in quality:
         judge(*_images(row, thresholds.min_psnr_db))
         judge(*_output(row, thresholds.min_eps_sqnr_db))
+        if row.target == "openvino-amx" and row.backend == "openvino":
+            judge(True, f"{row.target}: judged in float32 and not timed, because this CPU has no bfloat16.")
 
     judge(*_speed(speedup, thresholds.min_speedup))
     for engine in engines:

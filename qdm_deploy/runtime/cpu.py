@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["available_cores", "cpu_flags", "cpu_model", "saturates_int8"]
+__all__ = ["available_cores", "cpu_flags", "cpu_model", "multiplies_bfloat16", "rounds_to_bfloat16", "saturates_int8"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -30,6 +30,16 @@ def available_cores(cgroup_quota: Path = _CGROUP_QUOTA) -> int:
 def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Instruction sets as Linux names them (``avx2``, ``amx_int8``...); empty where ``cpuinfo`` does not exist."""
     return frozenset(_field(cpuinfo, "flags").split())
+
+
+def multiplies_bfloat16(flags: frozenset[str]) -> bool:
+    """Whether a CPU with these instruction sets, as ``cpu_flags`` names them, has products of bfloat16."""
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
+def rounds_to_bfloat16(flags: frozenset[str]) -> bool:
+    """Whether OpenVINO computes in bfloat16 on such a CPU when told to; with AVX-512 alone it emulates it, slowly."""
+    return "avx512f" in flags
 
 
 def saturates_int8(flags: frozenset[str]) -> bool:

@@ -44,7 +44,7 @@ def test_every_layer_has_its_correction_behind_gain_and_offset(
     emitted: Any, tiny: Any, run_graph: Any, name: str, target: Any
 ) -> None:
     plan, network = with_corrections(tiny.plan(name)), tiny.checkpoint(name).unet
-    graph = emit(tiny.float_graph(name), plan, target, rest="fp32")
+    graph = emit(tiny.float_graph(name), plan, target, rest="fp32").model
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 3, seed=7)
     feeds["timestep"] = np.array([5, 400, 990])

@@ -1,6 +1,6 @@
 """Corrections of biases, before any other pass: those then see the corrected bias, wherever they move it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -14,9 +14,14 @@ __all__ = ["BiasCorrections"]
 class BiasCorrections(PlanPass):
     """Adds each correction to the layer's bias; a layer without a bias gets one."""
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    name = "bias corrections"
+
+    def concerns(self, plan: LayerPlan) -> bool:
+        """Whether its bias is corrected."""
+        return plan.bias_correction is not None
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Replace the bias of every corrected layer."""
-        modified = False
         for plan, layer in layers:
             bias = plan.corrected(None if layer.bias is None else values_of(layer.bias))
             if plan.bias_correction is None or bias is None:
@@ -30,5 +35,4 @@ class BiasCorrections(PlanPass):
             else:
                 layer.node.resize_inputs(3)
                 layer.node.replace_input_with(2, value)
-            modified = True
-        return modified
+            yield plan.name

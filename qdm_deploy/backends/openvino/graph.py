@@ -1,4 +1,4 @@
-"""A step graph as OpenVINO reads it, and as this CPU can run it well."""
+"""Reading a step graph into OpenVINO, and compiling it for this CPU."""
 
 import math
 import sys
@@ -7,19 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
 
-__all__ = [
-    "compile_graph",
-    "import_openvino",
-    "largest_activation",
-    "multiplies_bfloat16",
-    "read_graph",
-    "without_bfloat16",
-]
+__all__ = ["compile_graph", "import_openvino", "largest_activation", "read_graph"]
 
 
 def import_openvino() -> ModuleType:
@@ -47,16 +38,11 @@ def import_openvino() -> ModuleType:
     return openvino  # type: ignore[no-any-return]
 
 
-def multiplies_bfloat16(flags: frozenset[str]) -> bool:
-    """Whether a CPU with these instruction sets, as ``cpu_flags`` names them, multiplies bfloat16 by itself."""
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
-def read_graph(graph: Path, flags: frozenset[str]) -> Any:
-    """Read an ONNX step graph for a CPU with these instruction sets.
+def read_graph(graph: Path) -> Any:
+    """Read an ONNX step graph.
 
     Returns:
-        An ``openvino.Model``. Without instructions for bfloat16 its products of bfloat16 are of float32.
+        An ``openvino.Model``.
 
     Raises:
         Exception: of OpenVINO's, which share no base class: it cannot read the file.
@@ -64,8 +50,7 @@ def read_graph(graph: Path, flags: frozenset[str]) -> Any:
     """
     # Core.read_model would offer a damaged file to the reader of every other format, and each one complains.
     reader = import_openvino().frontend.FrontEndManager().load_by_framework("onnx")
-    model = reader.convert(reader.load(graph))
-    return model if multiplies_bfloat16(flags) else without_bfloat16(model)
+    return reader.convert(reader.load(graph))
 
 
 def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
@@ -74,26 +59,13 @@ def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
     Where this CPU's INT8 products saturate, OpenVINO multiplies the codes in float32: as exact as integers, and as slow
     as float.
 
-    OpenVINO 2026.4 fails on a few convolutions of bfloat16 whose result is added to that of an INT8 one ("object is not
-    initialized"). Such a graph is compiled with products of float32.
-
     Raises:
         RuntimeError: OpenVINO cannot compile it.
     """
     options = dict(options)
     if saturates_int8(cpu_flags()):
         options["LP_TRANSFORMS_MODE"] = "NO"
-    try:
-        return core.compile_model(model, "CPU", options)
-    except RuntimeError:
-        if not _holds_bfloat16(model):
-            raise
-        return core.compile_model(without_bfloat16(model), "CPU", options)
-
-
-def _holds_bfloat16(model: Any) -> bool:
-    half = import_openvino().Type.bf16
-    return any(output.get_element_type() == half for node in model.get_ops() for output in node.outputs())
+    return core.compile_model(model, "CPU", options)
 
 
 def largest_activation(model: Any) -> int:
@@ -105,25 +77,3 @@ def largest_activation(model: Any) -> int:
             row = math.prod(axis.get_length() for axis in shape[1:])
             largest = max(largest, row * output.get_element_type().size)
     return largest
-
-
-def without_bfloat16(model: Any) -> Any:
-    """The same model, changed in place: every bfloat16 is a float32, and what converts between the two is gone.
-
-    Where a CPU has AVX-512 but no bfloat16, OpenVINO 2026.4 would emulate it and take three times as long as in
-    float32. Weights keep the values that bfloat16 gave them.
-    """
-    openvino = import_openvino()
-    half = openvino.Type.bf16
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "Constant" and node.get_output_element_type(0) == half:
-            widened = openvino.opset13.constant(node.get_data(dtype=np.float32))
-            widened.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(widened.output(0))
-        elif node.get_type_name() == "Convert" and half in (
-            node.get_input_element_type(0),
-            node.get_output_element_type(0),
-        ):
-            node.output(0).replace(node.input_value(0))
-    model.validate_nodes_and_infer_types()
-    return model

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, read_graph
-from qdm_deploy.runtime.cpu import available_cores, cpu_flags
+from qdm_deploy.runtime.cpu import available_cores
 
 __all__ = ["StepProfile", "step_profiles", "turn_means"]
 
@@ -68,7 +68,7 @@ class _Run:
 
     def __init__(self, graph: Path, inputs: Mapping[str, NDArray[Any]], threads: int) -> None:
         ov = import_openvino()
-        model = read_graph(graph, cpu_flags())
+        model = read_graph(graph)
         model.reshape({item.any_name: list(inputs[item.any_name].shape) for item in model.inputs})
         options = {
             "PERF_COUNT": True,

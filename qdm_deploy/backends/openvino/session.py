@@ -20,17 +20,10 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.backends.openvino.compiled_graphs import CompiledGraphs
-from qdm_deploy.backends.openvino.graph import (
-    compile_graph,
-    import_openvino,
-    largest_activation,
-    read_graph,
-    without_bfloat16,
-)
-from qdm_deploy.backends.openvino.precision import choose_precision, keep_float32
-from qdm_deploy.backends.openvino.weights import keep_weights_exact
+from qdm_deploy.backends.openvino.graph import compile_graph, import_openvino, largest_activation, read_graph
+from qdm_deploy.backends.openvino.precision import computes_bfloat16, keep_float32
 from qdm_deploy.errors import BundleError
-from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model, saturates_int8
+from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model, rounds_to_bfloat16, saturates_int8
 from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
@@ -48,9 +41,6 @@ class OpenVinoSession:
     Args:
         graph: ONNX file of the step graph; external data beside it.
         threads: threads of the session; None takes the cores this process may use.
-        precision: precision of what is not INT8. ``"auto"`` takes bf16 where the CPU multiplies bf16 matrices (AMX) and
-            the graph keeps the timestep exact in it; ``describe()`` says what was taken and why. The sampler's
-            update stays float32 in both.
         mode: ``"latency"``, or ``"throughput"``, which cuts a batch into parts where its rows allow that. Each part is
             a batch of its own, so bits may differ between the modes as they do between batch sizes.
         kept_batch_sizes: compiled graphs that are kept, the last ones used; each holds its own copy of the weights.
@@ -69,7 +59,6 @@ class OpenVinoSession:
         graph: Path,
         *,
         threads: int | None = None,
-        precision: Literal["bf16", "f32", "auto"] = "auto",
         mode: Literal["latency", "throughput"] = "latency",
         kept_batch_sizes: int = KEPT_BATCH_SIZES,
         identity: str | None = None,
@@ -82,7 +71,7 @@ class OpenVinoSession:
         self._threads = threads or available_cores()
         self._core = ov.Core()
         try:
-            self._model = read_graph(graph, cpu_flags())
+            self._model = read_graph(graph)
         except Exception as error:  # the reader's errors share no base class
             raise self._load_error(error) from error
         self._specs = step_graph_inputs(
@@ -97,12 +86,9 @@ class OpenVinoSession:
             ],
             [item.any_name for item in self._model.outputs],
         )
-        self._precision, self._reason = choose_precision(precision, cpu_flags())
-        self._exact_weights = self._kept_float32 = 0
-        if self._precision == "bf16":
-            without_bfloat16(self._model)  # the graph's own casts: under the hint they copy bfloat16 to bfloat16
-            self._exact_weights = keep_weights_exact(self._model)
-            self._kept_float32 = keep_float32(self._model)
+        self._bfloat16 = computes_bfloat16(self._model)
+        if self._bfloat16:
+            keep_float32(self._model)
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         self._mode = mode
         self._small = SMALL
@@ -112,7 +98,8 @@ class OpenVinoSession:
         self._graph_sha256 = sha256_of(graph)
         self._kept_batch_sizes = kept_batch_sizes
         self._options = {
-            "INFERENCE_PRECISION_HINT": self._precision,
+            # It takes effect where ``rounds_to_bfloat16``; elsewhere OpenVINO computes in float32.
+            "INFERENCE_PRECISION_HINT": "bf16" if self._bfloat16 else "f32",
             # The hint does not matter where the number of streams is given.
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self._threads,
@@ -140,15 +127,14 @@ class OpenVinoSession:
         return self._runner(rows, len(parts)).run(inputs, parts)
 
     def describe(self) -> dict[str, object]:
-        """Backend, version, device, threads, precision of the float part with its reason, hash of the graph."""
+        """Backend, version, device, threads, precision of the float part, how integers run, hash of the graph."""
         return {
-            "backend": "openvino",
+            "backend": "openvino-amx" if self._bfloat16 else "openvino",
             "version": self._version,
             "device": "CPU",
             "threads": self._threads,
             "mode": self._mode,
-            "precision": self._precision,
-            "precision_reason": self._reason,
+            "precision": "bf16" if self._bfloat16 and rounds_to_bfloat16(cpu_flags()) else "f32",
             "integers": "in float32: this CPU's INT8 products saturate" if saturates_int8(cpu_flags()) else "INT8",
             "graph_sha256": self._graph_sha256,
         }
@@ -201,8 +187,6 @@ class OpenVinoSession:
             "version": self._version,
             "cpu": [cpu_model(), *sorted(cpu_flags())],
             "options": self._options,
-            "kept in float32": self._kept_float32,
-            "weights kept exact": self._exact_weights,
         }
 
     def _load_error(self, error: Exception) -> BundleError:
