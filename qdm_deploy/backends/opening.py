@@ -13,7 +13,7 @@ from qdm_deploy.backends.tensorrt.session import open_tensorrt
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 from qdm_deploy.runtime.session import StepSession
 
 __all__ = ["BACKENDS", "automatic_backend", "choose_backend", "open_session"]
@@ -34,7 +34,7 @@ def _cpu_backends(targets: tuple[str, ...]) -> tuple[str, ...]:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if not on_x86 or "openvino" not in targets or find_spec("openvino") is None:
         return ("onnxruntime",)
-    return ("onnxruntime", "openvino") if saturates_int8(cpu_flags()) else ("openvino", "onnxruntime")
+    return ("onnxruntime", "openvino") if saturates_int8() else ("openvino", "onnxruntime")
 
 
 def _versions(backend: str) -> str:

@@ -14,7 +14,7 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import Progress
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 from qdm_deploy.runtime.random_inputs import random_inputs
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def can_be_timed(options: BuildOptions) -> bool:
 
     Where this CPU's INT8 products saturate it multiplies the codes in float32, and such times say nothing of INT8.
     """
-    return "openvino" in options.targets and find_spec("openvino") is not None and not saturates_int8(cpu_flags())
+    return "openvino" in options.targets and find_spec("openvino") is not None and not saturates_int8()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from qdm_deploy.report.machine import library_versions, machine_card
 from qdm_deploy.report.model import EngineRow, LayerRow, Report, SizeBlock, Thresholds
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.verdict import decide
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 
 if TYPE_CHECKING:
     from qdm_export.unet import Checkpoint
@@ -31,6 +31,10 @@ __all__ = ["BuildResult", "publish"]
 
 # Versions before this one do not know this bundle layout.
 _MIN_RUNTIME = "0.1.0"
+_SATURATES = (
+    "The INT8 products of the CPU that built this saturate, so that exact INT8 is little faster than float on it. "
+    "Judge the speed on a CPU with VNNI or AMX."
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _report(
         layers=tuple(LayerRow.from_plan(layer, budgeted.shares.get(layer.name)) for layer in plan.layers),
         inputs=calibrated.inputs,
         noise=budgeted.noise,
-        warnings=budgeted.warnings,
+        warnings=budgeted.warnings + ((_SATURATES,) if saturates_int8() else ()),
         quality=measured.quality,
         speed=measured.speed,
         speedup=measured.speedup,
@@ -148,7 +152,6 @@ def _report(
             engines=engines,
             checks=measured.checks,
             thresholds=thresholds,
-            exact_int8_is_slow=saturates_int8(cpu_flags()),
         ),
     )
 

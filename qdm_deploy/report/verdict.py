@@ -15,16 +15,12 @@ def decide(
     engines: Sequence[EngineRow],
     checks: Sequence[CheckRow],
     thresholds: Thresholds,
-    exact_int8_is_slow: bool = False,
 ) -> Verdict:
-    """Judge a build; every argument but the last is the ``Report`` field of that name.
+    """Judge a build; every argument is the ``Report`` field of that name.
 
     It ships when all checks hold, every engine runs all planned layers in INT8, every measured target reaches both
     quality thresholds (latents: the one on the model's output), and the speed-up is large enough. Quality and speed
     that were not measured count as problems; a ``min_speedup`` of 0 asks for no speed. No engine is no problem.
-
-    A verdict is about what ships, not about the machine that built it: where ``exact_int8_is_slow``, because its
-    INT8 products saturate (``runtime.cpu.saturates_int8``), a speed-up that is too low is not judged, and it says so.
 
     Returns:
         The verdict with one sentence for each reason. Numbers are rounded down, so that none is shown as large as a
@@ -50,7 +46,7 @@ def decide(
         judge(*_images(row, thresholds.min_psnr_db))
         judge(*_output(row, thresholds.min_eps_sqnr_db))
 
-    judge(*_speed(speedup, thresholds.min_speedup, exact_int8_is_slow))
+    judge(*_speed(speedup, thresholds.min_speedup))
     for engine in engines:
         judge(*_engine(engine))
     return Verdict(ship=not problems, problems=tuple(problems), merits=tuple(merits), thresholds=thresholds)
@@ -75,20 +71,14 @@ def _output(row: QualityRow, threshold: float) -> tuple[bool, str]:
     )
 
 
-def _speed(speedup: float | None, threshold: float, exact_int8_is_slow: bool) -> tuple[bool, str]:
+def _speed(speedup: float | None, threshold: float) -> tuple[bool, str]:
     if speedup is None:
         unknown = "The speed was not compared with the float graph's"
         if threshold == 0:
             return True, f"{unknown}, and no speed-up was asked for."
         return False, f"{unknown}, so the required speed-up of {threshold:.2f} cannot be judged."
     good = speedup >= threshold
-    judged = f"INT8 runs {_down(speedup)} times as fast as float ({_required(good, threshold)})"
-    if not exact_int8_is_slow:
-        return good, f"{judged}."
-    why = "this CPU's INT8 products saturate, so that exact INT8 is little faster than float here"
-    if good:
-        return True, f"{judged}; {why}."
-    return True, f"Speed not judged: {why}, {_down(speedup)} times as fast. A CPU with VNNI or AMX would show it."
+    return good, f"INT8 runs {_down(speedup)} times as fast as float ({_required(good, threshold)})."
 
 
 def _engine(engine: EngineRow) -> tuple[bool, str]:

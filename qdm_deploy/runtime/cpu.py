@@ -32,15 +32,16 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     return frozenset(_field(cpuinfo, "flags").split())
 
 
-def saturates_int8(flags: frozenset[str]) -> bool:
+def saturates_int8(flags: frozenset[str] | None = None) -> bool:
     """Whether an x86 CPU adds two products of u8 and s8 in 16 bits, so that large ones are cut off.
 
     AVX2 and the first AVX-512 CPUs do (``vpmaddubsw``: 255 * 127 * 2 is more than 32,767). VNNI and AMX add in 32 bits.
     A backend must then compute integer products in another way, or its results have little to do with the plan.
 
     Args:
-        flags: instruction sets, as ``cpu_flags`` names them; empty where they are not known.
+        flags: instruction sets, as ``cpu_flags`` names them; empty where they are not known; None: this CPU's.
     """
+    flags = cpu_flags() if flags is None else flags
     return "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 

@@ -10,7 +10,7 @@ import pytest
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_a_build_keeps_layers_in_float(quick_build: Any, tmp_path: Path, choice:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    saturates_int8(cpu_flags()),
+    saturates_int8(),
     reason="this CPU's INT8 products saturate; would have shown that a part of a step's time is kept to",
 )
 def test_a_part_of_the_time_is_kept_to(quick_build: Any, tmp_path: Path) -> None:

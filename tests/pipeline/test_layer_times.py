@@ -12,12 +12,12 @@ from qdm_deploy.building import layer_times
 from qdm_deploy.building.layer_times import LayerTimer
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import SILENT
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 
 pytest.importorskip("openvino")
 OPTIONS = BuildOptions(out=Path("x.qdm"))
 with_int8 = pytest.mark.skipif(
-    saturates_int8(cpu_flags()),
+    saturates_int8(),
     reason="this CPU's INT8 products saturate; would have shown what OpenVINO's INT8 layers take",
 )
 
@@ -67,10 +67,10 @@ def test_there_are_none_without_the_backend_or_for_large_models(tiny: Any, monke
 
 
 def test_there_are_none_where_int8_products_saturate(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_times, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(layer_times, "saturates_int8", lambda: True)
     assert not layer_times.can_be_timed(OPTIONS)
     assert times_of(tiny, "labels") is None
-    monkeypatch.setattr(layer_times, "cpu_flags", lambda: frozenset({"avx2", "avx512f", "avx512_vnni"}))
+    monkeypatch.setattr(layer_times, "saturates_int8", lambda: False)
     assert layer_times.can_be_timed(OPTIONS)
 
 

@@ -88,21 +88,6 @@ def test_speed_that_was_not_measured_is_a_problem_unless_none_is_asked_for(judge
     assert judged(speedup=None, thresholds=Thresholds(min_speedup=0)).ship
 
 
-def test_a_cpu_whose_int8_products_saturate_judges_no_speed(judged: Callable[..., Verdict]) -> None:
-    assert not judged(speedup=0.949).ship
-    slow = judged(speedup=0.949, exact_int8_is_slow=True)
-    assert slow.ship
-    assert (
-        "Speed not judged: this CPU's INT8 products saturate, so that exact INT8 is little faster than float here, "
-        "0.94 times as fast. A CPU with VNNI or AMX would show it."
-    ) in slow.merits
-    assert (
-        "INT8 runs 1.10 times as fast as float (required: 1.00); this CPU's INT8 products saturate, so that exact INT8 "
-        "is little faster than float here."
-    ) in judged(speedup=1.1, exact_int8_is_slow=True).merits
-    assert not judged(speedup=None, exact_int8_is_slow=True).ship
-
-
 def test_a_build_without_measurements_does_not_ship(judged: Callable[..., Verdict]) -> None:
     assert judged(quality=()).problems == ("Quality was not measured, so it cannot be judged.",)
     assert judged(checks=()).problems == ("No check was run, so the bundle's integrity is unknown.",)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
 from qdm_deploy.errors import BundleError, EnvironmentProblem
-from qdm_deploy.runtime.cpu import available_cores, cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import available_cores, saturates_int8
 from qdm_deploy.runtime.row_parts import part_of, row_parts
 from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
 
@@ -116,7 +116,6 @@ class OnnxRuntimeSession:
             "threads": self._threads,
             "mode": self._mode,
             "precision": "f32",
-            "integers": "u8 weights: this CPU's products of u8 and s8 saturate" if _saturates() else "s8 weights",
             "graph_sha256": self._graph_sha256,
         }
 
@@ -169,11 +168,7 @@ def session_options() -> Any:
     options = ort.SessionOptions()
     # A failure arrives as an exception too; printing it once more would put two messages before the user.
     options.log_severity_level = _LOG_FATAL_ONLY
-    if _saturates():
+    if saturates_int8():
         # Weights become u8: products of two u8 are added in 32 bits on every CPU.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
-
-
-def _saturates() -> bool:
-    return saturates_int8(cpu_flags())

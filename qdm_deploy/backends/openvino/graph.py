@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qdm_deploy.errors import EnvironmentProblem
-from qdm_deploy.runtime.cpu import cpu_flags, saturates_int8
+from qdm_deploy.runtime.cpu import saturates_int8
 
 __all__ = [
     "compile_graph",
@@ -81,7 +81,7 @@ def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
         RuntimeError: OpenVINO cannot compile it.
     """
     options = dict(options)
-    if saturates_int8(cpu_flags()):
+    if saturates_int8():
         options["LP_TRANSFORMS_MODE"] = "NO"
     try:
         return core.compile_model(model, "CPU", options)

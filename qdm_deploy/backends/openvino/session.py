@@ -106,7 +106,7 @@ class OpenVinoSession:
         self._cores = self._threads if mode == "throughput" else 1  # that take parts of their own
         # Without its low-precision transformations OpenVINO 2026.4 sometimes compiles two streams wrong: one in about
         # eight sessions computed noise. Such a CPU takes the parts one after the other.
-        self._streams = 1 if saturates_int8(cpu_flags()) else self._cores
+        self._streams = 1 if saturates_int8() else self._cores
         self._mode = mode
         self._small = SMALL
         if self._cores > 1:
@@ -152,7 +152,6 @@ class OpenVinoSession:
             "mode": self._mode,
             "precision": self._precision,
             "precision_reason": self._reason,
-            "integers": "in float32: this CPU's INT8 products saturate" if saturates_int8(cpu_flags()) else "INT8",
             "graph_sha256": self._graph_sha256,
         }
 
