@@ -84,6 +84,8 @@ def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Pat
     expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
     with simulation_of(checkpoint, plan, "tensorrt") as session:
         simulated = session.run(inputs).x0.copy()
+    save_graph(emit(tiny.float_graph("labels"), plan, "tensorrt"), tmp_path / "right.onnx")
+    assert check_half_graph(tmp_path / "right.onnx", expected, simulated, inputs).ok
     other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
     save_graph(emit(tiny.float_graph("labels"), other, "tensorrt"), tmp_path / "wrong.onnx")
     row = check_half_graph(tmp_path / "wrong.onnx", expected, simulated, inputs)

@@ -13,6 +13,7 @@ from qdm_deploy.artifacts.manifest import Compatibility
 from qdm_deploy.backends import opening as backends
 from qdm_deploy.backends.opening import BACKENDS, automatic_backend, open_session
 from qdm_deploy.errors import BundleError, InputError
+from qdm_deploy.runtime.cpu import saturates_int8
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_backend_that_is_usually_faster_comes_first(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], first: str
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr(backends, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(backends, "saturates_int8", lambda: saturates_int8(frozenset(flags)))
     monkeypatch.setattr(backends.platform, "machine", lambda: "aarch64" if "asimddp" in flags else "x86_64")
     assert automatic_backend(("onnxruntime", "openvino", "tensorrt")) == first
 

@@ -72,7 +72,8 @@ def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
     """Compile a model that ``read_graph`` returned for the CPU.
 
     Where this CPU's INT8 products saturate, OpenVINO multiplies the codes in float32: as exact as integers, and as slow
-    as float.
+    as float. It cannot mix float16 with that ("TransposeFQ ... do not have the same element type"), so float16 becomes
+    float32, in place.
 
     OpenVINO 2026.4 fails on a few convolutions of bfloat16 whose result is added to that of an INT8 one ("object is not
     initialized"). Such a graph is compiled with products of float32.
@@ -83,6 +84,7 @@ def compile_graph(core: Any, model: Any, options: Mapping[str, object]) -> Any:
     options = dict(options)
     if saturates_int8():
         options["LP_TRANSFORMS_MODE"] = "NO"
+        model = _widened(model, import_openvino().Type.f16)
     try:
         return core.compile_model(model, "CPU", options)
     except RuntimeError:
@@ -113,19 +115,26 @@ def without_bfloat16(model: Any) -> Any:
     Where a CPU has AVX-512 but no bfloat16, OpenVINO 2026.4 would emulate it and take three times as long as in
     float32. Weights keep the values that bfloat16 gave them.
     """
+    return _widened(model, import_openvino().Type.bf16)
+
+
+def _widened(model: Any, half: Any) -> Any:
+    """The same model, changed in place: everything of the type ``half`` is a float32."""
     openvino = import_openvino()
     inputs = [(item, item.get_names()) for item in model.inputs]
-    half = openvino.Type.bf16
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Constant" and node.get_output_element_type(0) == half:
-            widened = openvino.opset13.constant(node.get_data(dtype=np.float32))
-            widened.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(widened.output(0))
-        elif node.get_type_name() == "Convert" and half in (
-            node.get_input_element_type(0),
-            node.get_output_element_type(0),
-        ):
-            node.output(0).replace(node.input_value(0))
+        kind = node.get_type_name()
+        if kind == "Constant" and node.get_output_element_type(0) == half:
+            wide = openvino.opset13.constant(node.get_data(dtype=np.float32))
+        elif kind == "Convert" and half in (node.get_input_element_type(0), node.get_output_element_type(0)):
+            if node.get_input_element_type(0).is_real():
+                node.output(0).replace(node.input_value(0))
+                continue
+            wide = openvino.opset13.convert(node.input_value(0), "f32")  # codes
+        else:
+            continue
+        wide.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(wide.output(0))
     for item, names in inputs:  # what took a conversion's place took its names too
         item.set_names(names)
     model.validate_nodes_and_infer_types()
