@@ -1,6 +1,6 @@
 """What the openvino target gains by attention in bfloat16, by how many scores a head must have to be cast.
 
-One plan, emitted with a few limits (``TargetForm.bfloat16_attention``); graphs are timed in turn, each in a process of
+One plan, emitted with a few limits (``TargetForm.least_scores``); graphs are timed in turn, each in a process of
 its own, when the model they come from is no longer in memory. `x0 SQNR dB` is that of the denoised sample against the
 float graph, on random inputs.
 
@@ -23,7 +23,7 @@ from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_export.passes.bfloat16_attention import LEAST_SCORES
+from qdm_export.passes.bfloat16_attention import LEAST_SCORES, Bfloat16Attention
 from qdm_export.targets import FORMS, emit
 
 _LIMITS = {"float32": None, "from 1024 x 1024 scores": 1024 * 1024, "from 256 x 256": LEAST_SCORES, "all": 1}
@@ -80,8 +80,9 @@ def _written(name: str, folder: Path) -> tuple[ModelSpec, Path, dict[str, Path]]
     graphs: dict[str, Path] = {}
     known: set[bytes] = set()
     for label, least in _LIMITS.items():
-        form = replace(FORMS["openvino"], bfloat16_attention=least)
-        emitted = emit(model.graph, plan, "openvino", form=form)
+        whole = FORMS["openvino"]
+        form = whole.without(Bfloat16Attention) if least is None else replace(whole, least_scores=least)
+        emitted = emit(model.graph, plan, "openvino", form=form).model
         path = save_form(emitted, folder / label, "openvino")
         if path.read_bytes() not in known:
             graphs[label] = path

@@ -79,7 +79,7 @@ def _forms(model: Case, folder: Path) -> dict[str, Contender]:
     plan = model.built()
 
     def opened(left_out: str, form: TargetForm) -> Opened:
-        graph = save_form(emit(model.graph, plan, "openvino", form=form), folder / left_out, "openvino")
+        graph = save_form(emit(model.graph, plan, "openvino", form=form).model, folder / left_out, "openvino")
         return partial(OpenVinoSession, graph, mode="throughput")
 
     return {

@@ -120,7 +120,7 @@ def main() -> None:
             plan = plans[scope] = plans.get(scope) or plan_with(model, scope)
             if scope not in measured:
                 measured[scope] = quality(model, plan, reference)
-            graph = emit(model.graph, plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=absorb_k))
+            graph = emit(model.graph, plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=absorb_k)).model
             left, extra = multiplied(graph, plan)
             rows[name] = {"k": name, **measured[scope], "factors": plan.summary()["branch_factors"]}
             rows[name] |= {"multiplies": left, "extra KiB": extra}

@@ -44,7 +44,7 @@ def main() -> None:
         opened: dict[tuple[str, str], Apart] = {}
         for target, session in CPU_SESSIONS.items():
             for name, form in (("gains", plan), ("static", static)):
-                path = save_form(emit(graph, form, target), Path(scratch) / f"{target}-{name}", target)
+                path = save_form(emit(graph, form, target).model, Path(scratch) / f"{target}-{name}", target)
                 made = partial(session, path, mode="throughput")
                 opened[target, name] = stack.enter_context(Apart(partial(opened_stepper, made)))
         for batch in map(int, given.batches.split(",")):

@@ -9,7 +9,6 @@ Every graph runs in a process of its own, in turn. SQNR is teacher-forced agains
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +21,7 @@ from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.targets import FORMS, emit
 
 MODES = ("latency", "throughput")
@@ -46,8 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         opened: dict[tuple[str, str], Apart] = {}
         for name, (plan, bfloat16, rest) in forms.items():
-            form = replace(FORMS["openvino"], bfloat16_kernels=bfloat16)
-            emitted = emit(model.graph, plan, "openvino", form=form)
+            form = FORMS["openvino"] if bfloat16 else FORMS["openvino"].without(Bfloat16Kernels)
+            emitted = emit(model.graph, plan, "openvino", form=form).model
             graph = save_form(emitted, Path(scratch) / name, "openvino")
             for mode in MODES:
                 opener = partial(opened_stepper, partial(OpenVinoSession, graph, mode=mode, precision=rest))

@@ -12,7 +12,6 @@ teacher-forced against the float model.
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -27,18 +26,25 @@ from step_latency import reference_of, sqnr_of
 
 from qdm_deploy.backends import OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.passes.attention_layout import AttentionInput, AttentionLayout
+from qdm_export.passes.bfloat16_attention import Bfloat16Attention
+from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
+from qdm_export.passes.moments_norm import MomentsNormForm
+from qdm_export.passes.rational_silu import RationalSilu
+from qdm_export.passes.time_projections import TimeProjections
+from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.targets import FORMS, emit
 
 WHOLE = FORMS["openvino"]
 LEFT_OUT = {
     "nothing": WHOLE,
-    "norms from moments": replace(WHOLE, norm=None),
-    "upsampling in phases": replace(WHOLE, phases=False),
-    "attention layout": replace(WHOLE, attention_layout=False),
-    "bfloat16 in kept layers": replace(WHOLE, bfloat16_kernels=False),
-    "bfloat16 in attention": replace(WHOLE, bfloat16_attention=None),
-    "rational SiLU": replace(WHOLE, rational_silu=False),
-    "time projections looked up": replace(WHOLE, time_projections=False),
+    "norms from moments": WHOLE.without(MomentsNormForm),
+    "upsampling in phases": WHOLE.without(UpsamplePhases),
+    "attention layout": WHOLE.without(AttentionInput, AttentionLayout),
+    "bfloat16 in kept layers": WHOLE.without(Bfloat16Kernels),
+    "bfloat16 in attention": WHOLE.without(Bfloat16Attention),
+    "rational SiLU": WHOLE.without(RationalSilu),
+    "time projections looked up": WHOLE.without(TimeProjections),
 }
 
 
@@ -58,7 +64,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             opened: dict[tuple[str, str, str], Apart] = {}
             for left_out, form in LEFT_OUT.items():
-                emitted = emit(model.graph, plan, "openvino", form=form)
+                emitted = emit(model.graph, plan, "openvino", form=form).model
                 graph = save_form(emitted, Path(scratch) / left_out, "openvino")
                 for rest, mode in ways:
                     session = partial(OpenVinoSession, graph, precision=rest, mode=mode)

@@ -81,7 +81,7 @@ def main() -> None:
         rests: tuple[tuple[Rest, str], ...] = (("fp16", "f32"), ("bf16", "bf16"))
         for rest, precision in rests:
             path = folder / f"{rest}.onnx"
-            save_graph(emit(model.graph, plan, "tensorrt", rest=rest), path, weights=f"{rest}.data")
+            save_graph(emit(model.graph, plan, "tensorrt", rest=rest).model, path, weights=f"{rest}.data")
             engine, _ = audit_row(path, plan, backend="tensorrt-rtx", sm=given.sm)
             wide = folder / f"{rest}.wide.onnx"
             save_graph(widened(path), wide, weights=f"{rest}.wide.data")

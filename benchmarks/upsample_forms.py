@@ -9,7 +9,6 @@ which the sums of weights fit, and the four phases of these. Every graph runs in
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +23,7 @@ from qdm_deploy.artifacts.phase_sums import fits_phases
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.targets import FORMS, emit
 
 WAYS = ("whole, own scales", "whole", "phases")
@@ -47,9 +47,8 @@ def main() -> None:
             opened: dict[tuple[str, str, str], Apart] = {}
             for target, session in SESSIONS.items():
                 for form, plan in plans.items():
-                    model_of_form = emit(
-                        model.graph, plan, target, form=replace(FORMS[target], phases=form == "phases")
-                    )
+                    chosen = FORMS[target] if form == "phases" else FORMS[target].without(UpsamplePhases)
+                    model_of_form = emit(model.graph, plan, target, form=chosen).model
                     graph = save_form(model_of_form, Path(scratch) / target / form, target)
                     for mode in ("latency", "throughput"):
                         opener = partial(opened_stepper, partial(session, graph, mode=mode))

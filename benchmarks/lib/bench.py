@@ -139,7 +139,7 @@ def random_states(spec: ModelSpec, count: int) -> dict[str, NDArray[np.float32]]
 
 def write_graph(case: Case, plan: QuantizationPlan, target: Target, folder: Path) -> Path:
     """Emit one target's graph into a folder of its own."""
-    return save_form(emit(case.graph, plan, target), folder, target)
+    return save_form(emit(case.graph, plan, target).model, folder, target)
 
 
 def save_form(model: ir.Model, folder: Path, target: Target = "tensorrt") -> Path:
@@ -160,7 +160,7 @@ def write_exported(case: Case, folder: Path) -> Path:
 def write_float(case: Case, folder: Path) -> Path:
     """Write the float graph as a bundle holds it into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_graph(emit_float(case.graph), folder / "float.onnx", weights="float.data")
+    save_graph(emit_float(case.graph).model, folder / "float.onnx", weights="float.data")
     return folder / "float.onnx"
 
 

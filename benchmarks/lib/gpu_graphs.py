@@ -19,18 +19,19 @@ def without_layers(plan: QuantizationPlan) -> QuantizationPlan:
 
 def forms_of_plan(graph: ir.Model, plan: QuantizationPlan) -> dict[str, tuple[ir.Model, QuantizationPlan]]:
     """Forms of the tensorrt graph that differ in one thing from "as emitted", by name, with the plan of each."""
+    from qdm_export.passes.joint_heads import JointHeads
     from qdm_export.targets import FORMS, emit
 
     static = dataclasses.replace(
         plan, layers=tuple(dataclasses.replace(layer, inverse_r=None) for layer in plan.layers)
     )
-    nothing, apart = without_layers(plan), dataclasses.replace(FORMS["tensorrt"], joint_heads=False)
+    nothing, apart = without_layers(plan), FORMS["tensorrt"].without(JointHeads)
     return {
-        "as emitted": (emit(graph, plan, "tensorrt"), plan),
-        "heads apart": (emit(graph, plan, "tensorrt", form=apart), plan),
-        "no step gains": (emit(graph, static, "tensorrt"), static),
-        "float16": (emit(graph, nothing, "tensorrt"), nothing),
-        "float16, heads apart": (emit(graph, nothing, "tensorrt", form=apart), nothing),
+        "as emitted": (emit(graph, plan, "tensorrt").model, plan),
+        "heads apart": (emit(graph, plan, "tensorrt", form=apart).model, plan),
+        "no step gains": (emit(graph, static, "tensorrt").model, static),
+        "float16": (emit(graph, nothing, "tensorrt").model, nothing),
+        "float16, heads apart": (emit(graph, nothing, "tensorrt", form=apart).model, nothing),
     }
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_export.linear_path import Factor, LinearPath, linear_path
 from qdm_export.passes.base import constant, layer_groups, values_of
+from qdm_export.rewrites import Found, Place, Rewrite
 from qdm_export.topology import LayerNode, layer_nodes, weight_is_transposed
 
 __all__ = ["Absorption", "absorb_factors"]
@@ -29,10 +30,12 @@ class Absorption:
     Attributes:
         inputs: layers that now read x / k, with the 1 / k, [C] float32.
         outputs: layers that now return y * f, with the f of each output channel, [O] float32.
+        rewrites: the count; what the plan's layers say of their absorber is the promise.
     """
 
     inputs: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     outputs: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    rewrites: tuple[Rewrite, ...] = ()
 
     def plan(self, plan: QuantizationPlan) -> QuantizationPlan:
         """The plan of the rewritten graph: the same codes, no k where it is absorbed, weight scales multiplied."""
@@ -66,23 +69,34 @@ def absorb_factors(model: ir.Model, plan: QuantizationPlan, *, unsigned: bool, q
     planned = {item.name: item for item in plan.layers}
     inputs: dict[str, NDArray[np.float32]] = {}
     outputs: dict[str, NDArray[np.float32]] = {}
+    found, promised = Found(), []
     for group in layer_groups([(item, nodes[item.name]) for item in plan.quantized if item.name in nodes]):
         first_plan, first = group[0]
         inverse_k = first_plan.inverse_k
         if inverse_k is None or (unsigned and first_plan.axis_scale is not None):
             continue
+        names = [item.name for item, _ in group]
+        promised += [Place(item.name) for item, _ in group if item.layer.absorber is not None]
         readers = _readers(first.data, owners)
         if readers is None or not all(_same(item.inverse_k, inverse_k) for item, _ in group):
+            found.left |= dict.fromkeys(names, "something else reads the tensor without factors")
             continue
         path = linear_path(first.data, _on_channels(first, inverse_k.astype(np.float64)))
-        if path is None or not _exact(path, owners, planned, quantized_outputs=quantized_outputs):
+        if path is None:
+            found.missed |= dict.fromkeys(names, "nothing linear leads from constants to its input")
             continue
+        if not _exact(path, owners, planned, quantized_outputs=quantized_outputs):
+            reason = "a weight scale would not be exact in float16, or the tensor has codes of its own"
+            found.left |= dict.fromkeys(names, reason)
+            continue
+        found.done += names
         _multiply(model, path, first.name)
         for reader in readers:
             _divide_columns(model, reader, inverse_k)
             inputs[reader.name] = inverse_k
         outputs |= {owners[node].name: factor.astype(np.float32) for node, factor in path.layers.items()}
-    return Absorption(inputs, outputs)
+    rewrite = Rewrite.of("absorbed factors", promised, found)
+    return Absorption(inputs, outputs, (rewrite,) if promised or found.left else ())
 
 
 def _readers(value: ir.Value, owners: Mapping[ir.Node, LayerNode]) -> list[LayerNode] | None:

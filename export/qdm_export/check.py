@@ -13,6 +13,7 @@ from onnx import checker, shape_inference
 
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import ExportError
+from qdm_export.metadata import LAYER_KEY
 from qdm_export.topology import LayerNode, layer_nodes
 
 __all__ = [
@@ -120,7 +121,7 @@ def integer_kernels(optimized: Path) -> Counter[str]:
 
 
 def _inserted_for(node: ir.Node, *layers: str) -> bool:
-    return node.name is not None and node.name.rpartition("/")[0] in layers
+    return node.metadata_props.get(LAYER_KEY) in layers
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

@@ -16,9 +16,9 @@ import onnx_ir as ir
 import torch
 
 from qdm_deploy.errors import ExportError
+from qdm_export.metadata import MODULE_KEY
 from qdm_export.passes.time_table import TimeTable
 from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
-from qdm_export.topology import MODULE_KEY
 from qdm_export.unet import Checkpoint
 
 __all__ = ["OPSET", "example_inputs", "export_float_graph", "save_graph"]

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from qdm_deploy.artifacts.topology import Layer
 from qdm_deploy.errors import ExportError
 from qdm_deploy.progress import SILENT, Progress
+from qdm_export.metadata import MODULE_KEY
 from qdm_export.passes.base import constant, graph_of, values_of
-from qdm_export.topology import MIN_CHANNELS, MODULE_KEY, LayerNode, layer_nodes, topology_of
+from qdm_export.topology import MIN_CHANNELS, LayerNode, layer_nodes, topology_of
 from qdm_export.unet import Checkpoint, UNet
 
 __all__ = ["ConcatReaders", "SplitConv2d", "concat_readers", "split_checkpoint", "split_graph", "split_network"]

@@ -17,22 +17,27 @@ project the timestep to (docs/adr/0004).
 Weight codes of 4 bits are stored as INT4 for the two CPU targets, which cast them to INT8 once, when they load the
 graph. TensorRT's builder refuses a Cast that reads INT4 (TensorRT-RTX 1.7: "Int4 but is not consumed by"), so there
 they stay INT8.
+
+A form is the list of passes that make it. Each rewriting is counted: what it did is held against what the float graph
+promises, and a place that was missed fails the emission (``rewrites``).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qdm_deploy.artifacts.plan import TARGETS, QuantizationPlan, Target
-from qdm_deploy.errors import InputError, QdmError
+from qdm_deploy.errors import InputError
 from qdm_export.absorb import Absorption, absorb_factors
-from qdm_export.passes.attention_layout import AttentionLayout
+from qdm_export.passes.attention_layout import AttentionInput, AttentionLayout
+from qdm_export.passes.base import GraphPass, Rewritten, Settings
 from qdm_export.passes.bfloat16_attention import LEAST_SCORES, Bfloat16Attention
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
+from qdm_export.passes.centred_projections import CentredProjections
 from qdm_export.passes.channel_factors import ChannelFactors
-from qdm_export.passes.group_norm import GroupNormForm
 from qdm_export.passes.half_precision import HalfPrecision
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.joint_heads import JointHeads
@@ -46,8 +51,9 @@ from qdm_export.passes.step_gains import StepGains
 from qdm_export.passes.time_projections import TimeProjections
 from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.passes.zero_offsets import ZeroOffsets
+from qdm_export.rewrites import Rewrite, refuse_missed
 
-__all__ = ["FORMS", "Rest", "TargetForm", "absorb", "emit", "emit_float"]
+__all__ = ["FORMS", "Emission", "Rest", "TargetForm", "absorb", "emit", "emit_float"]
 
 Rest = Literal["fp16", "bf16", "fp32"]
 _TYPES: dict[Rest, ir.DataType] = {
@@ -59,61 +65,103 @@ _TYPES: dict[Rest, ir.DataType] = {
 
 @dataclass(frozen=True)
 class TargetForm:
-    """How a target wants its graph; what is off stays as the exporter has it.
+    """How a target wants its graph: the passes that make it, and what they are told.
+
+    A comparison leaves single parts out: ``FORMS["openvino"].without(RationalSilu)``.
 
     Attributes:
-        unsigned: activation codes are u8, with the zero offset in the zero point.
-        quantized_outputs: outputs of convolutions are quantized too.
-        half: what is not INT8 has the type ``rest`` of ``emit``.
-        norm: rewrites every GroupNormalization.
+        passes: in the order in which they build on each other. What none of them does stays as the exporter has it.
+        unsigned: activation codes are u8, with the zero offset in the zero point; otherwise s8.
+        half: what is not INT8 has the type ``rest`` of ``emit``; otherwise float32.
         packed_weights: codes of 4 bits are stored as INT4.
-        joint_heads: attention does not take its heads apart.
-        attention_layout: what leads into attention is turned and flattened in an order that moves nothing.
-        phases: an upsampling and the convolution behind it become four small convolutions.
-        bfloat16_kernels: convolutions that the plan keeps in float, but no shortcuts, multiply bfloat16.
-        bfloat16_attention: attention does too where a head has so many scores or more; None for nowhere.
-        rational_silu: SiLU as a ratio of polynomials.
-        time_projections: what linear layers make of the timestep alone is looked up.
+        least_scores: from how many scores of a head on attention multiplies bfloat16.
         absorb_k: factors k disappear where they cost nothing.
     """
 
+    passes: tuple[type[GraphPass], ...]
     unsigned: bool = False
-    quantized_outputs: bool = False
     half: bool = False
-    norm: type[GroupNormForm] | None = None
     packed_weights: bool = False
-    joint_heads: bool = False
-    attention_layout: bool = False
-    phases: bool = False
-    bfloat16_kernels: bool = False
-    bfloat16_attention: int | None = None
-    rational_silu: bool = False
-    time_projections: bool = False
+    least_scores: int = LEAST_SCORES
     absorb_k: bool = True
 
+    @property
+    def quantized_outputs(self) -> bool:
+        """Whether outputs of INT8 convolutions are quantized too."""
+        return QuantizeOutputs in self.passes
+
+    def without(self, *left_out: type[GraphPass]) -> "TargetForm":
+        """The same form without some of its passes.
+
+        Raises:
+            ValueError: a pass is not part of the form.
+        """
+        unknown = [each.__name__ for each in left_out if each not in self.passes]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} is no part of this form, and cannot be left out")
+        return replace(self, passes=tuple(each for each in self.passes if each not in left_out))
+
+
+_SCALES = (OutputCorrection, ChannelFactors, StepGains)
 
 FORMS: dict[Target, TargetForm] = {
     "onnxruntime": TargetForm(
+        passes=(
+            *_SCALES,
+            QuantizeWeights,
+            QuantizeInputs,
+            QuantizeOutputs,
+            UpsamplePhases,
+            CentredProjections,
+            TimeProjections,
+            InstanceNormForm,
+        ),
         unsigned=True,
-        quantized_outputs=True,
-        norm=InstanceNormForm,
         packed_weights=True,
-        phases=True,
-        time_projections=True,
     ),
     "openvino": TargetForm(
+        passes=(
+            *_SCALES,
+            QuantizeWeights,
+            QuantizeInputs,
+            UpsamplePhases,
+            AttentionInput,
+            AttentionLayout,
+            Bfloat16Kernels,
+            Bfloat16Attention,
+            CentredProjections,
+            TimeProjections,
+            MomentsNormForm,
+            RationalSilu,
+        ),
         unsigned=True,
-        norm=MomentsNormForm,
         packed_weights=True,
-        attention_layout=True,
-        phases=True,
-        bfloat16_kernels=True,
-        bfloat16_attention=LEAST_SCORES,
-        rational_silu=True,
-        time_projections=True,
     ),
-    "tensorrt": TargetForm(half=True, joint_heads=True),
+    "tensorrt": TargetForm(
+        passes=(
+            *_SCALES,
+            QuantizeWeights,
+            ZeroOffsets,
+            QuantizeInputs,
+            JointHeads,
+            HalfPrecision,
+        ),
+        half=True,
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A target's graph and what was done for it.
+
+    Attributes:
+        model: the graph.
+        rewrites: one for each pass that had something to do, in order.
+    """
+
+    model: ir.Model
+    rewrites: tuple[Rewrite, ...]
 
 
 def absorb(model: ir.Model, plan: QuantizationPlan, target: Target) -> Absorption:
@@ -132,8 +180,9 @@ def emit(
     *,
     rest: Rest = "fp16",
     form: TargetForm | None = None,
-) -> ir.Model:
-    """A copy of the float step graph that runs ``plan`` in the form of ``target``.
+    allow_missed: bool = False,
+) -> Emission:
+    """A copy of the float step graph that runs ``plan`` in the form of ``target``, and the count of every rewriting.
 
     Args:
         graph: the float step graph.
@@ -142,10 +191,11 @@ def emit(
         rest: type of what is not INT8, for targets that have it in half precision; "fp32" is for checks of the
             integers alone.
         form: another form than ``FORMS[target]``, for comparisons and for graphs that share a file of weights.
+        allow_missed: emit the graph although a rewriting misses a place that the float graph promises.
 
     Raises:
-        InputError: an unknown target, or a plan with activations of fewer than 8 bits.
-        ExportError: the plan is not of this graph.
+        InputError: an unknown target.
+        ExportError: the plan is not of this graph, or a rewriting missed a place.
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is not known; choose one of {', '.join(TARGETS)}")
@@ -153,46 +203,37 @@ def emit(
     dtype = _TYPES[rest] if form.half else ir.DataType.FLOAT
     model = graph.clone()
     model.graph.name = f"step_{target}"
-    if form.absorb_k:
-        plan = _absorb(model, plan, form).plan(plan)
-    try:
-        return ir.passes.Sequential(*_passes(form, plan, dtype))(model).model
-    except ir.passes.PassError as error:
-        # The sequence wraps what a pass raised; what we raised ourselves already says what to do.
-        if isinstance(error.__cause__, QdmError):
-            raise error.__cause__ from None
-        raise
+    absorption = _absorb(model, plan, form) if form.absorb_k else Absorption()
+    plan = absorption.plan(plan)
+    settings = Settings(plan, form.unsigned, form.packed_weights, dtype, form.least_scores)
+    chosen = [each for each in form.passes if each is not HalfPrecision or dtype != ir.DataType.FLOAT]
+    rewrites = (*absorption.rewrites, *_run(model, [each.made(settings) for each in chosen]))
+    if not allow_missed:
+        refuse_missed(target, rewrites)
+    return Emission(model, rewrites)
 
 
-def _passes(form: TargetForm, plan: QuantizationPlan, dtype: ir.DataType) -> list[ir.passes.PassBase]:
-    """What makes the form, in the order in which it builds on each other."""
-    passes: list[ir.passes.PassBase | None] = [
-        OutputCorrection(plan),
-        ChannelFactors(plan, unsigned=form.unsigned),
-        StepGains(plan),
-        QuantizeWeights(plan, packed=form.packed_weights),
-        None if form.unsigned else ZeroOffsets(plan, dtype.numpy()),
-        QuantizeInputs(plan, unsigned=form.unsigned),
-        QuantizeOutputs(plan) if form.quantized_outputs else None,
-        UpsamplePhases(plan) if form.phases else None,
-        AttentionLayout() if form.attention_layout else None,
-        Bfloat16Kernels(plan) if form.bfloat16_kernels else None,
-        None if form.bfloat16_attention is None else Bfloat16Attention(form.bfloat16_attention),
-        TimeProjections() if form.time_projections else None,
-        None if form.norm is None else form.norm(),
-        RationalSilu() if form.rational_silu else None,
-        JointHeads() if form.joint_heads else None,
-        None if dtype == ir.DataType.FLOAT else HalfPrecision(dtype),
-        common.RemoveUnusedNodesPass(),
-        common.TopologicalSortPass(),
-    ]
-    return [each for each in passes if each is not None]
+def _run(model: ir.Model, passes: Sequence[GraphPass]) -> tuple[Rewrite, ...]:
+    """Run passes, and count. What they promise is read from the graph before any of them changes it."""
+    promised = [each.promised(model) for each in passes]
+    rewrites = []
+    for each, places in zip(passes, promised, strict=True):
+        result = each(model)
+        if isinstance(result, Rewritten):
+            rewrites.append(Rewrite.of(each.name, places, result.found))
+    ir.passes.Sequential(common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(model)
+    return tuple(rewrite for rewrite in rewrites if rewrite.done or rewrite.expected or rewrite.left)
 
 
-def emit_float(graph: ir.Model) -> ir.Model:
-    """A copy of the float step graph as ONNX Runtime runs it fastest: the reference, and what INT8 must beat."""
+def emit_float(graph: ir.Model, *, allow_missed: bool = False) -> Emission:
+    """A copy of the float step graph as ONNX Runtime runs it fastest: the reference, and what INT8 must beat.
+
+    Raises:
+        ExportError: a norm has another form than expected, and ``allow_missed`` is off.
+    """
     model = graph.clone()
     model.graph.name = "step_float"
-    return ir.passes.Sequential(InstanceNormForm(), common.RemoveUnusedNodesPass(), common.TopologicalSortPass())(
-        model
-    ).model
+    rewrites = _run(model, [InstanceNormForm()])
+    if not allow_missed:
+        refuse_missed("float", rewrites)
+    return Emission(model, rewrites)

@@ -14,22 +14,19 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.topology import Layer, Topology
 from qdm_deploy.errors import ExportError
 from qdm_export.linear_path import linear_path
+from qdm_export.metadata import MODULE_KEY, PHASE_KEY
 
 __all__ = [
     "MIN_CHANNELS",
-    "MODULE_KEY",
-    "PHASE_KEY",
     "LayerNode",
+    "doubles_size",
     "layer_nodes",
+    "reached_from",
     "silu_input",
     "topology_of",
     "weight_is_transposed",
 ]
 
-# Node metadata: the module a node was exported from.
-MODULE_KEY = "qdm.module"
-# Node metadata: on all but the first of the kernels that a layer was taken apart into.
-PHASE_KEY = "qdm.phase"
 _PREFIX = "net.unet."
 # Below this width an INT8 tensor-core kernel pads its way to being slower than float (NVIDIA's own quantizer skips them
 # too).
@@ -95,8 +92,8 @@ def weight_is_transposed(node: ir.Node) -> bool:
 def topology_of(model: ir.Model) -> Topology:
     """The layers of an exported step graph, in execution order."""
     nodes = layer_nodes(model)
-    on_sample = _reached_from(model, [value for value in model.graph.inputs if value.name == "sample"])
-    behind_layer = _reached_from(model, [item.output for item in nodes if item.output in on_sample])
+    on_sample = reached_from(model, [value for value in model.graph.inputs if value.name == "sample"])
+    behind_layer = reached_from(model, [item.output for item in nodes if item.output in on_sample])
     before_layer = _leading_to(model, [item.data for item in nodes])
     first_reader: dict[ir.Value, str] = {}
     layers = []
@@ -209,19 +206,22 @@ def _reads_upsampled(item: LayerNode) -> bool:
         return False
     plain = _weight_shape(item)[2:] == (3, 3) and _ints(node, "pads", (0,) * 4) == (1,) * 4
     plain = plain and _ints(node, "strides", (1, 1)) == _ints(node, "dilations", (1, 1)) == (1, 1)
-    return plain and _int(node, "group", 1) == 1 and _doubles(resize)
+    return plain and _int(node, "group", 1) == 1 and doubles_size(resize) and _repeats_pixels(resize)
 
 
-def _doubles(resize: ir.Node) -> bool:
-    """Whether every pixel becomes 2x2 equal ones, as in ``torch.nn.functional.interpolate(..., mode="nearest")``."""
+def doubles_size(resize: ir.Node) -> bool:
+    """Whether it makes 2x2 pixels of each pixel."""
     small, large = (None if value is None else value.shape for value in (resize.inputs[0], resize.outputs[0]))
     if small is None or large is None or len(small) != 4:
         return False
-    sizes = [(before, after) for before, after in zip(list(small)[2:], list(large)[2:], strict=True)]
+    sizes = zip(list(small)[2:], list(large)[2:], strict=True)
+    return all(isinstance(before, int) and after == 2 * before for before, after in sizes)
+
+
+def _repeats_pixels(resize: ir.Node) -> bool:
+    """Whether a new pixel is an old one, as in ``torch.nn.functional.interpolate(..., mode="nearest")``."""
     modes = [resize.attributes.get(name) for name in ("mode", "coordinate_transformation_mode", "nearest_mode")]
-    return all(isinstance(before, int) and after == 2 * before for before, after in sizes) and [
-        None if mode is None else mode.as_string() for mode in modes
-    ] == ["nearest", "asymmetric", "floor"]
+    return [None if mode is None else mode.as_string() for mode in modes] == ["nearest", "asymmetric", "floor"]
 
 
 def silu_input(node: ir.Node) -> ir.Value | None:
@@ -274,10 +274,10 @@ def _absorber(item: LayerNode, layers: set[ir.Node]) -> Literal["norm", "weights
     return "weights" if path.layers else "norm"
 
 
-def _reached_from(model: ir.Model, sources: Sequence[ir.Value]) -> set[ir.Value]:
+def reached_from(model: ir.Model, sources: Sequence[ir.Value]) -> set[ir.Value]:
+    """The values that depend on one of ``sources``, and they themselves; shapes say nothing of values."""
     reached = set(sources)
     for node in model.graph:  # in topological order
-        # A tensor's shape says nothing of its values: paths through Shape do not count.
         if node.op_type != "Shape" and any(value in reached for value in node.inputs if value is not None):
             reached.update(node.outputs)
     return reached

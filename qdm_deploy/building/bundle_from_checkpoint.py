@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qdm_deploy.artifacts.bundle import BundleWriter
-from qdm_deploy.artifacts.plan import QuantizationPlan
+from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.building.calibrate import calibrated_plan, calibration_given
 from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.measure import measure
@@ -24,12 +24,13 @@ from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.report.model import EngineRow
+from qdm_deploy.report.model import EngineRow, RewriteRow
 from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from qdm_export.targets import Emission
     from qdm_export.unet import Checkpoint
 
 __all__ = ["EMBEDDED_MODEL", "build"]
@@ -77,12 +78,12 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
                 checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
         calibrated = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
         plan = calibrated.plan
-        _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
+        rewrites = _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
             options, checkpoint, plan, verify_table, float_graph, writer.root / "unet", scratch, stages.stage, progress
         )
-        return publish(options, writer, checkpoint, calibrated, measured, rows, stages.seconds)
+        return publish(options, writer, checkpoint, calibrated, measured, rows, rewrites, stages.seconds)
 
 
 def _require_build_extra() -> None:
@@ -138,12 +139,28 @@ def _emit(
     folder: Path,
     stages: Stages,
     progress: Progress,
-) -> None:
-    """Write the graphs and the plan."""
+) -> tuple[RewriteRow, ...]:
+    """Write the graphs and the plan; returns what was done to each graph."""
     from qdm_export.check import check_onnx
     from qdm_export.float_graph import save_graph
     from qdm_export.shared_weights import save_with_shared_weights
     from qdm_export.targets import FORMS, emit, emit_float
+
+    rows: list[RewriteRow] = []
+
+    def noted(emission: "Emission", target: Target | Literal["float"]) -> "ir.Model":
+        rows.extend(
+            RewriteRow(
+                target=target,
+                name=each.name,
+                done=each.done,
+                expected=each.expected,
+                missed=tuple(map(str, each.missed)),
+                left=each.rules,
+            )
+            for each in emission.rewrites
+        )
+        return emission.model
 
     with stages.stage("emit"):
         folder.mkdir()
@@ -155,15 +172,17 @@ def _emit(
                 for target in options.targets:
                     form = FORMS[target]
                     form = replace(form, packed_weights=packed and form.packed_weights)
-                    yield folder / f"{target}.onnx", emit(float_graph, plan, target, rest=options.rest, form=form)
+                    emission = emit(float_graph, plan, target, rest=options.rest, form=form)
+                    yield folder / f"{target}.onnx", noted(emission, target)
                     advance()
 
             save_with_shared_weights(graphs(), folder / "weights.bin")
-            save_graph(emit_float(whole), folder / "float.onnx", weights="float.data")
+            save_graph(noted(emit_float(whole), "float"), folder / "float.onnx", weights="float.data")
             advance()
         for name in (*options.targets, "float"):
             check_onnx(folder / f"{name}.onnx")
         plan.save(folder)
+    return tuple(rows)
 
 
 def _build_engines(

@@ -111,7 +111,7 @@ def check_layers(
         same = check_float_graph(run_graph(backend, path, inputs), checkpoint, inputs)
         if not same.ok:
             return CheckRow(name=name, ok=False, detail=f"with its factors k absorbed, the float graph: {same.detail}")
-    graph = emit(float_graph, plan, target, rest="fp32")
+    graph = emit(float_graph, plan, target, rest="fp32").model
     endpoints = layer_endpoints(graph, plan)
     path = folder / f"{target}.check.onnx"
     exposed = with_outputs(graph, [name for item in endpoints for name in (item.data, item.result)])

@@ -105,7 +105,7 @@ class LayerTimer:
         ):
             graphs = [Path(folder) / f"{label}.onnx" for label in plans]
             for graph, plan in zip(graphs, plans.values(), strict=True):
-                model = emit(self.float_graph, plan, "openvino")
+                model = emit(self.float_graph, plan, "openvino").model
                 save_with_shared_weights([(graph, model)], graph.with_suffix(".bin"))
                 advance()
             return step_profiles(graphs, random_inputs(self.spec, _BATCH), threads=self.options.threads)

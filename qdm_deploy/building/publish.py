@@ -19,7 +19,7 @@ from qdm_deploy.building.selftest import answers, distance_db, write_selftest
 from qdm_deploy.components.pictures import to_pictures
 from qdm_deploy.report.html import render
 from qdm_deploy.report.machine import library_versions, machine_card
-from qdm_deploy.report.model import EngineRow, LayerRow, Report, SizeBlock, Thresholds
+from qdm_deploy.report.model import EngineRow, LayerRow, Report, RewriteRow, SizeBlock, Thresholds
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.verdict import decide
 from qdm_deploy.runtime.cpu import saturates_int8
@@ -53,12 +53,13 @@ def publish(
     calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
+    rewrites: tuple[RewriteRow, ...],
     seconds: Mapping[str, float],
 ) -> BuildResult:
     """Write what is left to write and seal the bundle."""
     root = writer.root
     recipe = _recipe(options)
-    report = _report(options, checkpoint, calibrated, measured, engines, seconds, root, recipe)
+    report = _report(options, checkpoint, calibrated, measured, engines, rewrites, seconds, root, recipe)
     _write_selftest(root, checkpoint, measured)
     (root / "scheduler").mkdir()
     _write_json(root / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler_config))
@@ -112,6 +113,7 @@ def _report(
     calibrated: Calibrated,
     measured: Measured,
     engines: tuple[EngineRow, ...],
+    rewrites: tuple[RewriteRow, ...],
     seconds: Mapping[str, float],
     root: Path,
     recipe: dict[str, Any],
@@ -135,6 +137,7 @@ def _report(
         layers=tuple(LayerRow.from_plan(layer, budgeted.shares.get(layer.name)) for layer in plan.layers),
         inputs=calibrated.inputs,
         noise=budgeted.noise,
+        rewrites=rewrites,
         warnings=budgeted.warnings + ((_SATURATES,) if saturates_int8() else ()),
         quality=measured.quality,
         speed=measured.speed,

@@ -1,5 +1,6 @@
 """``qdm-deploy inspect``: what is in a bundle, layer by layer."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qdm_deploy.artifacts.model_spec import ModelSpec
-    from qdm_deploy.report.model import LayerRow
+    from qdm_deploy.report.model import LayerRow, RewriteRow
 
 __all__ = ["inspect"]
 
@@ -59,6 +60,9 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
             (">size", "file", "role"),
             ((size(entry.size), entry.path, entry.role) for entry in manifest.files),
         )
+        for target in dict.fromkeys(row.target for row in found.rewrites):
+            counts = ", ".join(row.count for row in found.rewrites if row.target == target)
+            console.print(f"{target} graph: {counts}", soft_wrap=True)
         print_table(
             console,
             f"layers: {summary['int8']} of {summary['layers']} in INT8",
@@ -67,6 +71,7 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
         )
         if verbose:
             _print_notes(console, layers)
+            _print_passed_by(console, found.rewrites)
 
     output.result(
         {
@@ -76,6 +81,7 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
             "plan_summary": summary,
             "plan_options": found.plan.options,
             "timestep_edges": found.plan.timestep_edges,
+            "rewrites": found.rewrites,
             "layers": layers,
         },
         text,
@@ -117,3 +123,11 @@ def _print_notes(console: "Console", layers: list["LayerRow"]) -> None:
             console.print(row.name)
         for factor, note in row.notes.items():
             console.print(f"  {factor}: {note}")
+
+
+def _print_passed_by(console: "Console", rewrites: Iterable["RewriteRow"]) -> None:
+    passed = [(row, text) for row in rewrites for text in (*row.missed, *row.left)]
+    if passed:
+        console.print("\npassed by in the graphs", style="bold")
+    for row, text in passed:
+        console.print(f"  {row.target}, {row.name}: {text}", soft_wrap=True)

@@ -9,7 +9,7 @@ from qdm_deploy.artifacts.manifest import Manifest
 from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
-from qdm_deploy.report.model import Report
+from qdm_deploy.report.model import Report, RewriteRow
 
 __all__ = ["Inspection", "inspect"]
 
@@ -21,6 +21,7 @@ class Inspection:
     Attributes:
         noise_shares: part of the noise of the INT8 layers that each adds, by layer; empty where the build did not
             measure it.
+        rewrites: what was done to each target's graph.
     """
 
     bundle_id: str
@@ -28,6 +29,7 @@ class Inspection:
     plan: QuantizationPlan
     manifest: Manifest
     noise_shares: Mapping[str, float] = field(default_factory=dict)
+    rewrites: tuple[RewriteRow, ...] = ()
 
 
 def inspect(bundle: Path) -> Inspection:
@@ -38,14 +40,17 @@ def inspect(bundle: Path) -> Inspection:
     """
     opened = Bundle.open(bundle)
     plan = QuantizationPlan.load(opened.file("unet/plan.json").parent)
-    return Inspection(opened.id, opened.model, plan, opened.manifest, _noise_shares(opened))
+    report = _report(opened)
+    if report is None:
+        return Inspection(opened.id, opened.model, plan, opened.manifest)
+    shares = {row.name: row.noise_share for row in report.layers if row.noise_share is not None}
+    return Inspection(opened.id, opened.model, plan, opened.manifest, shares, report.rewrites)
 
 
-def _noise_shares(bundle: Bundle) -> dict[str, float]:
+def _report(bundle: Bundle) -> Report | None:
     if all(entry.path != "report.json" for entry in bundle.manifest.files):
-        return {}
+        return None
     try:
-        report = Report.from_json(bundle.file("report.json").read_bytes())
+        return Report.from_json(bundle.file("report.json").read_bytes())
     except InputError:
-        return {}  # A report of another version: the plan can be shown all the same.
-    return {row.name: row.noise_share for row in report.layers if row.noise_share is not None}
+        return None  # A report of another version: the plan can be shown all the same.

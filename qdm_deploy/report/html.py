@@ -24,7 +24,7 @@ from qdm_deploy.report.markup import (
     table,
     words,
 )
-from qdm_deploy.report.model import EngineRow, Report
+from qdm_deploy.report.model import EngineRow, Report, RewriteRow
 from qdm_deploy.report.noise_section import noise_section
 from qdm_deploy.report.pictures import ReportPictures
 from qdm_deploy.report.quality_section import quality_section
@@ -56,6 +56,7 @@ def render(report: Report, pictures: ReportPictures | None = None) -> str:
         layer_section(report.layers, report.plan_summary),
         noise_section(report.noise, minimum),
         _speed_and_size(report),
+        _rewrites(report.rewrites),
         _engines(report.engines),
         _checks(report),
         _origin(report),
@@ -190,6 +191,25 @@ def _speed_and_size(report: Report) -> str:
             ],
         )
     return section("Speed and size", f'<div class="charts">{"".join(charts)}</div>{times_table}{files}')
+
+
+def _rewrites(rows: Sequence[RewriteRow]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        (
+            Html(MARKS[not row.missed]),
+            row.target,
+            row.name,
+            f"{row.done} of {row.expected}",
+            "; ".join((*row.missed, *row.left)),
+        )
+        for row in rows
+    ]
+    lead = (
+        "<p>What each target's graph has in place of the exported one, counted against what the float graph holds.</p>"
+    )
+    return section("Graphs", lead + table(("", "graph", "rewritten", "places", "passed by"), lines, style="checks"))
 
 
 def _engines(rows: Sequence[EngineRow]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "LayerRow",
     "QualityRow",
     "Report",
+    "RewriteRow",
     "SizeBlock",
     "SpeedRow",
     "Thresholds",
@@ -174,6 +175,31 @@ class CheckRow(Value):
     detail: str
 
 
+class RewriteRow(Value):
+    """One rewriting of a target's graph, counted.
+
+    Attributes:
+        target: whose graph; "float" for the reference.
+        name: what is rewritten, such as "norms".
+        done: places that were rewritten.
+        expected: places that the float graph promises, less those that a rule leaves alone.
+        missed: one sentence for each promised place that was not rewritten.
+        left: one sentence for each rule that leaves places as they are.
+    """
+
+    target: Target | Literal["float"]
+    name: str
+    done: Count
+    expected: Count
+    missed: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> str:
+        """Like "norms 61 of 61"."""
+        return f"{self.name} {self.done} of {self.expected}"
+
+
 class LayerRow(Value):
     """One layer of the quantization plan, for reading.
 
@@ -281,6 +307,7 @@ class Report(Value):
         layers: the plan, layer by layer.
         inputs: what calibration saw at each shared input, over the timesteps.
         noise: how much noise each layer adds, and what keeping layers in float would give; None: not measured.
+        rewrites: what was done to each target's graph.
         warnings: what was asked for and not reached, one sentence each; it speaks for itself, not for or against SHIP.
         quality, speed, engines, checks: one row each per measurement.
         speedup: float median over INT8 median of one step on the backend at hand; None where it was not measured.
@@ -301,6 +328,7 @@ class Report(Value):
     layers: tuple[LayerRow, ...] = ()
     inputs: tuple[InputRanges, ...] = ()
     noise: NoiseBlock | None = None
+    rewrites: tuple[RewriteRow, ...] = ()
     warnings: tuple[str, ...] = ()
     quality: tuple[QualityRow, ...] = ()
     speed: tuple[SpeedRow, ...] = ()

@@ -175,7 +175,7 @@ def test_some_layers_of_a_shared_input_can_stay_float(tiny: Any, target: Any) ->
     full = tiny.plan("labels")
     group = next(layers for layers in full.topology.groups().values() if len(layers) > 1)
     result = keep_float(full, group[0].name)  # the first, whose name the group has
-    graph = emit(tiny.float_graph("labels"), result, target)
+    graph = emit(tiny.float_graph("labels"), result, target).model
     names = {node.name for node in graph.graph if node.name}
     assert f"{group[0].name}/dequantize" not in names
     assert f"{group[1].name}/dequantize" in names

@@ -21,6 +21,7 @@ from qdm_deploy.report.model import (
     EngineRow,
     QualityRow,
     Report,
+    RewriteRow,
     SizeBlock,
     SpeedRow,
     Thresholds,
@@ -154,7 +155,11 @@ def test_inspect_shows_every_layer(replace: Replace, invoke: Invoke, one_documen
         provenance={},
         recipe={},
     )
-    inspection = Inspection(manifest.bundle_id, MODEL, plan, manifest, {"mid.to_q": 0.125})
+    rewrites = (
+        RewriteRow(target="onnxruntime", name="weights", done=2, expected=2),
+        RewriteRow(target="onnxruntime", name="norms", done=3, expected=3, left=("n: it is small",)),
+    )
+    inspection = Inspection(manifest.bundle_id, MODEL, plan, manifest, {"mid.to_q": 0.125}, rewrites)
     replace("inspect", lambda bundle: inspection)
     result = invoke("inspect", "tiny.qdm")
     assert result.exit_code == 0
@@ -165,14 +170,18 @@ def test_inspect_shows_every_layer(replace: Replace, invoke: Invoke, one_documen
         "tiny: 1 x 8 x 8 pixels, 1000 timesteps, 2 classes (Sneaker, Bag)",
     ]
     assert "12.3 kB unet/onnxruntime.onnx graph" in squeezed
-    assert squeezed[-5:] == [
+    assert squeezed[-7:] == [
+        "onnxruntime graph: weights 2 of 2, norms 3 of 3",
+        "",
         "layers: 2 of 3 in INT8",
         "layer precision s z k r weight SQNR noise reason",
         "conv_in float - - - - - - first layer",
         "mid.to_q int8 0.01562 -3 - - 42.3 dB 12.5 %",
         "up.0 int8 0.5 0 0.25-1 1-2 42.3 dB -",
     ]
-    assert invoke("inspect", "tiny.qdm", "-v").stdout.endswith("\ndecisions\nmid.to_q\n  s: mse [x]\n")
+    assert invoke("inspect", "tiny.qdm", "-v").stdout.endswith(
+        "\ndecisions\nmid.to_q\n  s: mse [x]\n\npassed by in the graphs\n  onnxruntime, norms: n: it is small\n"
+    )
     assert invoke("inspect", "tiny.qdm", "-q").stdout == f"{manifest.bundle_id}\n"
     document = one_document(invoke("inspect", "tiny.qdm", "--json").stdout)
     assert [entry["branch_factors"] for entry in document["layers"]] == [None, None, [0.25, 1.0]]

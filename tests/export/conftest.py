@@ -54,7 +54,9 @@ class Emitted:
 
     def graph(self, name: str, target: Target, rest: Rest = "fp16") -> ir.Model:
         if (name, target, rest) not in self.made:
-            self.made[name, target, rest] = emit(self.tiny.float_graph(name), self.tiny.plan(name), target, rest=rest)
+            self.made[name, target, rest] = emit(
+                self.tiny.float_graph(name), self.tiny.plan(name), target, rest=rest
+            ).model
         return self.made[name, target, rest]
 
     def feeds(self, name: str, batch: int, seed: int = 1) -> Feeds:

@@ -91,7 +91,7 @@ def test_every_layer_computes_what_the_simulation_computes(
     plan, network = factored(tiny.plan(name)), tiny.checkpoint(name).unet
     absorption = absorb(tiny.float_graph(name).clone(), plan, target)
     assert absorption.inputs
-    graph = emit(tiny.float_graph(name), plan, target, rest="fp32")
+    graph = emit(tiny.float_graph(name), plan, target, rest="fp32").model
     assert not multiplies(graph) & absorption.inputs.keys()
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 4, seed=7)
@@ -136,7 +136,7 @@ def test_unsigned_targets_keep_a_factor_behind_a_norm_in_its_quantize(tiny: Any)
     assert "up_blocks.0.upsamplers.0.conv" in inputs["tensorrt"]
     assert "up_blocks.0.upsamplers.0.conv" not in inputs["onnxruntime"]  # the producers' outputs have their own grids
     assert "down_blocks.1.attentions.0.to_out.0" in inputs["openvino"]
-    left = {target: multiplies(emit(tiny.float_graph("labels"), plan, target)) for target in TARGETS}
+    left = {target: multiplies(emit(tiny.float_graph("labels"), plan, target).model) for target in TARGETS}
     for target in ("onnxruntime", "openvino"):
         assert left[target]
         assert not any(plan.layer(name).layer.normalized for name in left[target])
@@ -146,7 +146,7 @@ def test_unsigned_targets_keep_a_factor_behind_a_norm_in_its_quantize(tiny: Any)
 def test_absorbing_can_be_switched_off(tiny: Any) -> None:
     plan = factored(tiny.plan("labels"))
     with_k = multiplies(
-        emit(tiny.float_graph("labels"), plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=False))
+        emit(tiny.float_graph("labels"), plan, "tensorrt", form=replace(FORMS["tensorrt"], absorb_k=False)).model
     )
     assert with_k == {item.layer.input_group for item in plan.quantized}
 

@@ -38,7 +38,7 @@ def test_each_row_is_corrected_by_its_own_timestep(
     feeds["timestep"] = np.array([0, 412, plan.timestep_edges[-1] - 1])
     feeds["coefficients"][:, :3] = 0, 1, 1e3  # x0 = 0 * sample + 1 * output, not clipped
     before = run_graph(emitted.graph(name, target), feeds, optimize=False)["x0"]
-    after = run_graph(emit(tiny.float_graph(name), plan, target), feeds, optimize=False)["x0"]
+    after = run_graph(emit(tiny.float_graph(name), plan, target).model, feeds, optimize=False)["x0"]
     table = plan.output_correction[feeds["timestep"]][:, :, : before.shape[1]]
     expected = corrected_by(table, before, feeds["sample"])
     assert np.abs(expected - before).max() > 1e-3

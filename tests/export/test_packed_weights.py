@@ -23,7 +23,7 @@ def codes(model: ir.Model) -> list[ir.Value]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_codes_have_the_type_that_the_target_takes(tiny: Any, target: Any) -> None:
     plan = tiny.plan("text", weight_bits=4)
-    model = emit(tiny.float_graph("text"), plan, target)
+    model = emit(tiny.float_graph("text"), plan, target).model
     packed = FORMS[target].packed_weights
     assert packed == (target != "tensorrt")
     found = codes(model)
@@ -45,9 +45,9 @@ def test_a_packed_graph_runs_on_integers_and_computes_what_int8_codes_do(
     tiny: Any, emitted: Any, run_graph: Any, open_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny.plan("text", weight_bits=4)
-    model = emit(tiny.float_graph("text"), plan, "onnxruntime")
+    model = emit(tiny.float_graph("text"), plan, "onnxruntime").model
     monkeypatch.setitem(FORMS, "onnxruntime", replace(FORMS["onnxruntime"], packed_weights=False))
-    wide = emit(tiny.float_graph("text"), plan, "onnxruntime")
+    wide = emit(tiny.float_graph("text"), plan, "onnxruntime").model
     feeds = emitted.feeds("text", 3)
     for (name, value), expected in zip(run_graph(model, feeds).items(), run_graph(wide, feeds).values(), strict=True):
         np.testing.assert_array_equal(value, expected, err_msg=name)
@@ -62,7 +62,7 @@ def test_a_packed_graph_runs_on_integers_and_computes_what_int8_codes_do(
 def test_openvino_runs_packed_codes_on_integers(tiny: Any, emitted: Any, run_graph: Any, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     plan = tiny.plan("labels", weight_bits=4)
-    model = emit(tiny.float_graph("labels"), plan, "openvino")
+    model = emit(tiny.float_graph("labels"), plan, "openvino").model
     save_with_shared_weights([(tmp_path / "openvino.onnx", model)], tmp_path / "weights.bin")
     compiled = openvino.Core().compile_model(
         str(tmp_path / "openvino.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -77,7 +77,7 @@ def test_openvino_runs_packed_codes_on_integers(tiny: Any, emitted: Any, run_gra
 
 def test_shared_weights_hold_both_types(tiny: Any, emitted: Any, run_graph: Any, tmp_path: Path) -> None:
     plan = tiny.plan("labels", weight_bits=4)
-    graphs = {tmp_path / f"{target}.onnx": emit(tiny.float_graph("labels"), plan, target) for target in TARGETS}
+    graphs = {tmp_path / f"{target}.onnx": emit(tiny.float_graph("labels"), plan, target).model for target in TARGETS}
     feeds = emitted.feeds("labels", 2)
     before = {path: run_graph(model, feeds) for path, model in graphs.items()}
     save_with_shared_weights(graphs.items(), tmp_path / "weights.bin")

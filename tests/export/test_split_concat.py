@@ -66,7 +66,7 @@ def test_network_and_graph_compute_what_the_whole_ones_do(tiny: Any, tmp_path: P
     results = []
     for label, model in (("whole", graph), ("split", split_step)):
         path = tmp_path / f"{label}.onnx"
-        save_graph(emit_float(model), path, weights=f"{label}.data")
+        save_graph(emit_float(model).model, path, weights=f"{label}.data")
         check_onnx(path)
         results.append([run_graph(backend, path, inputs)["x0"] for backend in ("onnxruntime", "openvino")])
     for whole, parts in zip(*results, strict=True):

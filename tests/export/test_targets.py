@@ -23,6 +23,9 @@ from qdm_export.check import (
     layer_endpoints,
     with_outputs,
 )
+from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
+from qdm_export.passes.rational_silu import RationalSilu
+from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.shared_weights import save_with_shared_weights
 from qdm_export.targets import FORMS, emit
 from qdm_export.topology import layer_nodes
@@ -86,7 +89,9 @@ def test_weight_codes_are_the_plans_in_every_target(emitted: Any, tiny: Any, nam
         codes = initializers(emitted.graph(name, target), "/weight_codes")
         parts = {layer for layer in codes if "/phase_" in layer}
         assert parts == (
-            {f"{layer}/phase_{n}" for layer in phased for n in range(4)} if FORMS[target].phases else set()
+            {f"{layer}/phase_{n}" for layer in phased for n in range(4)}
+            if UpsamplePhases in FORMS[target].passes
+            else set()
         )
         codes = {layer: values for layer, values in codes.items() if layer not in parts}
         planned = {layer.name: layer.codes for layer in plan if not parts or layer.name not in phased}
@@ -260,7 +265,7 @@ def test_u8_and_s8_forms_give_the_same_codes_but_for_ties(emitted: Any, tiny: An
 
 def signed_form(tiny: Any, name: str) -> ir.Model:
     """The signed form in float32: the float16 target before anything rounds to float16."""
-    return emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", rest="fp32")
+    return emit(tiny.float_graph(name), tiny.plan(name), "tensorrt", rest="fp32").model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -290,12 +295,10 @@ def test_a_plan_without_int8_layers_is_the_float_graph(tiny: Any, emitted: Any, 
     feeds = emitted.feeds("rgb", 2)
     expected = run_graph(tiny.float_graph("rgb"), feeds)
     for target in ("onnxruntime", "openvino"):
-        model = emit(
-            tiny.float_graph("rgb"),
-            floats,
-            target,
-            form=replace(FORMS[target], bfloat16_kernels=False, rational_silu=False),
-        )
+        form = FORMS[target]
+        if target == "openvino":
+            form = form.without(Bfloat16Kernels, RationalSilu)
+        model = emit(tiny.float_graph("rgb"), floats, target, form=form).model
         assert not any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph)
         for key, value in run_graph(model, feeds).items():
             assert sqnr_db(expected[key], value) > 100

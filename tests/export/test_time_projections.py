@@ -1,7 +1,6 @@
 """Projections of the time embedding as a table: the same numbers, and only where the timestep alone decides them."""
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,13 @@ import pytest
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import Target
+from qdm_export.metadata import CENTRED_KEY, TIME_TABLE_KEY
 from qdm_export.passes import time_projections
+from qdm_export.passes.bfloat16_attention import Bfloat16Attention
+from qdm_export.passes.centred_projections import CentredProjections
 from qdm_export.passes.instance_norm import InstanceNormForm
 from qdm_export.passes.moments_norm import MomentsNormForm
-from qdm_export.passes.time_projections import CENTRED, TimeProjections
+from qdm_export.passes.time_projections import TimeProjections
 from qdm_export.targets import FORMS, emit
 
 Array = NDArray[Any]
@@ -27,8 +29,7 @@ def operators(model: ir.Model) -> Counter[str]:
 def embedding_of(graph: Any, rng: np.random.Generator, timesteps: int = T) -> ir.Value:
     rows = graph.constant("time_table", rng.normal(size=(timesteps, D)).astype(np.float32))
     looked_up = graph.node("Gather", [rows, graph.t], [D], axis=0)
-    looked_up.producer().name = "time_embedding"
-    looked_up.name = "time_embedding"
+    looked_up.producer().metadata_props[TIME_TABLE_KEY] = str(timesteps)
     return looked_up
 
 
@@ -40,7 +41,8 @@ def projection(
         graph.constant(f"{name}.weight", weight),
         graph.constant(f"{name}.bias", rng.normal(size=C).astype(np.float32)),
     ]
-    return graph.node("Gemm", [data, *operands], [C], transB=0 if transposed else 1)
+    graph.x.name = "sample"
+    return graph.node("Gemm", [data, *operands], [C], module=name, transB=0 if transposed else 1)
 
 
 def block(graph: Any, data: ir.Value, shift: ir.Value, *, read_elsewhere: bool = False) -> ir.Value:
@@ -57,14 +59,16 @@ def block(graph: Any, data: ir.Value, shift: ir.Value, *, read_elsewhere: bool =
 
 def feeds(timesteps: int = T) -> dict[str, Array]:
     x = np.random.default_rng(8).normal(size=(3, C, 6, 5)).astype(np.float32)
-    return {"x": x, "timestep": np.array([0, timesteps // 2, timesteps - 1])}
+    label = np.random.default_rng(9).normal(size=(3, D)).astype(np.float32)
+    return {"sample": x, "timestep": np.array([0, timesteps // 2, timesteps - 1]), "label": label}
 
 
 def same_after(graph: Any, run_graph: Any, form: Any) -> None:
     """The pass, and a norm's form behind it, change no number; a second run of the pass changes nothing."""
     (expected,) = run_graph(graph.model, feeds(), optimize=False).values()
-    assert TimeProjections()(graph.model).modified
-    assert not TimeProjections()(graph.model).modified
+    for step in (CentredProjections(), TimeProjections()):
+        step(graph.model)
+        assert not step(graph.model).modified
     if form is not None:
         assert form()(graph.model).modified
     (result,) = run_graph(graph.model, feeds(), optimize=False).values()
@@ -88,9 +92,9 @@ def test_products_become_one_lookup_and_nothing_changes(
 
 def labelled(graph: Any, rng: np.random.Generator) -> ir.Value:
     """An embedding that does not depend on the timestep alone."""
-    return graph.node(
-        "Add", [embedding_of(graph, rng), graph.constant("label", rng.normal(size=D).astype(np.float32))], [D]
-    )
+    label = ir.Value(name="label", shape=ir.Shape(["batch", D]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.graph.inputs.append(label)
+    return graph.node("Add", [embedding_of(graph, rng), label], [D])
 
 
 @pytest.mark.parametrize("form", [None, InstanceNormForm, MomentsNormForm])
@@ -113,9 +117,10 @@ def test_only_what_a_norm_alone_reads_is_centred(small: Any, read_elsewhere: boo
     graph = small((C, 6, 5))
     shift = projection(graph, rng, "p", embedding_of(graph, rng))
     graph.output(block(graph, graph.x, shift, read_elsewhere=read_elsewhere))
+    CentredProjections()(graph.model)
     TimeProjections()(graph.model)
     (split,) = [node for node in graph.model.graph if node.op_type == "Split"]
-    assert split.outputs[0].meta.get(CENTRED) == (None if read_elsewhere else GROUPS)
+    assert split.outputs[0].metadata_props.get(CENTRED_KEY) == (None if read_elsewhere else str(GROUPS))
     table = graph.model.graph.initializers["time_projection_table"].const_value.numpy()
     means = np.abs(table.reshape(T, GROUPS, -1).mean(axis=2)).max()
     assert means > 0.1 if read_elsewhere else means < 1e-6
@@ -129,7 +134,8 @@ def test_a_table_much_larger_than_the_weights_is_not_made(small: Any) -> None:
     rng = np.random.default_rng(0)
     graph = small((C, 6, 5))
     graph.output(block(graph, graph.x, projection(graph, rng, "p", embedding_of(graph, rng, timesteps=2 * D + 1))))
-    TimeProjections()(graph.model)
+    result = TimeProjections()(graph.model)
+    assert list(result.found.left.values()) == [f"a table of {2 * D + 1} timesteps is too large for {D} channels"]
     assert operators(graph.model)["Gemm"] == 1
 
 
@@ -138,9 +144,10 @@ def test_a_whole_step_says_the_same(
     tiny: Any, emitted: Any, run_graph: Any, monkeypatch: pytest.MonkeyPatch, target: Target
 ) -> None:
     whole, plan = tiny.float_graph("rgb"), tiny.plan("rgb")
-    form = replace(FORMS[target], bfloat16_attention=None)
+    form = FORMS[target].without(Bfloat16Attention) if target == "openvino" else FORMS[target]
     monkeypatch.setattr(time_projections, "_LARGEST", 100)  # the tiny model's embedding is narrow
-    table, product = (emit(whole, plan, target, form=replace(form, time_projections=on)) for on in (True, False))
+    forms = (form, form.without(CentredProjections, TimeProjections))
+    table, product = (emit(whole, plan, target, form=each).model for each in forms)
     assert operators(product)["Gemm"] > operators(table)["Gemm"]
     given = emitted.feeds("rgb", 3)
     for found, expected in zip(

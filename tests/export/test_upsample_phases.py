@@ -14,6 +14,7 @@ from qdm_calibration.ranges import weight_scale
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums, upsampled
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.metrics.error import sqnr_db
+from qdm_export.passes.upsample_phases import UpsamplePhases
 from qdm_export.targets import FORMS, emit
 from qdm_export.topology import topology_of
 
@@ -87,7 +88,7 @@ def test_a_graph_in_phases_has_no_upsampling_and_returns_the_same(
     emitted: Any, tiny: Any, run_graph: Any, name: str, target: Any
 ) -> None:
     plan = tiny.plan(name)
-    whole = emit(tiny.float_graph(name), plan, target, form=replace(FORMS[target], phases=False))
+    whole = emit(tiny.float_graph(name), plan, target, form=FORMS[target].without(UpsamplePhases)).model
     parts = emitted.graph(name, target)
     layers = phased(plan)
     assert layers
@@ -113,7 +114,7 @@ def test_gains_and_factors_are_applied_to_the_small_tensor(emitted: Any, tiny: A
 def test_sums_that_do_not_fit_stay_whole(emitted: Any, tiny: Any) -> None:
     own = tiny.plan("rgb", upsample_phases=False)
     assert not phased(own)
-    graph = emit(tiny.float_graph("rgb"), own, "openvino")
+    graph = emit(tiny.float_graph("rgb"), own, "openvino").model
     assert operators(graph)["Resize"] == sum(layer.upsampled for layer in tiny.topology("rgb"))
     assert not any("phase" in (node.name or "") for node in graph.graph)
 

@@ -30,7 +30,7 @@ def test_free_factors_leave_no_multiply_where_it_would_cost_a_kernel(tiny: Any, 
             importance=nobody_asks, stage=lambda name: nullcontext(),
         ).plan  # fmt: skip
         for target in options.targets:
-            graph = emit(tiny.float_graph("labels"), plan, target)
+            graph = emit(tiny.float_graph("labels"), plan, target).model
             left = [str(node.name).rpartition("/")[0] for node in graph.graph
                     if str(node.name).endswith("/scale_channels")]  # fmt: skip
             counts[mode, target] = [name for name in left if topology.layer(name).normalized]

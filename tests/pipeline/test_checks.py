@@ -55,8 +55,8 @@ def test_a_graph_of_the_plan_passes_and_one_of_another_plan_does_not(
 
 def test_a_lost_integer_kernel_is_counted(tiny: Any, tmp_path: Path) -> None:
     plan, spec = tiny.plan("labels"), tiny.checkpoint("labels").spec
-    save_graph(emit(tiny.float_graph("labels"), plan, "onnxruntime"), tmp_path / "int8.onnx")
-    save_graph(emit_float(tiny.float_graph("labels")), tmp_path / "float.onnx")
+    save_graph(emit(tiny.float_graph("labels"), plan, "onnxruntime").model, tmp_path / "int8.onnx")
+    save_graph(emit_float(tiny.float_graph("labels")).model, tmp_path / "float.onnx")
     rows = []
     for name in ("int8", "float"):
         run_graph("onnxruntime", tmp_path / f"{name}.onnx", random_inputs(spec, 2), optimized=tmp_path / "optimized")
@@ -67,7 +67,7 @@ def test_a_lost_integer_kernel_is_counted(tiny: Any, tmp_path: Path) -> None:
 
 def test_a_float_graph_that_is_off_by_a_thousandth_fails(tiny: Any, tmp_path: Path) -> None:
     checkpoint = tiny.checkpoint("variance")
-    save_graph(emit_float(tiny.float_graph("variance")), tmp_path / "float.onnx")
+    save_graph(emit_float(tiny.float_graph("variance")).model, tmp_path / "float.onnx")
     inputs = random_inputs(checkpoint.spec, 2, seed=3)
     outputs = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)
     assert check_float_graph(outputs, checkpoint, inputs).ok
@@ -80,14 +80,14 @@ def test_a_float_graph_that_is_off_by_a_thousandth_fails(tiny: Any, tmp_path: Pa
 def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Path) -> None:
     checkpoint, plan = tiny.checkpoint("labels"), tiny.plan("labels")
     inputs = random_inputs(checkpoint.spec, 8)
-    save_graph(emit_float(tiny.float_graph("labels")), tmp_path / "float.onnx")
+    save_graph(emit_float(tiny.float_graph("labels")).model, tmp_path / "float.onnx")
     expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
     with simulation_of(checkpoint, plan, "tensorrt") as session:
         simulated = session.run(inputs).x0.copy()
     save_graph(emit(tiny.float_graph("labels"), plan, "tensorrt"), tmp_path / "right.onnx")
     assert check_half_graph(tmp_path / "right.onnx", expected, simulated, inputs).ok
     other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
-    save_graph(emit(tiny.float_graph("labels"), other, "tensorrt"), tmp_path / "wrong.onnx")
+    save_graph(emit(tiny.float_graph("labels"), other, "tensorrt").model, tmp_path / "wrong.onnx")
     row = check_half_graph(tmp_path / "wrong.onnx", expected, simulated, inputs)
     assert not row.ok
     assert "dB from the float model, its simulation" in row.detail
@@ -97,7 +97,7 @@ def test_a_bfloat16_graph_is_held_against_the_simulation_and_bfloat16(tiny: Any,
     checkpoint, plan, graph = tiny.checkpoint("labels"), tiny.plan("labels"), tiny.float_graph("labels")
     inputs = random_inputs(checkpoint.spec, 8)
     inputs["coefficients"][:, :3] = 0.0, 1.0, NO_CLIP
-    save_graph(emit_float(graph), tmp_path / "float.onnx")
+    save_graph(emit_float(graph).model, tmp_path / "float.onnx")
     expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
     with simulation_of(checkpoint, plan, "tensorrt") as session:
         simulated = session.run(inputs).x0.copy()
@@ -105,7 +105,7 @@ def test_a_bfloat16_graph_is_held_against_the_simulation_and_bfloat16(tiny: Any,
     other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
     for name, emitted in (("right", plan), ("wrong", other)):
         path = tmp_path / f"{name}.onnx"
-        save_graph(emit(graph, emitted, "tensorrt", rest="bf16"), path, weights=f"{name}.data")
+        save_graph(emit(graph, emitted, "tensorrt", rest="bf16").model, path, weights=f"{name}.data")
         rows.append(check_bfloat16_graph(path, tmp_path / "float.onnx", expected, simulated, inputs, tmp_path))
     assert [row.ok for row in rows] == [True, False], rows
     assert "dB and bfloat16 without INT8" in rows[0].detail
@@ -120,7 +120,7 @@ def test_the_network_output_is_read_through_the_step_graph(
 
     checkpoint, table = tiny.checkpoint(name), tiny.table(name)
     spec = checkpoint.spec
-    save_graph(emit_float(tiny.float_graph(name)), tmp_path / "float.onnx")
+    save_graph(emit_float(tiny.float_graph(name)).model, tmp_path / "float.onnx")
     states = np.random.default_rng(0).normal(size=(len(table.timesteps), 2, *spec.sample_shape)).astype(np.float32)
     labels = np.array([1, 2]) if spec.conditional else None
     with OnnxRuntimeSession(tmp_path / "float.onnx", threads=1) as session:

@@ -41,7 +41,7 @@ def test_the_parts_compute_the_planned_integers(tiny: Any, tmp_path: Path, targe
 @pytest.mark.parametrize("name", NAMES)
 def test_each_part_is_an_integer_kernel(tiny: Any, tmp_path: Path, name: str) -> None:
     checkpoint, graph, plan = split(tiny, name)
-    save_graph(emit(graph, plan, "onnxruntime"), tmp_path / "int8.onnx")
+    save_graph(emit(graph, plan, "onnxruntime").model, tmp_path / "int8.onnx")
     run_graph(
         "onnxruntime", tmp_path / "int8.onnx", random_inputs(checkpoint.spec, 2), optimized=tmp_path / "optimized"
     )

@@ -14,6 +14,7 @@ from qdm_deploy.report import (
     QualityRow,
     Report,
     ReportPictures,
+    RewriteRow,
     SizeBlock,
     SpeedRow,
     Thresholds,
@@ -132,6 +133,10 @@ def make_report(**changes: Any) -> Report:
         ),
         "engines": engines,
         "checks": checks,
+        "rewrites": (
+            RewriteRow(target="openvino", name="norms", done=61, expected=61),
+            RewriteRow(target="openvino", name="SiLU", done=44, expected=45, missed=("node_mul_3: two nodes read it",)),
+        ),
         "stage_seconds": {"calibrate": 21.0, "plan": 2.5, "export": 12.0, "engines": 41.5, "verify": 18.0},
         "verdict": verdict,
     }

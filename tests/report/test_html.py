@@ -211,6 +211,7 @@ def test_hostile_text_is_still_readable(report: Callable[..., Report], quality: 
         ({"quality": ()}, "Quality"),
         ({"engines": ()}, "Engine audit"),
         ({"checks": ()}, "Checks"),
+        ({"rewrites": ()}, "Graphs"),
         ({"layers": ()}, "Layers"),
         ({"inputs": ()}, "Activation ranges over the timesteps"),
         ({"inputs": ()}, "Ranges at the skip concatenations"),
@@ -226,9 +227,15 @@ def test_what_was_not_measured_has_no_section(
     assert f"<h2>{section}</h2>" not in re.sub(r'<div class="card">.*?</div>', "", page)
 
 
+def test_rewrites_are_counted_and_misses_are_told(report: Callable[..., Report]) -> None:
+    text = " ".join(Page(render(report())).text)
+    assert re.search(r"openvino\s+norms\s+61 of 61", text)
+    assert re.search(r"openvino\s+SiLU\s+44 of 45\s+node_mul_3: two nodes read it", text)
+
+
 def test_a_bare_report_is_a_page_too(report: Callable[..., Report]) -> None:
     bare = report(
-        quality=(), engines=(), checks=(), layers=(), inputs=(), noise=None, speed=(), speedup=None,
+        quality=(), engines=(), checks=(), rewrites=(), layers=(), inputs=(), noise=None, speed=(), speedup=None,
         command=None, stage_seconds={},
         size=SizeBlock(float_bytes=10, int8_bytes={}),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
 from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.targets import FORMS, emit
 
 bfloat16 = pytest.mark.skipif(
@@ -49,9 +50,9 @@ def test_the_ends_and_the_statistics_of_norms_are_most_of_the_loss(tiny: Any, tm
     # Nothing in INT8: in a tiny model single codes that round the other way hide what is asked here.
     plan = tiny.plan(name)
     floating = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "a float graph") for item in plan.layers))
-    form = replace(FORMS["openvino"], bfloat16_kernels=False)
+    form = FORMS["openvino"].without(Bfloat16Kernels)
     graph = tmp_path / "graph.onnx"
-    ir.save(emit(tiny.float_graph(name), floating, "openvino", form=form), graph)
+    ir.save(emit(tiny.float_graph(name), floating, "openvino", form=form).model, graph)
     inputs = random_inputs(tiny.checkpoint(name).spec, 16)
     inputs["timestep"][:] = 0  # where the sample has to be known best
     exact, rounded, kept = (
@@ -96,7 +97,7 @@ def test_casts_of_the_graph_are_gone_where_everything_is_bfloat16(
     plan = tiny.plan("labels")
     kept = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "kept") for item in plan.layers))
     graph = tmp_path / "graph.onnx"
-    ir.save(emit(tiny.float_graph("labels"), kept, "openvino"), graph)
+    ir.save(emit(tiny.float_graph("labels"), kept, "openvino").model, graph)
     with OpenVinoSession(graph, precision=precision) as session:
         names = [node.get_friendly_name() for node in session._model.get_ops()]
         found = [name for name in names if name.endswith("/bfloat16")]

@@ -27,7 +27,7 @@ def graph(tiny: Any, tmp_path: Path) -> Path:
     """A U-Net with labels and shortcuts, nothing in INT8."""
     plan = tiny.plan("labels")
     floating = replace(plan, layers=tuple(LayerPlan(item.layer, "float", "a float graph") for item in plan.layers))
-    ir.save(emit(tiny.float_graph("labels"), floating, "openvino"), tmp_path / "graph.onnx")
+    ir.save(emit(tiny.float_graph("labels"), floating, "openvino").model, tmp_path / "graph.onnx")
     return tmp_path / "graph.onnx"
 
 

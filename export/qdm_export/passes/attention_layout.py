@@ -12,87 +12,85 @@ No number changes.
 import numpy as np
 import onnx_ir as ir
 
-from qdm_export.passes.attention import keys_transpose, permutation, producer
-from qdm_export.passes.base import add_before, constant
+from qdm_export.passes.attention import AttentionPass, keys_transpose, one_reader, permutation, producer, scaled_operand
+from qdm_export.passes.base import NodePass, NoMatch, add_before, constant
 
-__all__ = ["AttentionLayout"]
-
-
-class AttentionLayout(ir.passes.InPlacePass):
-    """Rewrites what leads into attention; runs before norms are rewritten and products cast."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite in place; a second time there is nothing left to rewrite."""
-        modified = False
-        for node in list(model.graph):
-            if node.op_type == "GroupNormalization":
-                modified |= _turn_first(model, node)
-            elif node.op_type == "Softmax":
-                modified |= _swap_keys_last(node)
-                modified |= _scale_queries_first(node)
-        return ir.passes.PassResult(model, modified=modified)
+__all__ = ["AttentionInput", "AttentionLayout"]
 
 
-def _turn_first(model: ir.Model, norm: ir.Node) -> bool:
-    """A norm of flattened positions, and the transpose behind it: norm, transpose, flatten."""
-    flat, readers = producer(norm, 0, "Reshape"), list(norm.outputs[0].uses())
-    data = None if flat is None else flat.inputs[0]
-    if flat is None or data is None or data.shape is None or len(data.shape) != 4 or len(readers) != 1:
-        return False
-    turn, (channels, height, width) = readers[0].node, list(data.shape)[1:]
-    if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
-        return False
-    flattened = list(flat.outputs[0].shape or [])[1:] == [channels, height * width]
-    if not flattened or turn.op_type != "Transpose" or permutation(turn) != (0, 2, 1):
-        return False
-    norm.replace_input_with(0, data)
-    norm.outputs[0].shape = data.shape
-    image = ir.Shape([data.shape[0], height, width, channels])
-    last = add_before(turn, "Transpose", [norm.outputs[0]], "turned", image, perm=(0, 2, 3, 1))
-    shape = constant(model, f"rows_{height * width}x{channels}", np.array([0, height * width, channels]))
-    rows = add_before(turn, "Reshape", [last, shape], "flat", ir.Shape([data.shape[0], height * width, channels]))
-    turn.outputs[0].replace_all_uses_with(rows)
-    model.graph.remove(turn, safe=True)
-    return True
+class AttentionInput(NodePass):
+    """A norm of flattened positions, and the transpose behind it, become norm, transpose, flatten.
+
+    Runs before norms are rewritten.
+    """
+
+    name = "attention inputs"
+
+    def places(self, model: ir.Model) -> list[ir.Node]:
+        """Every GroupNormalization of [B, C, positions]."""
+        norms = [node for node in model.graph if node.op_type == "GroupNormalization"]
+        return [
+            node for node in norms if (data := node.inputs[0]) is None or data.shape is None or len(data.shape) == 3
+        ]
+
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Turn first, flatten then."""
+        flat = producer(node, 0, "Reshape", "its input")
+        data = flat.inputs[0]
+        if data is None or data.shape is None or len(data.shape) != 4:
+            raise NoMatch(f"Reshape {flat.name} does not flatten [B, C, H, W]")
+        channels, height, width = list(data.shape)[1:]
+        if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+            raise NoMatch(f"its input has the shape {data.shape}, which is not static behind the batch")
+        if list(flat.outputs[0].shape or [])[1:] != [channels, height * width]:
+            raise NoMatch(f"Reshape {flat.name} does not flatten [B, C, H, W] to [B, C, H W]")
+        turn = one_reader(node, "Transpose", 0, "its result")
+        if permutation(turn) != (0, 2, 1):
+            raise NoMatch(f"Transpose {turn.name} does not make [B, H W, C] of its result")
+        node.replace_input_with(0, data)
+        node.outputs[0].shape = data.shape
+        image = ir.Shape([data.shape[0], height, width, channels])
+        last = add_before(turn, "Transpose", [node.outputs[0]], "turned", image, perm=(0, 2, 3, 1))
+        shape = constant(model, f"rows_{height * width}x{channels}", np.array([0, height * width, channels]))
+        rows = add_before(turn, "Reshape", [last, shape], "flat", ir.Shape([data.shape[0], height * width, channels]))
+        turn.outputs[0].replace_all_uses_with(rows)
+        model.graph.remove(turn, safe=True)
 
 
-def _swap_keys_last(softmax: ir.Node) -> bool:
+class AttentionLayout(AttentionPass):
+    """Keys are swapped, and queries taken into heads, right before their product. Runs before products are cast."""
+
+    name = "attention layout"
+
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Move both transposes behind the scales."""
+        scores, keys = scaled_operand(node, 1)
+        _, queries = scaled_operand(node, 0)
+        keys_to_heads = keys_transpose(keys)
+        queries_to_heads = producer(queries, 0, "Transpose", "its queries")
+        shape = keys_to_heads.outputs[0].shape
+        if shape is None or len(shape) != 4:
+            raise NoMatch("its keys have no known shape")
+        _swap_keys_last(scores, keys, keys_to_heads.outputs[0], shape)
+        _scale_queries_first(scores, queries, queries_to_heads)
+
+
+def _swap_keys_last(scores: ir.Node, scaled: ir.Node, keys: ir.Value, shape: ir.Shape) -> None:
     """Keys are taken into heads and scaled as [B, H, S, d], and swapped right before the product."""
-    scores, scaled = _scaled(softmax, 1)
-    to_heads = None if scaled is None else keys_transpose(scaled)
-    if scores is None or scaled is None or to_heads is None or to_heads.outputs[0].shape is None:
-        return False
-    keys = to_heads.outputs[0]
-    batch, heads, rows, width = to_heads.outputs[0].shape
+    batch, heads, rows, width = shape
     scaled.replace_input_with(0, keys)
-    scaled.outputs[0].shape = keys.shape
-    shape = ir.Shape([batch, heads, width, rows])
-    swapped = add_before(scores, "Transpose", [scaled.outputs[0]], "keys", shape, perm=(0, 1, 3, 2))
+    scaled.outputs[0].shape = shape
+    turned = ir.Shape([batch, heads, width, rows])
+    swapped = add_before(scores, "Transpose", [scaled.outputs[0]], "keys", turned, perm=(0, 1, 3, 2))
     scores.replace_input_with(1, swapped)
-    return True
 
 
-def _scale_queries_first(softmax: ir.Node) -> bool:
+def _scale_queries_first(scores: ir.Node, scaled: ir.Node, to_heads: ir.Node) -> None:
     """Queries are scaled before they are taken into heads, so that the transpose stands right before the product."""
-    scores, scaled = _scaled(softmax, 0)
-    to_heads = None if scaled is None else producer(scaled, 0, "Transpose")
-    if scores is None or scaled is None or to_heads is None:
-        return False
-    (source,), factor = to_heads.inputs, scaled.inputs[1]
+    source, factor = to_heads.inputs[0], scaled.inputs[1]
     if source is None or factor is None:
-        return False
+        return
     first = add_before(to_heads, "Mul", [source, factor], "queries", source.shape)
     shape = scaled.outputs[0].shape
     turned = add_before(scores, "Transpose", [first], "queries", shape, perm=permutation(to_heads))
     scores.replace_input_with(0, turned)
-    return True
-
-
-def _scaled(softmax: ir.Node, index: int) -> tuple[ir.Node | None, ir.Node | None]:
-    """The product in front, and what multiplies this factor of it, and nothing else, by one number."""
-    scores = producer(softmax, 0, "MatMul")
-    scaled = None if scores is None else producer(scores, index, "Mul")
-    number = None if scaled is None or scaled.inputs[1] is None else scaled.inputs[1].const_value
-    if scaled is None or number is None or number.size != 1 or len(list(scaled.outputs[0].uses())) != 1:
-        return scores, None
-    return scores, scaled

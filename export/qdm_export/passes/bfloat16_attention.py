@@ -5,9 +5,12 @@ convolutions together; at few positions they are nothing, and are left as they a
 session takes the casts out again.
 """
 
+from typing import Self
+
 import onnx_ir as ir
 
-from qdm_export.passes.base import cast
+from qdm_export.passes.attention import AttentionPass, one_reader, producer
+from qdm_export.passes.base import LeftAlone, NoMatch, Settings, cast
 from qdm_export.passes.half_precision import BFLOAT16_OPSET
 
 __all__ = ["LEAST_SCORES", "Bfloat16Attention"]
@@ -17,52 +20,48 @@ LEAST_SCORES = 256 * 256
 _HALF, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
-class Bfloat16Attention(ir.passes.InPlacePass):
+class Bfloat16Attention(AttentionPass):
     """Casts queries, keys and values, and the result back; what stands between must be one type to be fused.
 
     Args:
         least_scores: smallest number of queries x keys that is cast.
     """
 
-    def __init__(self, least_scores: int) -> None:
+    name = "bfloat16 attention"
+
+    def __init__(self, least_scores: int = LEAST_SCORES) -> None:
         super().__init__()
         self._least = least_scores
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Cast in place; what has been cast is left as it is."""
-        found = [products for node in list(model.graph) if (products := self._products(node)) is not None]
-        casts: dict[ir.Value, ir.Value] = {}
-        for scores, softmax, mixed in found:
-            for product, places in ((scores, (0, 1)), (mixed, (1,))):
-                for place in places:
-                    taker, position = _first_mover(product, place)
-                    value = taker.inputs[position]
-                    if value is not None:
-                        casts[value] = casts.get(value) or cast(taker, value, _HALF)
-                        taker.replace_input_with(position, casts[value])
-            for node in (scores, softmax, mixed):
-                node.outputs[0].type = ir.TensorType(_HALF)
-            readers = list(mixed.outputs[0].uses())
-            back = cast(mixed, mixed.outputs[0], _FLOAT, after=True)
-            for reader in readers:
-                reader.node.replace_input_with(reader.idx, back)
-        if found:
-            model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
-        return ir.passes.PassResult(model, modified=bool(found))
+    @classmethod
+    def made(cls, settings: Settings) -> Self:
+        """With the limit of the settings."""
+        return cls(settings.least_scores)
 
-    def _products(self, softmax: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node] | None:
-        """Queries by keys, the softmax of them, and that by values; None where it is no attention, or a small one."""
-        scores = softmax.inputs[0]
-        if softmax.op_type != "Softmax" or scores is None or scores.dtype != _FLOAT or len(list(scores.uses())) != 1:
-            return None
-        producer, readers = scores.producer(), list(softmax.outputs[0].uses())
-        if producer is None or producer.op_type != "MatMul" or len(readers) != 1:
-            return None
-        mixed = readers[0].node
-        if mixed.op_type != "MatMul" or readers[0].idx != 0:
-            return None
-        queries, keys = _positions(scores), _positions(mixed.inputs[1])
-        return (producer, softmax, mixed) if queries * keys >= self._least else None
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Cast the operands of both products."""
+        scores = producer(node, 0, "MatMul", "its scores")
+        mixed = one_reader(node, "MatMul", 0, "its result")
+        if scores.outputs[0].dtype != _FLOAT or len(list(scores.outputs[0].uses())) != 1:
+            raise NoMatch("its scores are not float32, or have another reader")
+        queries, keys = _positions(scores.outputs[0]), _positions(mixed.inputs[1])
+        if queries * keys < self._least:
+            raise LeftAlone(f"{queries} x {keys} positions are too few to be worth it")
+        casts: dict[ir.Value, ir.Value] = {}
+        for product, places in ((scores, (0, 1)), (mixed, (1,))):
+            for place in places:
+                taker, position = _first_mover(product, place)
+                value = taker.inputs[position]
+                if value is not None:
+                    casts[value] = casts.get(value) or cast(taker, value, _HALF)
+                    taker.replace_input_with(position, casts[value])
+        for each in (scores, node, mixed):
+            each.outputs[0].type = ir.TensorType(_HALF)
+        readers = list(mixed.outputs[0].uses())
+        back = cast(mixed, mixed.outputs[0], _FLOAT, after=True)
+        for reader in readers:
+            reader.node.replace_input_with(reader.idx, back)
+        model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
 
 
 def _first_mover(product: ir.Node, place: int) -> tuple[ir.Node, int]:
@@ -76,7 +75,9 @@ def _first_mover(product: ir.Node, place: int) -> tuple[ir.Node, int]:
 
 
 def _positions(value: ir.Value | None) -> int:
-    """The last axis but one; 0 where it is not known. Keys are counted in the values, whose shape survives export."""
+    """The last axis but one. Keys are counted in the values, whose shape survives export."""
     shape = None if value is None else value.shape
-    size = 0 if shape is None else shape[-2]
-    return size if isinstance(size, int) else 0
+    size = None if shape is None else shape[-2]
+    if not isinstance(size, int):
+        raise NoMatch("the number of its positions is not known")
+    return size

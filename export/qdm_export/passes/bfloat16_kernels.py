@@ -6,14 +6,16 @@ such as the first and the last convolution, stay as they are, and so do shortcut
 takes the casts out again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.artifacts.topology import Layer
 from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, values_of
 from qdm_export.passes.half_precision import BFLOAT16_OPSET
+from qdm_export.rewrites import Place
 from qdm_export.topology import LayerNode, layer_nodes
 
 __all__ = ["Bfloat16Kernels"]
@@ -28,25 +30,33 @@ class Bfloat16Kernels(PlanPass):
     a small part of a U-Net.
     """
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    name = "bfloat16 kernels"
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """Every convolution with neighbours that the plan keeps in float."""
+        return [Place(name) for name in self._kept()]
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Raises the graph's opset to the first whose Conv takes bfloat16, where a layer is cast."""
-        kept = {item.name for item in self.plan.layers if item.precision == "float" and item.layer.float_reason is None}
-        found = [layer for layer in layer_nodes(model) if layer.name in kept and _has_neighbours(layer)]
-        for layer in found:
-            _cast(model, layer)
-        if found:
-            model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
-        return bool(found)
+        kept = self._kept()
+        for layer in layer_nodes(model):
+            if layer.name in kept:
+                _cast(model, layer)
+                model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
+                yield layer.name
+
+    def _kept(self) -> list[str]:
+        in_float = [item.layer for item in self.plan.layers if item.precision == "float"]
+        return [layer.name for layer in in_float if layer.float_reason is None and _has_neighbours(layer)]
 
 
-def _has_neighbours(layer: LayerNode) -> bool:
+def _has_neighbours(layer: Layer) -> bool:
     """Whether it is a convolution of more than one position.
 
     One of a single position is a shortcut: its result is a block's own, no norm in between, and it sums few products,
     so that the rounding of its weights, the same at every step, shows in the contrast of the pictures (docs/adr/0017).
     """
-    shape = values_of(layer.weight).shape
-    return layer.kind == "conv" and any(size > 1 for size in shape[2:])
+    return layer.kind == "conv" and any(size > 1 for size in layer.weight_shape[2:])
 
 
 def _cast(model: ir.Model, layer: LayerNode) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdm_export.passes.base import add_before, graph_of
+from qdm_export.passes.base import NodePass, NoMatch, add_before, graph_of
 
 __all__ = ["GroupNorm", "GroupNormForm"]
 
@@ -68,32 +68,34 @@ class GroupNorm:
         return graph.initializers[name]
 
 
-class GroupNormForm(ir.passes.InPlacePass):
-    """Rewrites every GroupNormalization that ``GroupNorm`` describes; others stay as they are."""
+class GroupNormForm(NodePass):
+    """Rewrites every GroupNormalization."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite in place."""
-        modified = False
-        for node in list(model.graph):
-            norm = _described(node) if node.op_type == "GroupNormalization" else None
-            if norm is not None:
-                node.outputs[0].replace_all_uses_with(self.rewritten(norm))
-                model.graph.remove(node, safe=True)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+    name = "norms"
+
+    def places(self, model: ir.Model) -> list[ir.Node]:
+        """Every GroupNormalization."""
+        return [node for node in model.graph if node.op_type == "GroupNormalization"]
+
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Put the other form in its place."""
+        node.outputs[0].replace_all_uses_with(self.rewritten(_described(node)))
+        model.graph.remove(node, safe=True)
 
     def rewritten(self, norm: GroupNorm) -> ir.Value:
         """The value that takes the place of the norm's output."""
         raise NotImplementedError
 
 
-def _described(node: ir.Node) -> GroupNorm | None:
+def _described(node: ir.Node) -> GroupNorm:
     data, scale, bias = node.inputs
-    if data is None or scale is None or bias is None or data.shape is None:
-        return None
+    if data is None or data.shape is None:
+        raise NoMatch("its input has no known shape")
+    if scale is None or bias is None or scale.const_value is None or bias.const_value is None:
+        raise NoMatch("its scale and bias are not constants")
     sizes = list(data.shape)[1:]
-    if scale.const_value is None or bias.const_value is None or not all(isinstance(size, int) for size in sizes):
-        return None
+    if not all(isinstance(size, int) for size in sizes):
+        raise NoMatch(f"its input has the shape {data.shape}, which is not static behind the batch")
     return GroupNorm(
         node=node,
         data=data,

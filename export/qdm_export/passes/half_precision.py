@@ -5,16 +5,19 @@ time embedding and the sampler update stay float32; a Cast stands at each border
 kernel. Bfloat16 is for models that leave the range of float16: it has 8 significant bits, float16 has 11.
 """
 
+from typing import Self
+
 import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import cast, values_of
-from qdm_export.topology import MODULE_KEY
+from qdm_export.metadata import LAYER_KEY, MODULE_KEY
+from qdm_export.passes.base import GraphPass, Settings, cast, values_of
+from qdm_export.rewrites import Found, Place
+from qdm_export.topology import layer_nodes
 
 __all__ = ["BFLOAT16_OPSET", "HalfPrecision"]
 
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Inputs that ONNX wants in float32 whatever the data is.
 _FLOAT32_INPUTS = {"Resize": (1, 2)}
 _FLOAT = ir.DataType.FLOAT
@@ -22,21 +25,37 @@ _FLOAT = ir.DataType.FLOAT
 BFLOAT16_OPSET = 22
 
 
-class HalfPrecision(ir.passes.InPlacePass):
+class HalfPrecision(GraphPass):
     """Retypes the nodes between the sample and the model's output.
 
     Args:
         half: FLOAT16, or BFLOAT16, which raises the graph's opset to 22.
     """
 
-    def __init__(self, half: ir.DataType = ir.DataType.FLOAT16) -> None:
-        self._half, self._name = half, half.name.lower()
+    name = "half precision"
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Retype in place; a graph that has been retyped is left as it is."""
+    def __init__(self, half: ir.DataType = ir.DataType.FLOAT16) -> None:
+        super().__init__()
+        self._half, self._text = half, half.name.lower()
+
+    @classmethod
+    def made(cls, settings: Settings) -> Self:
+        """In the type of the target's rest."""
+        return cls(settings.rest)
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """Every layer that works on the sample."""
+        return [Place(name) for name in self._layers(model, self._region(model))]
+
+    def ensures(self, model: ir.Model) -> None:
+        """Nothing that works on the sample is float32 any more."""
+        for node in self._region(model):
+            if any(value.dtype == _FLOAT for value in node.outputs):
+                raise ir.passes.PostconditionError(f"{node.name} computes in float32 still")
+
+    def rewrite(self, model: ir.Model) -> Found:
+        """Retype the nodes, and cast at the borders."""
         region = self._region(model)
-        if not region or any(value.dtype in _HALVES for node in region for value in node.outputs):
-            return ir.passes.PassResult(model, modified=False)
         if self._half == ir.DataType.BFLOAT16:
             model.graph.opset_imports[""] = max(model.graph.opset_imports[""], BFLOAT16_OPSET)
         inside = {value for node in region for value in node.outputs}
@@ -61,7 +80,11 @@ class HalfPrecision(ir.passes.InPlacePass):
                 if value.dtype in (_FLOAT, None):
                     value.type = ir.TensorType(self._half)  # not value.dtype: clones share the type object
         self._leave(model, region)
-        return ir.passes.PassResult(model, modified=True)
+        return Found(done=self._layers(model, region))
+
+    def _layers(self, model: ir.Model, region: list[ir.Node]) -> list[str]:
+        inside = set(region)
+        return [item.name for item in layer_nodes(model) if item.node in inside]
 
     def _region(self, model: ir.Model) -> list[ir.Node]:
         """Nodes of the U-Net whose values depend on the sample, and the gains and weights that multiply them."""
@@ -86,12 +109,12 @@ class HalfPrecision(ir.passes.InPlacePass):
                         use.node.replace_input_with(use.idx, back)
 
     def _constant(self, model: ir.Model, value: ir.Value) -> ir.Value:
-        name = f"{value.name}/{self._name}"
+        name = f"{value.name}/{self._text}"
         with np.errstate(over="ignore"):
             values = values_of(value).astype(self._half.numpy())
         if not np.isfinite(values).all():
             raise ExportError(
-                f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which {self._name} cannot hold; "
+                f"{value.name} holds {np.abs(values_of(value)).max():.3g}, which {self._text} cannot hold; "
                 "let the rest be bfloat16 (--rest bf16)"
             )
         tensor = ir.tensor(values, name=name)
@@ -106,6 +129,5 @@ def _feeds_only(node: ir.Node, *kinds: str) -> bool:
         node.op_type in kinds
         and node.inputs[0] is not None
         and node.inputs[0].is_initializer()
-        and node.name is not None
-        and "/" in node.name
+        and LAYER_KEY in node.metadata_props
     )

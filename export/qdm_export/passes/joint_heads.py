@@ -9,31 +9,65 @@ What is matched is ``softmax((a q) (b k)^T) v`` as torch's scaled_dot_product_at
 q, k and v have the same shape; anything else stays as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qdm_export.passes.attention import TO_HEADS, keys_transpose, permutation, producer
-from qdm_export.passes.base import constant, graph_of, values_of
+from qdm_export.passes.attention import (
+    TO_HEADS,
+    AttentionPass,
+    heads_transpose,
+    keys_transpose,
+    one_reader,
+    producer,
+    scaled_operand,
+)
+from qdm_export.passes.base import NoMatch, constant, graph_of, place_of, values_of
+from qdm_export.rewrites import Found, Place
+from qdm_export.topology import layer_nodes
 
 __all__ = ["JointHeads"]
 
 
-class JointHeads(ir.passes.InPlacePass):
-    """Rewrites every self-attention of the graph; what is left without a reader is for another pass to remove."""
+class JointHeads(AttentionPass):
+    """Rewrites every self-attention; what is left without a reader is for another pass to remove."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite in place."""
-        modified = False
-        for node in list(model.graph):
-            if node.op_type == "Softmax" and (attention := _matched(node)) is not None:
-                _rewrite(model, attention)
-                modified = True
-        if modified:
-            model.graph.sort()  # what is new stands behind some of its readers, and later passes read in order
-        return ir.passes.PassResult(model, modified=modified)
+    name = "attention heads"
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """Every Softmax whose queries and keys are made of the same tensor."""
+        layers = {item.node: item.data for item in layer_nodes(model)}
+        return [place_of(node) for node in self.places(model) if len(_sources(node.inputs[0], layers)) == 1]
+
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Put one transpose in the place of three."""
+        _rewrite(model, _matched(node))
+
+    def rewrite(self, model: ir.Model) -> Found:
+        """Rewrite every one, and sort: what is new stands behind some of its readers."""
+        found = super().rewrite(model)
+        model.graph.sort()
+        return found
+
+
+def _sources(value: ir.Value | None, layers: Mapping[ir.Node, ir.Value]) -> set[ir.Value]:
+    """What the layers read that make a value, the nearest on every path."""
+    found: set[ir.Value] = set()
+    queue = [] if value is None else [value]
+    seen = set(queue)
+    while queue:
+        node = queue.pop().producer()
+        if node is None or node.op_type == "Shape":  # a tensor's shape says nothing of its values
+            continue
+        if node in layers:
+            found.add(layers[node])
+            continue
+        new = [each for each in node.inputs if each is not None and each not in seen]
+        seen.update(new)
+        queue += new
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,26 +83,23 @@ class _Attention:
     width: int
 
 
-def _matched(softmax: ir.Node) -> _Attention | None:
-    scores = producer(softmax, 0, "MatMul")
-    uses = list(softmax.outputs[0].uses())
-    if scores is None or len(uses) != 1 or uses[0].node.op_type != "MatMul" or uses[0].idx != 0:
-        return None
-    weighted = uses[0].node
-    queries, keys = producer(scores, 0, "Mul"), producer(scores, 1, "Mul")
-    if queries is None or keys is None:
-        return None
+def _matched(softmax: ir.Node) -> _Attention:
+    _, keys = scaled_operand(softmax, 1)
+    _, queries = scaled_operand(softmax, 0)
+    weighted = one_reader(softmax, "MatMul", 0, "its result")
     sources, shapes = [], []
-    for transpose in (producer(queries, 0, "Transpose"), keys_transpose(keys), producer(weighted, 1, "Transpose")):
-        if transpose is None or permutation(transpose) != TO_HEADS:
-            return None
-        split = producer(transpose, 0, "Reshape")
-        if split is None or split.inputs[0] is None or split.inputs[1] is None or split.inputs[1].const_value is None:
-            return None
+    for transpose, what in (
+        (heads_transpose(queries, 0, "its queries"), "its queries"),
+        (keys_transpose(keys), "its keys"),
+        (heads_transpose(weighted, 1, "its values"), "its values"),
+    ):
+        split = producer(transpose, 0, "Reshape", what)
+        if split.inputs[0] is None or split.inputs[1] is None or split.inputs[1].const_value is None:
+            raise NoMatch(f"Reshape {split.name} has a shape that is computed")
         sources.append(split.inputs[0])
         shapes.append(tuple(int(size) for size in values_of(split.inputs[1])))
     if len(set(shapes)) != 1 or len(shapes[0]) != 4 or min(shapes[0][1:]) < 1:
-        return None
+        raise NoMatch(f"its queries, keys and values are taken into heads of different shapes: {shapes}")
     _, rows, heads, width = shapes[0]
     query, key, value = sources
     return _Attention(softmax, (queries, keys, weighted), (0, 0, 1), (query, key, value), rows, heads, width)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qdm_export.metadata import CENTRED_KEY
 from qdm_export.passes.group_norm import GroupNorm, GroupNormForm
-from qdm_export.passes.time_projections import CENTRED, behind_reshapes
+from qdm_export.passes.projections import behind_reshapes
 
 __all__ = ["MomentsNormForm"]
 
@@ -33,8 +34,9 @@ class MomentsNormForm(GroupNormForm):
         if shift is None:
             mean, mean_square = channels.of_groups()
         else:
-            centred = behind_reshapes(shift).meta.get(CENTRED) == norm.groups
-            shift = channels.in_groups(behind_reshapes(shift), "shift")
+            vector = behind_reshapes(shift)
+            centred = vector.metadata_props.get(CENTRED_KEY) == str(norm.groups)
+            shift = channels.in_groups(vector, "shift")
             mean, mean_square = channels.of_shifted_groups(shift, centred=centred)
         whole, each = channels.whole, channels.each
 

@@ -1,27 +1,45 @@
 """The correction of the network's output: three tables [T, C], looked up by timestep, applied in float32."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdm_deploy.artifacts.plan import LayerPlan
+from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, graph_of
-from qdm_export.topology import MODULE_KEY, LayerNode
+from qdm_export.metadata import MODULE_KEY
+from qdm_export.passes.base import GraphPass, Settings, constant, graph_of
+from qdm_export.rewrites import Found, Place
 
 __all__ = ["OutputCorrection"]
 
+_OUTPUT = Place("the network's output")
 
-class OutputCorrection(PlanPass):
+
+class OutputCorrection(GraphPass):
     """``(output - m - l x) / (1 + k)`` behind the network's last node, which only the sampler's update reads."""
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    name = "output correction"
+
+    def __init__(self, plan: QuantizationPlan) -> None:
+        """With the tables of ``plan``."""
+        super().__init__()
+        self.plan = plan
+
+    @classmethod
+    def made(cls, settings: Settings) -> Self:
+        """With the plan of the settings."""
+        return cls(settings.plan)
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """One, where the plan has a correction."""
+        return [] if self.plan.output_correction is None else [_OUTPUT]
+
+    def rewrite(self, model: ir.Model) -> Found:
         """Insert the lookups and the arithmetic; none is part of a module, so all stay float32."""
         if self.plan.output_correction is None:
-            return False
+            return Found()
         last = [node for node in model.graph if MODULE_KEY in node.metadata_props][-1]
         output = last.outputs[0]
         inputs = {value.name: value for value in model.graph.inputs}
@@ -55,4 +73,4 @@ class OutputCorrection(PlanPass):
         graph_of(last).insert_after(last, added)
         for reader in readers:
             reader.node.replace_input_with(reader.idx, corrected)
-        return True
+        return Found(done=[_OUTPUT.name])

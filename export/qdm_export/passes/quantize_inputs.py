@@ -1,12 +1,13 @@
 """QuantizeLinear and DequantizeLinear on the inputs of the planned layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
-from qdm_export.passes.base import PlanPass, constant, insert_before, layer_groups
+from qdm_export.passes.base import PlanPass, Settings, constant, insert_before, layer_groups, require_integers
 from qdm_export.topology import LayerNode
 
 __all__ = ["QuantizeInputs"]
@@ -19,12 +20,23 @@ class QuantizeInputs(PlanPass):
     Unsigned: u8 codes with zero point 128 - z, and a QuantizeLinear per reader, which is what ONNX Runtime fuses.
     """
 
+    name = "inputs"
+
     def __init__(self, plan: QuantizationPlan, *, unsigned: bool) -> None:
         """Choose the codes: u8 with a zero point, or s8."""
         super().__init__(plan)
         self.unsigned = unsigned
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    @classmethod
+    def made(cls, settings: Settings) -> Self:
+        """For the target's codes."""
+        return cls(settings.plan, unsigned=settings.unsigned)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every INT8 layer reads codes."""
+        require_integers(model, self.plan, 0)
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Insert the pairs."""
         for group in layer_groups(layers):
             plan, first = group[0]
@@ -40,7 +52,7 @@ class QuantizeInputs(PlanPass):
                 dequantize = insert_before(layer, "DequantizeLinear", [scale, zero_point], "dequantize")
                 dequantize.replace_input_with(0, codes)
                 layer.node.replace_input_with(0, dequantize.outputs[0])
-        return bool(layers)
+                yield layer.name
 
     def _quantize(
         self,

@@ -7,7 +7,7 @@ scale 1, and only the DequantizeLinear behind the kernel, which may have a scale
 Zero points per channel go into the bias likewise. So each channel can use all 256 codes, and no operation is added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, insert_after, values_of
+from qdm_export.passes.base import (
+    PlanPass,
+    constant,
+    insert_after,
+    named_node,
+    producer_of,
+    require_integers,
+    values_of,
+)
 from qdm_export.topology import LayerNode
 
 __all__ = ["QuantizeOutputs"]
@@ -24,11 +32,20 @@ __all__ = ["QuantizeOutputs"]
 class QuantizeOutputs(PlanPass):
     """Right behind the kernel, before a gain and its bias: there one constant scale serves every timestep."""
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    name = "outputs"
+
+    def requires(self, model: ir.Model) -> None:
+        """Weights are codes, whose scales this pass changes."""
+        require_integers(model, self.plan, 1)
+
+    def concerns(self, plan: LayerPlan) -> bool:
+        """Whether it is a convolution."""
+        return plan.layer.kind == "conv"
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Quantize bias and output of every planned convolution."""
-        modified = False
         for plan, layer in layers:
-            if layer.kind != "conv":
+            if not self.concerns(plan):
                 continue
             if plan.output_scale is None or plan.output_zero_point is None:
                 raise ExportError(f"the plan has no output scale for {plan.name}, which the onnxruntime target needs")
@@ -45,19 +62,14 @@ class QuantizeOutputs(PlanPass):
             quantize = insert_after(layer, "QuantizeLinear", [one, middle], "quantize_output")
             quantize.outputs[0].dtype = ir.DataType.UINT8
             dequantize.replace_input_with(0, quantize.outputs[0])
-            modified = True
-        return modified
+            yield layer.name
 
     def _rescale_weight(
         self, model: ir.Model, plan: LayerPlan, layer: LayerNode, output_scale: NDArray[np.float32]
     ) -> None:
         """Weights in units of the outputs' steps."""
-        weight = layer.node.inputs[1]
-        dequantize = None if weight is None else weight.producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
-            raise ExportError(f"the weight of {plan.name} is not quantized yet; outputs are quantized after weights")
         scale = constant(model, f"{layer.name}/weight_output_scale", plan.weight_scales / output_scale)
-        dequantize.replace_input_with(1, scale)
+        producer_of(layer.node.inputs[1]).replace_input_with(1, scale)
 
     def _quantize_bias(
         self,
@@ -76,19 +88,11 @@ class QuantizeOutputs(PlanPass):
         limit = np.iinfo(np.int32)
         if np.abs(codes).max() > limit.max:
             raise ExportError(f"the bias of {plan.name} does not fit 32 bits at scale {plan.scale:.3g}")
-        name = f"{layer.name}/dequantize_bias"
-        output = ir.Value(name=name, shape=ir.Shape([len(codes)]), type=ir.TensorType(ir.DataType.FLOAT))
-        node = ir.node(
-            "DequantizeLinear",
-            [
-                constant(model, f"{layer.name}/bias_codes", codes.astype(np.int32)),
-                constant(model, f"{layer.name}/bias_scale", unit / output_scale),
-            ],
-            {"axis": 0},
-            outputs=[output],
-            name=name,
-            metadata_props=dict(layer.node.metadata_props),
-        )
+        operands = [
+            constant(model, f"{layer.name}/bias_codes", codes.astype(np.int32)),
+            constant(model, f"{layer.name}/bias_scale", unit / output_scale),
+        ]
+        node = named_node(layer, "DequantizeLinear", operands, "dequantize_bias", {"axis": 0})
         model.graph.insert_before(layer.node, node)
         layer.node.resize_inputs(3)
-        layer.node.replace_input_with(2, output)
+        layer.node.replace_input_with(2, node.outputs[0])

@@ -9,8 +9,7 @@ SiLU is then off by at most 1.3e-5: a thousandth of a step of the 8-bit codes th
 import numpy as np
 import onnx_ir as ir
 
-from qdm_export.passes.base import add_before, constant
-from qdm_export.topology import silu_input
+from qdm_export.passes.base import NodePass, NoMatch, add_before, constant
 
 __all__ = ["LIMIT", "RationalSilu"]
 
@@ -21,20 +20,38 @@ _NUMERATOR = (0.2499963832147395, 0.007659802833458691, 3.5039554256862074e-05, 
 _DENOMINATOR = (1.0, 0.1139627955622323, 0.0013057845554718729, 2.173492909240203e-06)
 
 
-class RationalSilu(ir.passes.InPlacePass):
+class RationalSilu(NodePass):
     """Rewrites every SiLU over positions. That of the time embedding is a vector, and stays as it is."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite in place; a second time there is nothing left to rewrite."""
-        modified = False
-        for node in list(model.graph):
-            data = silu_input(node)
-            if data is None or data.shape is None or len(data.shape) < 3 or data.dtype != ir.DataType.FLOAT:
-                continue
-            node.outputs[0].replace_all_uses_with(_Builder(model, node, data).silu(), replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)  # its Sigmoid has no reader left, and goes with the unused nodes
-            modified = True
-        return ir.passes.PassResult(model, modified=modified)
+    name = "SiLU"
+
+    def places(self, model: ir.Model) -> list[ir.Node]:
+        """Every Sigmoid or Swish but those of vectors."""
+        return [node for node in model.graph if node.op_type in ("Sigmoid", "Swish") and not _of_vectors(node)]
+
+    def at(self, model: ir.Model, node: ir.Node) -> None:
+        """Put the ratio in the place of the product; a Sigmoid then has no reader, and goes with the unused nodes."""
+        data, product = node.inputs[0], node if node.op_type == "Swish" else _product(node)
+        if data is None or data.dtype != ir.DataType.FLOAT:
+            raise NoMatch("its input is not float32")
+        product.outputs[0].replace_all_uses_with(_Builder(model, product, data).silu(), replace_graph_outputs=True)
+        model.graph.remove(product, safe=True)
+
+
+def _of_vectors(node: ir.Node) -> bool:
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    return shape is not None and len(shape) < 3
+
+
+def _product(sigmoid: ir.Node) -> ir.Node:
+    """x * sigmoid(x)."""
+    readers = list(sigmoid.outputs[0].uses())
+    if len(readers) != 1:
+        raise NoMatch(f"{len(readers)} nodes read it, and not one multiplication")
+    product, place = readers[0].node, readers[0].idx
+    if product.op_type != "Mul" or product.inputs[1 - place] is not sigmoid.inputs[0]:
+        raise NoMatch(f"{product.op_type} {product.name} reads it, and does not multiply it by its own input")
+    return product
 
 
 class _Builder:

@@ -5,7 +5,7 @@ gain of its own timestep. Multiplying by r behind the kernel means its bias come
 none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups, values_of
+from qdm_export.passes.base import (
+    PlanPass,
+    constant,
+    insert_after,
+    insert_before,
+    layer_groups,
+    require_float_inputs,
+    values_of,
+)
 from qdm_export.topology import LayerNode
 
 __all__ = ["StepGains"]
@@ -22,11 +30,21 @@ __all__ = ["StepGains"]
 class StepGains(PlanPass):
     """Rewrites conv(x) + b to conv(x * (1/r)) * r + b; in exact arithmetic the function stays the same."""
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    name = "step gains"
+
+    def requires(self, model: ir.Model) -> None:
+        """Nothing is quantized yet."""
+        require_float_inputs(model, self.plan)
+
+    def concerns(self, plan: LayerPlan) -> bool:
+        """Whether its input has gains."""
+        return plan.inverse_r is not None
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Insert the gathers and the multiplies of every input with gains."""
         groups = [(group, factors) for group in layer_groups(layers) if (factors := group[0][0].inverse_r) is not None]
         if not groups:
-            return False
+            return
         row_bin = self._row_bin(model)
         for group, inverse_r in groups:
             first = group[0][1]
@@ -40,7 +58,7 @@ class StepGains(PlanPass):
                     bias = values_of(layer.bias).reshape((1, -1, 1, 1) if layer.kind == "conv" else (-1,))
                     insert_after(layer, "Add", [constant(model, f"{layer.name}/bias", bias)], "add_bias")
                 insert_after(layer, "Mul", [gain], "unscale_step")
-        return True
+                yield layer.name
 
     def _row_bin(self, model: ir.Model) -> ir.Value:
         """Gain bin of each row, [B] int64: one lookup by timestep for the whole graph."""

@@ -1,114 +1,78 @@
-"""What residual blocks make of the time embedding: each projects it to its channels, for itself.
+"""Projections of the time embedding, looked up.
 
-Where the embedding depends on the timestep alone (``time_table``), so do the projections, and one lookup takes the
-place of two dozen products that read the whole of their weights for each row of a batch.
-
-A projection that is only added in front of a group norm is centred in each group, by its weights: the norm takes the
-mean of a group away again, so nothing changes, and the norm need not ask for it. All is computed in float64.
+Where the embedding depends on the timestep alone (``time_table``), so do the projections of all residual blocks, and
+one lookup takes the place of two dozen products that read the whole of their weights for each row of a batch.
 """
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
-from onnx_ir.passes import common
 
-from qdm_export.passes.base import constant, values_of
-from qdm_export.topology import weight_is_transposed
+from qdm_export.metadata import CENTRED_KEY, TIME_TABLE_KEY
+from qdm_export.passes.base import GraphPass, NoMatch, constant, place_of, values_of
+from qdm_export.passes.projections import inputs_behind, operands, projections
+from qdm_export.rewrites import Found, Place
 
-__all__ = ["CENTRED", "TimeProjections", "behind_reshapes"]
+__all__ = ["TimeProjections"]
 
-# In ``meta`` of a value [B, C]: into how many groups its channels fall that have a mean of 0 each.
-CENTRED = "qdm.centred"
 # The table may take this many times the memory of the weights that it replaces.
 _LARGEST = 2
-_RESHAPES = ("Unsqueeze", "Reshape")
 
 
-class TimeProjections(ir.passes.InPlacePass):
-    """Centres every Gemm of constants that a group norm alone reads, and looks up those of the timestep alone."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrite in place."""
-        projections = [node for node in model.graph if _is_projection(node)]
-        centred = [node for node in projections if _centre(model, node)]
-        looked_up = _look_up(model, projections)
-        return ir.passes.PassResult(model, modified=bool(centred or looked_up))
-
-
-def behind_reshapes(value: ir.Value) -> ir.Value:
-    """The value that this one only shows in another shape."""
-    producer = value.producer()
-    while producer is not None and producer.op_type in _RESHAPES and producer.inputs[0] is not None:
-        value = producer.inputs[0]
-        producer = value.producer()
-    return value
-
-
-def _is_projection(node: ir.Node) -> bool:
-    plain = all(name not in node.attributes or node.attributes[name].as_float() == 1.0 for name in ("alpha", "beta"))
-    constants = all(operand is not None and operand.const_value is not None for operand in node.inputs[1:])
-    return node.op_type == "Gemm" and len(node.inputs) == 3 and plain and constants
-
-
-def _operands(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight [C, D] and bias [C]."""
-    weight, bias = (values_of(operand).astype(np.float64) for operand in node.inputs[1:] if operand is not None)
-    return (weight.T if weight_is_transposed(node) else weight), bias
-
-
-def _centre(model: ir.Model, node: ir.Node) -> bool:
-    output = node.outputs[0]
-    groups = _groups_behind(output)
-    if groups is None or CENTRED in output.meta:
-        return False
-    weight, bias = (_without_group_means(values, groups) for values in _operands(node))
-    stored = weight.T if weight_is_transposed(node) else weight
-    for index, values in ((1, stored), (2, bias)):
-        name = f"{node.inputs[index].name}/centred"  # type: ignore[union-attr]  # a projection has three inputs
-        node.replace_input_with(index, constant(model, name, values.astype(np.float32)))
-    output.meta[CENTRED] = groups
-    return True
-
-
-def _groups_behind(value: ir.Value) -> int | None:
-    """The groups of the one norm that reads a sum with ``value``, where nothing else reads either."""
-    channels = None if value.shape is None else value.shape[1]
-    readers = list(value.uses())
-    while len(readers) == 1 and not value.is_graph_output():
-        node = readers[0].node
-        if node.op_type == "GroupNormalization":
-            return node.attributes["num_groups"].as_int()
-        if node.op_type not in (*_RESHAPES, "Add"):
-            return None
-        if node.op_type == "Add" and (value.shape is None or len(value.shape) < 2 or value.shape[1] != channels):
-            return None  # not lined up with the channels
-        value = node.outputs[0]
-        readers = list(value.uses())
-    return None
-
-
-def _without_group_means(values: NDArray[np.float64], groups: int) -> NDArray[np.float64]:
-    """[C, ...] less the mean over the channels of each group."""
-    each = values.reshape(groups, -1, *values.shape[1:])
-    centred: NDArray[np.float64] = each - each.mean(axis=1, keepdims=True)
-    return centred.reshape(values.shape)
-
-
-def _look_up(model: ir.Model, projections: list[ir.Node]) -> bool:
+class TimeProjections(GraphPass):
     """One Gather and one Split in place of the projections of the looked-up embedding."""
-    lookup = next((node for node in model.graph if node.name == "time_embedding" and node.op_type == "Gather"), None)
-    if lookup is None or lookup.inputs[0] is None:
-        return False
-    embedding, rows = lookup.outputs[0], values_of(lookup.inputs[0]).astype(np.float64)
-    products = [node for node in projections if node.inputs[0] is embedding]
-    if not products or len(rows) > _LARGEST * rows.shape[1]:
-        return False
+
+    name = "time projections"
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """Every projection of the time embedding."""
+        return [place_of(node) for node in projections(model)]
+
+    def rewrite(self, model: ir.Model) -> Found:
+        """Replace those that read the table, if the table of their results is not much larger than their weights."""
+        found = Found()
+        lookup = next((node for node in model.graph if TIME_TABLE_KEY in node.metadata_props), None)
+        fitting = []
+        for node in projections(model):
+            name = place_of(node).name
+            others = inputs_behind(node.inputs[0], model.graph.inputs) - {"timestep"} if node.inputs[0] else set()
+            if others:
+                found.left[name] = f"it depends on {', '.join(sorted(others))} too"
+            elif lookup is None or lookup.inputs[0] is None:
+                found.missed[name] = "the graph has no table of the time embedding"
+            elif node.inputs[0] is not lookup.outputs[0]:
+                found.missed[name] = "something stands between it and the table of the time embedding"
+            else:
+                rows = values_of(lookup.inputs[0])
+                if len(rows) > _LARGEST * rows.shape[1]:
+                    found.left[name] = f"a table of {len(rows)} timesteps is too large for {rows.shape[1]} channels"
+                    continue
+                try:
+                    operands(node)
+                except NoMatch as reason:
+                    found.missed[name] = str(reason)
+                else:
+                    fitting.append(node)
+        if fitting and lookup is not None:
+            _look_up(model, lookup, fitting)
+            found.done += [place_of(node).name for node in fitting]
+            model.graph.remove(fitting, safe=True)
+            if not lookup.outputs[0].uses():
+                model.graph.remove(lookup, safe=True)
+        return found
+
+
+def _look_up(model: ir.Model, lookup: ir.Node, products: list[ir.Node]) -> None:
+    embedding, table_value = lookup.outputs[0], lookup.inputs[0]
+    if table_value is None:
+        return
+    rows = values_of(table_value).astype(np.float64)
     columns, outputs = [], []
     for node in products:
-        weight, bias = _operands(node)
+        weight, bias = operands(node)
         old = node.outputs[0]
         new = ir.Value(name=f"{old.name}/looked_up", shape=old.shape, type=old.type)
-        new.meta.update(old.meta)
+        if CENTRED_KEY in old.metadata_props:
+            new.metadata_props[CENTRED_KEY] = old.metadata_props[CENTRED_KEY]
         old.replace_all_uses_with(new)
         columns.append((rows @ weight.T + bias).astype(np.float32))
         outputs.append(new)
@@ -123,5 +87,3 @@ def _look_up(model: ir.Model, projections: list[ir.Node]) -> bool:
     gather = ir.node("Gather", [table, lookup.inputs[1]], {"axis": 0}, outputs=[row], name="time_projections")
     split = ir.node("Split", [row, widths], {"axis": 1}, outputs=outputs, name="time_projections/each")
     model.graph.insert_after(lookup, [gather, split])
-    common.RemoveUnusedNodesPass()(model)
-    return True

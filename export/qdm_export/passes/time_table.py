@@ -12,26 +12,31 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qdm_deploy.errors import ExportError
+from qdm_export.metadata import TIME_TABLE_KEY
+from qdm_export.passes.base import GraphPass
+from qdm_export.rewrites import Found
 
 __all__ = ["TimeTable"]
 
 
-class TimeTable(ir.passes.InPlacePass):
+class TimeTable(GraphPass):
     """Replaces the last value that carries all of the timestep's influence by a lookup in a table [T, D]."""
+
+    name = "time table"
 
     def __init__(self, num_train_timesteps: int) -> None:
         """The table has ``num_train_timesteps`` rows."""
         super().__init__()
         self.num_train_timesteps = num_train_timesteps
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def rewrite(self, model: ir.Model) -> Found:
         """Compute the table and put the lookup in place of what made it."""
         timestep = next((value for value in model.graph.inputs if value.name == "timestep"), None)
         if timestep is None:
             raise ExportError("the graph has no timestep input to make a table of")
         embedding = _bottleneck(model, timestep)
-        if embedding is None or embedding.name == "time_embedding":
-            return ir.passes.PassResult(model, modified=False)
+        if embedding is None:
+            return Found()
         values = self._evaluate(model, embedding)
         tensor = ir.tensor(values, name="time_table")
         table = ir.Value(
@@ -39,11 +44,14 @@ class TimeTable(ir.passes.InPlacePass):
         )
         model.graph.register_initializer(table)
         output = ir.Value(name="time_embedding", shape=embedding.shape, type=ir.TensorType(ir.DataType.FLOAT))
-        lookup = ir.node("Gather", [table, timestep], {"axis": 0}, outputs=[output], name="time_embedding")
+        mark = {TIME_TABLE_KEY: str(self.num_train_timesteps)}
+        lookup = ir.node(
+            "Gather", [table, timestep], {"axis": 0}, outputs=[output], name="time_embedding", metadata_props=mark
+        )
         model.graph.insert_before(model.graph[0], lookup)
         embedding.replace_all_uses_with(output)
         common.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, modified=True)
+        return Found(done=[str(lookup.name)])
 
     def _evaluate(self, model: ir.Model, embedding: ir.Value) -> NDArray[np.float32]:
         part = model.clone()

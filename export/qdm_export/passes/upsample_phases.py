@@ -4,7 +4,7 @@ The integers are the same (``artifacts/phase_sums.py``). What stood between the 
 channel, a gain per sample, the quantize, does not care for positions and works on the small tensor, a quarter as large.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -12,22 +12,65 @@ import onnx_ir as ir
 from qdm_deploy.artifacts.phase_sums import PHASES, fits_phases, phase_sums
 from qdm_deploy.artifacts.plan import LayerPlan
 from qdm_deploy.errors import ExportError
-from qdm_export.passes.base import PlanPass, constant, graph_of, named_node
-from qdm_export.topology import PHASE_KEY, LayerNode
+from qdm_export.metadata import LAYER_KEY, PART_KEY, PHASE_KEY
+from qdm_export.passes.base import (
+    PlanPass,
+    constant,
+    graph_of,
+    named_node,
+    place_of,
+    planned_nodes,
+    producer_of,
+    require_integers,
+)
+from qdm_export.rewrites import Found, Place
+from qdm_export.topology import LayerNode, doubles_size, layer_nodes
 
 __all__ = ["UpsamplePhases"]
 
 
 class UpsamplePhases(PlanPass):
-    """Runs behind the passes that quantize: each phase has its own codes and zero points, all share scales and bias."""
+    """Runs behind the passes that quantize: each phase has its own codes and zero points.
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    All share scales and bias. Its places are the upsamplings.
+    """
+
+    name = "upsampling"
+
+    def requires(self, model: ir.Model) -> None:
+        """Inputs and weights are codes."""
+        require_integers(model, self.plan, 0, 1)
+
+    def promised(self, model: ir.Model) -> list[Place]:
+        """Every Resize that leads to one layer, an INT8 convolution of 3x3."""
+        kernels = {item.node: item.name for item in layer_nodes(model)}
+        planned = {item.name for item in self.plan.quantized if item.layer.weight_shape[2:] == (3, 3)}
+        behind = {node: _next_layers(node, kernels) for node in _upsamplings(model)}
+        return [place_of(node) for node, names in behind.items() if len(names) == 1 and names <= planned]
+
+    def rewrite(self, model: ir.Model) -> Found:
         """Replace what fits."""
-        found = [(plan, layer) for plan, layer in layers if fits_phases(plan)]
-        for plan, layer in found:
-            _skip_upsampling(layer)
-            self._in_phases(model, plan, layer)
-        return bool(found)
+        found = Found()
+        layers = {layer.node: (plan, layer) for plan, layer in planned_nodes(model, self.plan)}
+        for resize in _upsamplings(model):
+            name = place_of(resize).name
+            reader = _reader_behind(resize)
+            if reader not in layers:
+                reader_text = "several nodes read" if reader is None else f"{reader.op_type} {reader.name} reads"
+                found.missed[name] = f"{reader_text} it, and not an INT8 layer alone"
+                continue
+            plan, layer = layers[reader]
+            if not doubles_size(resize):
+                found.left[name] = "it does not double height and width"
+            elif not plan.layer.upsampled:
+                found.missed[name] = f"it, or {plan.name} behind it, is not of the form that is taken apart"
+            elif not fits_phases(plan):
+                found.left[name] = f"the summed codes of {plan.name} do not fit 8 bits"
+            else:
+                _skip_upsampling(layer)
+                self._in_phases(model, plan, layer)
+                found.done.append(name)
+        return found
 
     def _in_phases(self, model: ir.Model, plan: LayerPlan, layer: LayerNode) -> None:
         graph, (whole, *quantize) = graph_of(layer.node), _kernel_and_quantize(layer)
@@ -54,9 +97,7 @@ class UpsamplePhases(PlanPass):
 
     def _phase(self, model: ir.Model, plan: LayerPlan, layer: LayerNode, phase: tuple[int, int]) -> ir.Node:
         graph, whole, number = graph_of(layer.node), layer.node, PHASES.index(phase)
-        dequantize = None if whole.inputs[1] is None else whole.inputs[1].producer()
-        if dequantize is None or dequantize.op_type != "DequantizeLinear":
-            raise ExportError(f"the weight of {plan.name} is not quantized yet; phases are made after weights")
+        dequantize = producer_of(whole.inputs[1])
         label = f"phase_{number}"
         codes = constant(model, f"{layer.name}/{label}/weight_codes", phase_sums(plan.codes, phase).astype(np.int8))
         # Its own: where ONNX Runtime 1.32 turns weights into u8, it refuses a zero point of two weights.
@@ -78,6 +119,36 @@ class UpsamplePhases(PlanPass):
         return part
 
 
+def _upsamplings(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "Resize"]
+
+
+def _next_layers(node: ir.Node, kernels: Mapping[ir.Node, str]) -> set[str]:
+    """The layers that a node leads to without another layer in between."""
+    found: set[str] = set()
+    seen, queue = {node}, [node]
+    while queue:
+        for value in queue.pop().outputs:
+            for use in value.uses():
+                if use.node in kernels:
+                    found.add(kernels[use.node])
+                elif use.node not in seen:
+                    seen.add(use.node)
+                    queue.append(use.node)
+    return found
+
+
+def _reader_behind(resize: ir.Node) -> ir.Node | None:
+    """The one node that reads what was inserted for a layer behind the upsampling; None where there are several."""
+    readers = list(resize.outputs[0].uses())
+    while len(readers) == 1:
+        node = readers[0].node
+        if LAYER_KEY not in node.metadata_props or PHASE_KEY in node.metadata_props:
+            return node
+        readers = list(node.outputs[0].uses())
+    return None
+
+
 def _skip_upsampling(layer: LayerNode) -> None:
     """What leads from the upsampling to the kernel, one operation after the other, reads the small tensor."""
     node = layer.node
@@ -97,10 +168,6 @@ def _skip_upsampling(layer: LayerNode) -> None:
 def _kernel_and_quantize(layer: LayerNode) -> list[ir.Node]:
     """The kernel's node, and the quantize of its result where the target has one."""
     readers = list(layer.node.outputs[0].uses())
-    if (
-        len(readers) == 1
-        and readers[0].node.op_type == "QuantizeLinear"
-        and readers[0].node.name == f"{layer.name}/quantize_output"
-    ):
+    if len(readers) == 1 and readers[0].node.metadata_props.get(PART_KEY) == "quantize_output":
         return [layer.node, readers[0].node]
     return [layer.node]

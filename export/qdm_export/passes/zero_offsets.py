@@ -7,8 +7,8 @@ subtraction is in half precision, c is what z s becomes there: the identity hold
 should be the one that was taken away.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.artifacts.topology import Layer
-from qdm_export.passes.base import PlanPass, constant, insert_after, insert_before, layer_groups, values_of
+from qdm_export.passes.base import (
+    PlanPass,
+    Settings,
+    constant,
+    insert_after,
+    insert_before,
+    layer_groups,
+    require_float_inputs,
+    values_of,
+)
 from qdm_export.topology import LayerNode
 
 __all__ = ["ZeroOffsets", "offset_map"]
@@ -56,16 +65,30 @@ class ZeroOffsets(PlanPass):
         dtype: what the subtraction will be computed in.
     """
 
+    name = "zero offsets"
+
     def __init__(self, plan: QuantizationPlan, dtype: "np.dtype[Any]" = _FLOAT32) -> None:
         super().__init__(plan)
         self._dtype = dtype
 
-    def rewrite(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> bool:
+    @classmethod
+    def made(cls, settings: Settings) -> Self:
+        """In the type of the target's rest."""
+        return cls(settings.plan, settings.rest.numpy())
+
+    def requires(self, model: ir.Model) -> None:
+        """Nothing is quantized yet."""
+        require_float_inputs(model, self.plan)
+
+    def concerns(self, plan: LayerPlan) -> bool:
+        """Whether its grid has an offset."""
+        return plan.zero_offset != 0
+
+    def apply(self, model: ir.Model, layers: Sequence[tuple[LayerPlan, LayerNode]]) -> Iterable[str]:
         """Rewrite every input whose grid has an offset."""
-        modified = False
         for group in layer_groups(layers):
             plan, first = group[0]
-            if plan.zero_offset == 0:
+            if not self.concerns(plan):
                 continue
             offset = (np.float32(plan.zero_offset) * np.float32(plan.scale)).astype(self._dtype).astype(np.float32)
             shift = constant(model, f"{first.name}/offset", offset)
@@ -73,8 +96,7 @@ class ZeroOffsets(PlanPass):
             for layer_plan, layer in group:
                 layer.node.replace_input_with(0, shifted)
                 self._add_back(model, layer_plan, layer, float(offset))
-            modified = True
-        return modified
+                yield layer.name
 
     def _add_back(self, model: ir.Model, plan: LayerPlan, layer: LayerNode, offset: float) -> None:
         """Add the constant; a bias that stands right at the kernel is merged with it, which makes it free."""

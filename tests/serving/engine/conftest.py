@@ -62,7 +62,7 @@ def unet(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         root = writer.root / "unet"
         root.mkdir()
         graphs = {
-            root / f"{target}.onnx": emit(tiny.float_graph("labels").clone(), tiny.plan("labels"), target)
+            root / f"{target}.onnx": emit(tiny.float_graph("labels").clone(), tiny.plan("labels"), target).model
             for target in TARGETS
         }
         save_with_shared_weights(graphs.items(), root / "weights.bin")
