@@ -1,8 +1,8 @@
 """A child process with a conversation: started clean, spoken to over a socket pair, never left behind.
 
 The server's worker, the workers of a batch job and the builder of an engine are such children. Each side holds one end
-of a socket pair, and what travels is a frame: two little-endian uint32 lengths, a header as UTF-8 JSON, then float32
-arrays one after the other, C order; the header's ``arrays`` holds their shapes. No pickle: reading one runs code, and
+of a socket pair, and what travels is a frame: two little-endian uint32 lengths, a header as UTF-8 JSON, then arrays one
+after the other, C order; the header's ``arrays`` holds their types and shapes. No pickle: reading one runs code, and
 requests carry what users sent, so the standard library's multiprocessing, which pickles whatever it moves, is not used.
 A socket pair rather than shared memory: frames are small beside the work, nothing is left behind when a process is
 killed, and the end of one process is the end of the stream for the other.
@@ -34,19 +34,23 @@ from qdm_deploy.errors import QdmError
 
 __all__ = ["Child", "Frame", "Parent", "child_command", "error_of", "frame", "how_it_ended", "read_frame"]
 
-Frame = tuple[dict[str, Any], list[NDArray[np.float32]]]
+Frame = tuple[dict[str, Any], list[NDArray[Any]]]
 
 _LENGTHS = struct.Struct("<II")
+_TYPES = {"float32": "<f4", "int64": "<i8"}
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 # ---------------------------------------------------------------------------------------------------------- frames
 
 
-def frame(kind: str, arrays: Sequence[NDArray[np.float32]] = (), **fields: object) -> bytes:
+def frame(kind: str, arrays: Sequence[NDArray[Any]] = (), **fields: object) -> bytes:
     """One frame; ``fields`` are JSON values."""
-    header = json.dumps({"kind": kind, "arrays": [array.shape for array in arrays], **fields}).encode()
-    payload = b"".join(np.ascontiguousarray(array, "<f4").tobytes() for array in arrays)
+    described = [(_TYPES[array.dtype.name], array.shape) for array in arrays]
+    header = json.dumps({"kind": kind, "arrays": described, **fields}).encode()
+    payload = b"".join(
+        np.ascontiguousarray(array, code).tobytes() for array, (code, _) in zip(arrays, described, strict=True)
+    )
     return _LENGTHS.pack(len(header), len(payload)) + header + payload
 
 
@@ -89,11 +93,10 @@ def _parse(header: bytes, payload: bytes) -> Frame:
     fields = json.loads(header)
     arrays = []
     offset = 0
-    for shape in fields["arrays"]:
-        count = math.prod(shape)
-        array = np.frombuffer(payload, "<f4", count, offset).reshape(shape)
-        arrays.append(array.astype(np.float32))  # the caller's own, where the payload could not be written to
-        offset += 4 * count
+    for code, shape in fields["arrays"]:
+        array = np.frombuffer(payload, code, math.prod(shape), offset).reshape(shape)
+        offset += array.nbytes
+        arrays.append(array.astype(array.dtype.newbyteorder("=")))  # the caller's own: the payload cannot be written to
     return fields, arrays
 
 
@@ -214,7 +217,7 @@ class Parent:
         """The next frame; waits for it."""
         return self._inbox.get()
 
-    def tell(self, kind: str, arrays: Sequence[NDArray[np.float32]] = (), **fields: object) -> None:
+    def tell(self, kind: str, arrays: Sequence[NDArray[Any]] = (), **fields: object) -> None:
         """Send a frame."""
         self.send(frame(kind, arrays, **fields))
 

@@ -154,13 +154,26 @@ class TinyModels:
     def calibration(self, name: str) -> Any:
         from qdm_calibration.collect import collect_calibration_set
         from qdm_calibration.timesteps import SamplingPlan
+        from qdm_deploy.samplers.sampling import Sampling
 
-        states = {"encoder_hidden_states": np.random.default_rng(0).normal(size=(4, 77, 16)).astype(np.float32)}
-        guided = name == "labels"
+        sampling = Sampling(
+            self.table(name), range(4), self.conditioning(name), guidance=1.5 if name == "labels" else 1.0
+        )
+        checkpoint = self.checkpoint(name)
         return collect_calibration_set(
-            self.checkpoint(name).unet, self.checkpoint(name).spec, self.table(name), SamplingPlan(samples=4, steps=12),
-            guidance=1.5 if guided else 1.0, conditioning=states if name == "text" else None,
-        )  # fmt: skip
+            checkpoint.unet, checkpoint.denoiser, sampling, SamplingPlan(samples=4, steps=12)
+        )
+
+    @_once
+    def conditioning(self, name: str) -> Any:
+        """Of four images: random states, or all classes in turn."""
+        from qdm_deploy.components.encoders import open_encoder
+        from qdm_deploy.samplers.conditioning import Conditioning
+
+        if name != "text":
+            return open_encoder(self.checkpoint(name).spec).encode([None] * 4)
+        states = np.random.default_rng(0).normal(size=(4, 77, 16)).astype(np.float32)
+        return Conditioning({"encoder_hidden_states": states})
 
     @_once
     def statistics(self, name: str) -> Any:
@@ -243,7 +256,7 @@ def write_bundle(linear: Any) -> Callable[..., Path]:
             (bundle.root / "scheduler" / "scheduler_config.json").write_text(SCHEDULER)
             bundle.publish(
                 name=model.name,
-                model=model,
+                pipeline=model,
                 targets=["onnxruntime"],
                 compatibility=Compatibility(opset=21, min_runtime="0.1"),
                 provenance={},

@@ -5,7 +5,6 @@ session looked up to two times slower than where it is alone, as it is in use.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from traceback import format_exc
@@ -15,32 +14,32 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.step_interface import StepInterface
 from qdm_deploy.runtime.session import StepOutput, StepSession
 from qdm_deploy.runtime.timing import SETTLING, TURN, milliseconds
 
-__all__ = ["Apart", "ApartSession", "Stepper", "opened_apart", "opened_stepper", "timed_apart", "turn_medians"]
-
 K = TypeVar("K")
+Inputs = Mapping[str, NDArray[Any]]
 
 
 class Stepper:
     """A session, in its own process."""
 
-    def __init__(self, session: StepSession) -> None:
-        """Run steps of ``session``."""
-        self.session = session
-        self.inputs: Mapping[str, NDArray[Any]] = {}
+    def __init__(self, opened: Callable[[], StepSession]) -> None:
+        """Run steps of the session that ``opened`` opens."""
+        self.session = opened()
+        self.inputs: Inputs = {}
 
     def names(self) -> tuple[str, ...]:
         """The inputs that the session wants."""
-        return self.session.input_names
+        return self.session.interface.input_names
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def run(self, inputs: Inputs) -> tuple[NDArray[Any], ...]:
         """One step."""
         result = self.session.run(inputs)
-        return result.next_sample, result.x0
+        return result.next_sample, result.x0, result.next_history
 
-    def prepare(self, inputs: Mapping[str, NDArray[Any]]) -> float:
+    def prepare(self, inputs: Inputs) -> float:
         """Keep these inputs for the turns to come, prepare their batch size, and say what a step takes then."""
         self.inputs = inputs
         self.session.run(inputs)
@@ -49,11 +48,6 @@ class Stepper:
     def turn(self, runs: int, settling: int) -> list[float]:
         """Milliseconds of each of ``runs`` steps in a row, after some that do not count."""
         return [milliseconds(self.session, self.inputs) for _ in range(settling + runs)][settling:]
-
-
-def opened_stepper(opened: Callable[[], StepSession]) -> Stepper:
-    """A stepper of the session that ``opened`` opens."""
-    return Stepper(opened())
 
 
 class Apart:
@@ -119,53 +113,41 @@ class ApartSession:
 
     max_batch = None
 
-    def __init__(self, apart: Apart) -> None:
-        """Ask ``apart`` for steps."""
-        self._apart = apart
-        self.input_names: tuple[str, ...] = apart.ask("names")
+    def __init__(self, apart: Apart, interface: StepInterface) -> None:
+        """Ask ``apart`` for steps of a graph with that interface."""
+        self._apart, self.interface = apart, interface
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
+    def run(self, inputs: Inputs) -> StepOutput:
         """One step."""
         return StepOutput(*self._apart.ask("run", dict(inputs)))
 
 
-def opened_apart(makers: Mapping[K, Callable[[], object]], *, at_once: int = 1) -> dict[K, Apart]:
-    """An ``Apart`` of each, so many opening beside each other; whoever asks closes them."""
-    with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(makers, pool.map(Apart, makers.values()), strict=True))
-
-
 def timed_apart(
-    steppers: Mapping[K, Apart], inputs: Mapping[str, NDArray[Any]], *, runs: int, seconds: float, at_once: int = 1
+    steppers: Mapping[K, Apart], inputs: Mapping[K, Inputs], *, runs: int, seconds: float
 ) -> dict[K, list[float]]:
     """Milliseconds of one step, ``runs`` times for each ``Stepper``, a few in a row, round after round.
 
     Args:
         steppers: who runs.
-        inputs: of the step.
+        inputs: of each one's step; it takes of them what it wants.
         runs: how often each is timed.
         seconds: what that may take; where it would take longer, as many runs as fit are timed, one after the other.
-        at_once: how many prepare the batch size beside each other, before the turns.
     """
-    wanted = {name: {key: inputs[key] for key in stepper.ask("names")} for name, stepper in steppers.items()}
-    if at_once > 1:
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(lambda name: steppers[name].ask("prepare", wanted[name]), steppers))
-    first = {name: stepper.ask("prepare", wanted[name]) for name, stepper in steppers.items()}
-    round_s = sum(first.values()) / 1000
-    fit = int(seconds / round_s)
-    turns = _turns(runs) if fit >= runs * (1 + SETTLING / TURN) else [(1, 0)] * min(runs, max(fit, 1))
-    times: dict[K, list[float]] = {name: [] for name in steppers}
+    first: dict[K, float] = {}
+    for key, stepper in steppers.items():
+        wanted = stepper.ask("names")
+        first[key] = stepper.ask("prepare", {name: inputs[key][name] for name in wanted})
+    fit = int(1000 * seconds / sum(first.values()))
+    turns = [(min(TURN, runs - done), SETTLING) for done in range(0, runs, TURN)]
+    if fit < runs * (1 + SETTLING / TURN):
+        turns = [(1, 0)] * min(runs, max(fit, 1))
+    times: dict[K, list[float]] = {key: [] for key in steppers}
     for count, settling in turns:
-        for name, stepper in steppers.items():
-            times[name] += stepper.ask("turn", count, settling)
+        for key, stepper in steppers.items():
+            times[key] += stepper.ask("turn", count, settling)
     return times
 
 
 def turn_medians(times: Sequence[float]) -> NDArray[np.float64]:
     """Of ``timed_apart``'s milliseconds, the median of each turn: what belongs to the same stretch of time."""
     return np.asarray([np.median(times[start : start + TURN]) for start in range(0, len(times), TURN)])
-
-
-def _turns(runs: int) -> Sequence[tuple[int, int]]:
-    return [(min(TURN, runs - done), SETTLING) for done in range(0, runs, TURN)]

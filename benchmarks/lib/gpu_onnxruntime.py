@@ -1,22 +1,17 @@
 """ONNX Runtime's own GPU providers on the graphs of the GPU suite: what a user would run in place of an engine."""
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lib.gpu_timing import summary, timed
-from numpy.typing import NDArray
+from lib.gpu_timing import timed
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.building.speed import random_inputs
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.metrics.error import sqnr_db
+from qdm_deploy.samplers.random_inputs import random_inputs
 
-__all__ = ["measure_provider", "offered_providers"]
-
-PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 # What runs the nodes that a provider leaves.
 _FALLBACKS = {
     "CPUExecutionProvider": (),
@@ -25,8 +20,6 @@ _FALLBACKS = {
 }
 _OUTPUTS = ["next_sample", "x0"]
 _DEVICE = ("cuda", 0)
-
-Inputs = Mapping[str, NDArray[Any]]
 
 
 def offered_providers() -> list[str]:
@@ -37,7 +30,7 @@ def offered_providers() -> list[str]:
     """
     import onnxruntime as ort
 
-    offered = [name for name in PROVIDERS if name in ort.get_available_providers()]
+    offered = [name for name, others in _FALLBACKS.items() if others and name in ort.get_available_providers()]
     if not offered:
         raise EnvironmentProblem("this onnxruntime has no GPU provider; install onnxruntime-gpu in its place")
     ort.preload_dlls()  # CUDA and cuDNN of the nvidia-* packages, where PyTorch did not load them already
@@ -45,22 +38,26 @@ def offered_providers() -> list[str]:
 
 
 def measure_provider(
-    graph: Path, provider: str, model: ModelSpec, batches: tuple[int, ...], runs: int
+    graph: Path, provider: str, model: Denoiser, batches: tuple[int, ...], runs: int
 ) -> dict[str, Any]:
     """Distance from the CPU, nodes by provider, and times of a step whose tensors travel and of one on the GPU."""
     inputs = random_inputs(model, 4)
     expected = _session(graph, "CPUExecutionProvider").run(_OUTPUTS, dict(inputs))
     session = _session(graph, provider)
     found = session.run(_OUTPUTS, dict(inputs))
+    # A provider that is listed may still leave nodes to the CPU, and its times would be the CPU's.
+    nodes: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        nodes[part.ep_name] += len(part.get_nodes())
     result: dict[str, Any] = {
-        "nodes": _placed(session),
+        "nodes": dict(nodes),
         "sqnr_db_against_cpu": {name: sqnr_db(a, b) for name, a, b in zip(_OUTPUTS, expected, found, strict=True)},
         "ms": {},
     }
     for batch in batches:
         inputs = random_inputs(model, batch)
-        times = {
-            "run": summary(timed(lambda: session.run(_OUTPUTS, dict(inputs)), runs)),  # noqa: B023  # called at once
+        times = result["ms"][str(batch)] = {
+            "run": timed(lambda: session.run(_OUTPUTS, dict(inputs)), runs),  # noqa: B023  # called at once
             "on the GPU": _bound(session, inputs, runs),
         }
         if provider == "CUDAExecutionProvider":
@@ -69,41 +66,28 @@ def measure_provider(
                 times["on the GPU, cuda graph"] = _bound(recorded, inputs, runs)
             except Exception as error:  # noqa: BLE001  # nodes left on the CPU forbid it, and no base class is shared
                 times["on the GPU, cuda graph"] = {"error": str(error)}
-        result["ms"][str(batch)] = times
     return result
 
 
 def _session(graph: Path, provider: str, options: dict[str, str] | None = None) -> Any:
     import onnxruntime as ort
 
-    recorded = ort.SessionOptions()
-    # A provider that is listed may still leave nodes to the CPU, and its times would be the CPU's.
-    recorded.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = ort.InferenceSession(graph, recorded, providers=[(provider, options or {}), *_FALLBACKS[provider]])
+    settings = ort.SessionOptions()
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = ort.InferenceSession(graph, settings, providers=[(provider, options or {}), *_FALLBACKS[provider]])
     if provider not in session.get_providers():
         raise EnvironmentProblem(f"onnxruntime fell back to {', '.join(session.get_providers())}")
     return session
 
 
-def _placed(session: Any) -> dict[str, int]:
-    """Nodes by the provider that runs them."""
-    placed: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        placed[part.ep_name] += len(part.get_nodes())
-    return dict(placed)
-
-
-def _bound(session: Any, inputs: Inputs, runs: int) -> dict[str, float]:
+def _bound(session: Any, inputs: dict[str, Any], runs: int) -> dict[str, float]:
     import onnxruntime as ort
 
-    binding = session.io_binding()
-    held = {
-        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *_DEVICE) for name, value in inputs.items()
-    }
-    for name, value in held.items():
-        binding.bind_ortvalue_input(name, value)
+    binding, held = session.io_binding(), []
+    for name, value in inputs.items():
+        held.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), *_DEVICE))
+        binding.bind_ortvalue_input(name, held[-1])
     for name in _OUTPUTS:
-        value = ort.OrtValue.ortvalue_from_shape_and_type(list(inputs["sample"].shape), np.float32, *_DEVICE)
-        held[f"output {name}"] = value
-        binding.bind_ortvalue_output(name, value)
-    return summary(timed(lambda: session.run_with_iobinding(binding), runs))
+        held.append(ort.OrtValue.ortvalue_from_shape_and_type(list(inputs["sample"].shape), np.float32, *_DEVICE))
+        binding.bind_ortvalue_output(name, held[-1])
+    return timed(lambda: session.run_with_iobinding(binding), runs)

@@ -5,23 +5,25 @@ trajectory is run beside copies of itself, each of which gets a little noise on 
 runs freely from there. What is found is kept by timestep, so that it holds for other step counts too.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.errors import CheckFailed
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.samplers import NoiseSchedule, StepTable, apply_step, initial_noise, step_noise, step_table
+from qdm_deploy.samplers import NoiseSchedule, StepTable, apply_step, step_noise, step_table
+from qdm_deploy.samplers.sampling import Sampling
 
 if TYPE_CHECKING:
     from qdm_calibration.collect import Network
 
-__all__ = ["StepImportance", "disturbance", "importance_table", "measure_importance"]
+__all__ = ["SEEDS", "StepImportance", "disturbance", "importance_table", "measure_importance"]
 
+# Trajectories that are enough to average over.
+SEEDS = 4
 _MOST_STEPS = 25
 
 
@@ -60,14 +62,9 @@ class StepImportance:
 
 def measure_importance(
     network: "Network",
-    spec: ModelSpec,
-    table: StepTable,
+    denoiser: Denoiser,
+    sampling: Sampling,
     *,
-    seeds: int = 4,
-    first_seed: int = 0,
-    guidance: float = 1.0,
-    conditioning: Mapping[str, NDArray[Any]] | None = None,
-    unconditional: Mapping[str, NDArray[Any]] | None = None,
     measured_steps: int = 10,
     relative_size: float = 0.01,
     batch_size: int = 16,
@@ -80,13 +77,8 @@ def measure_importance(
 
     Args:
         network: the full-precision U-Net.
-        spec: its shapes and conditioning.
-        table: the sampler's steps.
-        seeds: trajectories to average over.
-        first_seed: trajectory i uses ``first_seed`` + i.
-        guidance: as for ``collect_calibration_set``, like the next two.
-        conditioning: of each trajectory.
-        unconditional: its counterpart of one sample.
+        denoiser: its shapes and conditions.
+        sampling: trajectories to average over; four seeds are enough.
         measured_steps: how many steps to disturb, evenly over the run, the first and the last among them.
         relative_size: RMS of the noise relative to that of the (guided) output; small, so that it acts linearly, and
             far above what float32 rounds.
@@ -94,65 +86,60 @@ def measure_importance(
         progress: where to report.
 
     Raises:
-        InputError: guidance without an unconditional counterpart, or conditioning of the wrong length.
+        InputError: the sampling does not fit the model.
         CheckFailed: a sample became NaN or infinite.
     """
-    from qdm_calibration.collect import conditioning_rows, guided_output, unconditional_rows
+    from qdm_calibration.collect import guided_output
 
-    given = conditioning_rows(spec, seeds, conditioning)
-    twin = unconditional_rows(spec, seeds, unconditional) if guidance != 1.0 else None
-    channels = spec.sample_shape[0]
+    sampling.check(denoiser.interface)
+    table, seeds, shape = sampling.table, list(sampling.seeds), denoiser.sample_shape
+    count, channels = len(seeds), shape[0]
     steps = np.unique(np.linspace(0, table.steps - 1, min(measured_steps, table.steps)).round().astype(np.int64))
-    originals = np.arange(seeds)
-
     # The first rows are the trajectories themselves; row i belongs to seed owner[i].
-    x, owner = initial_noise([first_seed + i for i in range(seeds)], spec.sample_shape), originals
-    previous_x0 = np.zeros_like(x)
-    sizes = np.zeros((len(steps), seeds))
-    power = np.zeros((len(steps), seeds))
+    owner = originals = np.arange(count)
+    x = sampling.start(shape)
+    history = np.zeros((count, 3 * channels, *shape[1:]), np.float32)
+    sizes = np.zeros((len(steps), count))
+    power = np.zeros((len(steps), count))
     with progress.task("Measuring step importance", table.steps) as advance:
         for step, timestep in enumerate(table.timesteps.tolist()):
             added = np.flatnonzero(steps == step)
             if len(added):
-                x, previous_x0 = (np.concatenate([values, values[:seeds]]) for values in (x, previous_x0))
+                x, history = (np.concatenate([values, values[:count]]) for values in (x, history))
                 owner = np.concatenate([owner, originals])
             output = np.concatenate(
                 [
                     guided_output(
-                        network,
-                        x[rows],
-                        timestep,
-                        {name: values[owner[rows]] for name, values in given.items()},
-                        None if twin is None else {name: values[owner[rows]] for name, values in twin.items()},
-                        guidance,
+                        network, x[rows], float(timestep), sampling.conditioning.take(owner[rows]), sampling.guidance
                     )
                     for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
                 ]
             )
             for place in added.tolist():
-                own = output[-seeds:, :channels]
+                own = output[-count:, :channels]
                 power[place] = _mean_square(own)
-                noise = np.stack([disturbance(first_seed + i, step, spec.sample_shape) for i in range(seeds)])
+                noise = np.stack([disturbance(seed, step, shape) for seed in seeds])
                 # An output of nothing but zeros has no size to be relative to.
                 noise *= relative_size * np.sqrt(np.where(power[place] > 0, power[place], 1.0)).reshape(-1, 1, 1, 1)
-                output[-seeds:, :channels] = own + noise.astype(np.float32)
+                output[-count:, :channels] = own + noise.astype(np.float32)
                 sizes[place] = _mean_square(noise)
             coefficients = np.repeat(table.coefficients[step : step + 1], len(x), axis=0)
-            drawn = step_noise([first_seed + i for i in range(seeds)], step, spec.sample_shape)[owner]
-            x, previous_x0 = apply_step(coefficients, x, output, previous_x0, drawn)
+            drawn = step_noise(seeds, step, shape)[owner]
+            x, _, history = apply_step(coefficients, x, output, history, drawn)
             advance()
-    copies = x[seeds:].reshape(len(steps), seeds, *spec.sample_shape)
-    change = np.stack([_mean_square(copy - x[:seeds].astype(np.float64)) for copy in copies])
+    copies = x[count:].reshape(len(steps), count, *shape)
+    change = np.stack([_mean_square(copy - x[:count].astype(np.float64)) for copy in copies])
     mean = (change / sizes).mean(axis=1)
     if not np.isfinite(mean).all():
         raise CheckFailed(
-            f"a sample of {spec.name} became NaN or infinite when its network's output was disturbed at a single step; "
-            "check the checkpoint and its scheduler configuration"
+            "a sample became NaN or infinite when the network's output was disturbed at a single step; check the "
+            "checkpoint and its scheduler configuration"
         )
     # Where clipping hides every change, no step matters more than another.
     mean = mean / mean.mean() if mean.any() else np.ones(len(mean))
-    rising = np.argsort(table.timesteps[steps])
-    return StepImportance(table.timesteps[steps][rising], mean[rising], power.mean(axis=1)[rising])
+    timesteps = np.floor(table.timesteps[steps]).astype(np.int64)
+    rising = np.argsort(timesteps)
+    return StepImportance(timesteps[rising], mean[rising], power.mean(axis=1)[rising])
 
 
 def importance_table(schedule: NoiseSchedule, sampler: str, steps: int, *, learned_variance: bool) -> StepTable:

@@ -36,14 +36,15 @@ class Simulation(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
         """Output [B, C, H, W] for ``sample`` and ``timestep`` [B]; each row uses the gains of its own timestep."""
-        rows = self.bin_of_timestep[timestep]
+        whole = timestep.long()
+        rows = self.bin_of_timestep[whole]
         for module in self.network.modules():
             if isinstance(module, _QuantizedLayer):
                 module.time_bin = rows
         output: Tensor = self.network(sample, timestep, **conditioning)
         if self.output_correction is None:
             return output
-        shift, gain, share = self.output_correction[timestep][..., None, None].unbind(1)
+        shift, gain, share = self.output_correction[whole][..., None, None].unbind(1)
         # A learned variance stands behind the predicted noise; nothing of the sample is in it.
         known = torch.cat([sample] * (output.shape[1] // sample.shape[1]), dim=1)
         return (output - shift - share * known) / (1 + gain)

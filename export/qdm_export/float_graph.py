@@ -16,9 +16,10 @@ import onnx_ir as ir
 import torch
 
 from qdm_deploy.errors import ExportError
+from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.metadata import MODULE_KEY
 from qdm_export.passes.time_table import TimeTable
-from qdm_export.step_graph import OUTPUTS, StepGraph, step_inputs
+from qdm_export.step_graph import StepGraph
 from qdm_export.unet import Checkpoint
 
 __all__ = ["OPSET", "example_inputs", "export_float_graph", "save_graph"]
@@ -32,23 +33,8 @@ _EXTERNAL_THRESHOLD_BYTES = 1024
 
 def example_inputs(checkpoint: Checkpoint, batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Random but valid inputs for the step graph, in its input order."""
-    generator = torch.Generator().manual_seed(seed)
-    spec = checkpoint.spec
-    values: dict[str, torch.Tensor] = {}
-    for item in step_inputs(spec):
-        shape = (batch, *item.shape)
-        if item.name == "timestep":
-            values[item.name] = torch.randint(0, spec.num_train_timesteps, shape, generator=generator)
-        elif item.name == "class_labels":
-            values[item.name] = torch.randint(0, spec.num_classes or 1, shape, generator=generator)
-        elif item.name in ("unconditional_row", "owner_row"):
-            values[item.name] = torch.arange(batch)
-        elif item.name == "coefficients":
-            row = [1.1, -0.4, 1.0, 0.6, 0.3, 0.1, 0.2, -9.0, -8.0][: spec.num_coefficients]
-            values[item.name] = torch.tensor([row] * batch)
-        else:
-            values[item.name] = torch.randn(shape, generator=generator)
-    return tuple(values[item.name] for item in step_inputs(spec))
+    inputs = random_inputs(checkpoint.denoiser, batch, seed)
+    return tuple(torch.from_numpy(inputs[spec.name]) for spec in checkpoint.denoiser.interface)
 
 
 def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
@@ -57,8 +43,9 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
     Raises:
         ExportError: the exporter failed, or the graph lost its dynamic batch axis.
     """
-    module = StepGraph(checkpoint.unet, checkpoint.spec).eval()
-    names = [item.name for item in step_inputs(checkpoint.spec)]
+    denoiser = checkpoint.denoiser
+    module = StepGraph(checkpoint.unet, denoiser).eval()
+    names = list(denoiser.interface.input_names)
     batch = torch.export.Dim("batch", min=1, max=1024)
     # Batch 2: torch.export specialises an example size of 1 to a constant.
     inputs = example_inputs(checkpoint, batch=2)
@@ -71,7 +58,7 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
                 opset_version=OPSET,
                 dynamic_shapes=((tuple({0: batch} for _ in names)),),
                 input_names=names,
-                output_names=list(OUTPUTS),
+                output_names=list(denoiser.interface.output_names),
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch could not export the step graph of {checkpoint.source}: {error}") from error
@@ -88,7 +75,8 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    TimeTable(checkpoint.spec.num_train_timesteps)(model)
+    if not denoiser.interface.fractional_timesteps:
+        TimeTable(denoiser.num_train_timesteps)(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(f"{value.name} lost its dynamic batch in the export: shape {value.shape}")

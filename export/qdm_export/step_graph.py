@@ -5,80 +5,79 @@ differs between requests (timestep, sampler coefficients, guidance) is a per-row
 and with different samplers can share a batch; the rows of a guided request find each other by index.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
+from qdm_deploy.artifacts.step_interface import HISTORY
+from qdm_deploy.samplers.columns import LEARNED_VARIANCE_COEFFICIENTS
 
-__all__ = ["OUTPUTS", "StepGraph", "StepInput", "step_inputs"]
+__all__ = ["StepGraph"]
 
-OUTPUTS = ("next_sample", "x0")
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """One input of the step graph: name, dtype and the shape of one row."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def step_inputs(spec: ModelSpec) -> tuple[StepInput, ...]:
-    """The inputs of the step graph of a model, in order; the first axis of each is the batch."""
-    inputs = [
-        StepInput("sample", torch.float32, spec.sample_shape),
-        StepInput("timestep", torch.int64, ()),
-        StepInput("coefficients", torch.float32, (spec.num_coefficients,)),
-        StepInput("noise", torch.float32, spec.sample_shape),
-        StepInput("previous_x0", torch.float32, spec.sample_shape),
-    ]
-    for conditioning in spec.conditioning:
-        inputs.append(StepInput(conditioning.name, getattr(torch, conditioning.dtype), conditioning.shape))
-    if spec.conditional:
-        inputs.append(StepInput("guidance", torch.float32, ()))
-        inputs.append(StepInput("unconditional_row", torch.int64, ()))
-        inputs.append(StepInput("owner_row", torch.int64, ()))
-    return tuple(inputs)
+_ALL_BUT_ROWS = (1, 2, 3)
 
 
 class StepGraph(nn.Module):
-    """x_t to x_{t'}: ``next_sample``, ``x0`` [B, C, H, W] float32 from the inputs that ``step_inputs`` lists.
+    """The outputs of a denoiser's interface from its inputs, in its order.
 
-    ``x0 = clip(p x + q e, -clip, clip)`` and ``next = a x + b x0 + c previous_x0 + d noise``, where e is the guided
-    output ``e_u + guidance (e - e_u)`` (Ho and Salimans 2022, eq. 6 with w = guidance - 1). A learned variance scales
-    the noise by exp of half the interpolated log-variance (Nichol and Dhariwal 2021, eq. 15).
+    ``qdm_deploy.samplers.columns`` has the update and ``qdm_deploy.samplers.step`` the same in numpy; e is the guided
+    output ``e_u + guidance (e - e_u)`` (Ho and Salimans 2022, eq. 6 with w = guidance - 1), rescaled as Lin et al. 2023
+    (arXiv 2305.08891, eq. 15 and 16) where the interface has a rescale. A learned variance scales the noise by exp of
+    half the interpolated log-variance (Nichol and Dhariwal 2021, eq. 15).
     """
 
-    def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
-        """Build the step around ``net``: a ``UNet`` or a simulation of one, (sample, timestep, **conditioning)."""
+    def __init__(self, net: nn.Module, denoiser: Denoiser) -> None:
+        """Build the step around ``net``: a network or a simulation of one, (sample, timestep, **conditions)."""
         super().__init__()
         self.net = net
-        self.spec = spec
-        self.input_names = tuple(item.name for item in step_inputs(spec))
+        self.interface = denoiser.interface
+        self.learned_variance = denoiser.learned_variance
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Run one step on the inputs in the order of ``input_names``."""
-        given = dict(zip(self.input_names, inputs, strict=True))
-        sample, coefficients = given["sample"], given["coefficients"]
-        conditioning = {item.name: given[item.name] for item in self.spec.conditioning}
-        output = self.net(sample, given["timestep"], **conditioning)
-        if self.spec.conditional:
-            unconditional = torch.index_select(output, 0, given["unconditional_row"])
-            guidance = given["guidance"].reshape(-1, 1, 1, 1)
-            output = unconditional + guidance * (output - unconditional)
-        columns = [column.reshape(-1, 1, 1, 1) for column in coefficients.unbind(1)]
-        p, q, clip, a, b, c, d = columns[:7]
-        noise = d * given["noise"]
-        if self.spec.learned_variance:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run one step on the inputs in the order of the interface."""
+        given = dict(zip(self.interface.input_names, inputs, strict=True))
+        conditions = {spec.name: given[spec.name] for spec in self.interface.conditions}
+        output = self.net(given["sample"], given["timestep"], **conditions)
+        if conditions:
+            output = _guided(output, given)
+        next_sample, x0, next_history = self._updated(output, given)
+        if conditions:
+            owner = given["owner_row"]
+            next_sample, x0, next_history = (
+                torch.index_select(value, 0, owner) for value in (next_sample, x0, next_history)
+            )
+        return next_sample, x0, next_history
+
+    def _updated(self, output: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        columns = [column.reshape(-1, 1, 1, 1) for column in given["coefficients"].unbind(1)]
+        k = dict(zip(LEARNED_VARIANCE_COEFFICIENTS, columns, strict=False))
+        sample, history = given["sample"], given["history"]
+        noise = k["d"] * given["noise"]
+        if self.learned_variance:
             output, variance = output.chunk(2, dim=1)
             fraction = (variance + 1) * 0.5
-            noise = noise * torch.exp(0.5 * (fraction * columns[8] + (1 - fraction) * columns[7]))
-        x0 = torch.minimum(torch.maximum(p * sample + q * output, -clip), clip)
-        next_sample = a * sample + b * x0 + c * given["previous_x0"] + noise
-        if self.spec.conditional:
-            next_sample = torch.index_select(next_sample, 0, given["owner_row"])
-            x0 = torch.index_select(x0, 0, given["owner_row"])
-        return next_sample, x0
+            noise = noise * torch.exp(0.5 * (fraction * k["log_var_max"] + (1 - fraction) * k["log_var_min"]))
+        x0 = torch.minimum(torch.maximum(k["p"] * sample + k["q"] * output, -k["clip"]), k["clip"])
+        h0, h1, h2 = history.chunk(HISTORY, dim=1)
+        next_sample = k["a"] * sample + k["b"] * x0 + k["g"] * output
+        next_sample = next_sample + k["c0"] * h0 + k["c1"] * h1 + k["c2"] * h2 + noise
+        push = k["u"] * x0 + k["v"] * output + k["w"] * h0
+        return next_sample, x0, torch.cat([push, h0, h1], dim=1)
+
+
+def _guided(output: Tensor, given: dict[str, Tensor]) -> Tensor:
+    unconditional = torch.index_select(output, 0, given["unconditional_row"])
+    guided = unconditional + given["guidance"].reshape(-1, 1, 1, 1) * (output - unconditional)
+    if "guidance_rescale" not in given:
+        return guided
+    share = given["guidance_rescale"].reshape(-1, 1, 1, 1)
+    # A row that does nothing has an output of zeros perhaps, and a ratio of spreads all the same.
+    ratio = _spread(output) / torch.clamp(_spread(guided), min=1e-12)
+    return guided * (1 + share * (ratio - 1))
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Standard deviation of each row, [B, 1, 1, 1]."""
+    centred = values - values.mean(_ALL_BUT_ROWS, keepdim=True)
+    count = values.shape[1] * values.shape[2] * values.shape[3]
+    return torch.sqrt((centred * centred).sum(_ALL_BUT_ROWS, keepdim=True) / (count - 1))

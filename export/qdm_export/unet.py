@@ -14,16 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.manifest import first_problem
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, Encoder, LabelTable, PipelineSpec, StatesFile
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.errors import ModelError
+from qdm_deploy.samplers.columns import COEFFICIENTS, LEARNED_VARIANCE_COEFFICIENTS
+from qdm_export.families import family_of
 
 __all__ = ["Checkpoint", "UNet", "load_checkpoint"]
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
+# What a repository may hold beside the weights that are wanted.
+_VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
+_NOT_USED = ["safety_checker/*", "feature_extractor/*", "image_encoder/*"]
 _MAX_CONFIG_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -41,29 +49,27 @@ _BLOCKS = {
 }  # fmt: skip
 
 
-class UNet(nn.Module):
-    """One signature for every diffusers U-Net: sample, timestep, and the model's conditioning by name."""
+# Conditions that diffusers wants in a dictionary of their own, and those that are channels beside the sample's.
+_ADDED = ("text_embeds", "time_ids")
+_CONCATENATED = ("mask", "masked_image_latents")
 
-    def __init__(self, unet: nn.Module, spec: ModelSpec) -> None:
-        """Wrap ``unet``; ``spec`` says which conditioning inputs it takes."""
+
+class UNet(nn.Module):
+    """One signature for every diffusers U-Net: sample, timestep, and the model's conditions by name."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        """Wrap ``unet``."""
         super().__init__()
         self.unet = unet
-        self.spec = spec
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-    ) -> Tensor:
-        """Model output [B, C or 2C, H, W] float32 for ``sample`` [B, C, H, W] and ``timestep`` [B] int64."""
-        conditioning: dict[str, Tensor] = {}
-        if class_labels is not None:
-            conditioning["class_labels"] = class_labels
-        if encoder_hidden_states is not None:
-            conditioning["encoder_hidden_states"] = encoder_hidden_states
-        output: Tensor = self.unet(sample, timestep, return_dict=False, **conditioning)[0]
+    def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """Model output [B, C or 2C, H, W] float32 for ``sample`` [B, C, H, W] and ``timestep`` [B]."""
+        beside = [conditions.pop(name) for name in _CONCATENATED if name in conditions]
+        if beside:
+            sample = torch.cat([sample, *beside], dim=1)
+        added = {name: conditions.pop(name) for name in _ADDED if name in conditions}
+        arguments = {**conditions, "added_cond_kwargs": added} if added else conditions
+        output: Tensor = self.unet(sample, timestep, return_dict=False, **arguments)[0]
         return output
 
 
@@ -72,11 +78,16 @@ class Checkpoint:
     """A loaded model: the float32 U-Net in eval mode, what a runtime must know of it, and where it came from."""
 
     unet: UNet
-    spec: ModelSpec
+    spec: PipelineSpec
     scheduler_config: Mapping[str, Any]
     model_index: Mapping[str, Any]
     weights_sha256: str
     source: str
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The U-Net as its step graph shows it."""
+        return self.spec.denoiser
 
 
 def load_checkpoint(source: str | Path) -> Checkpoint:
@@ -94,12 +105,14 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         "the sampler's noise schedule is read from it",
     )
     model_index = _read_json(folder / "model_index.json", "") if (folder / "model_index.json").is_file() else {}
+    family = family_of(model_index)
+    config, scheduler = family.unet_config(config), family.scheduler_config(scheduler)
     files = _weight_files(unet_dir)
     module = _build(model_class, config, unet_dir)
     _load_weights(module, files, unet_dir)
-    spec = _model_spec(folder, module, config, scheduler, model_index)
+    spec = _pipeline_spec(folder, module, config, scheduler, model_index)
     return Checkpoint(
-        unet=UNet(module, spec).eval().requires_grad_(False),
+        unet=UNet(module).eval().requires_grad_(False),
         spec=spec,
         scheduler_config=scheduler,
         model_index=model_index,
@@ -123,9 +136,16 @@ def _local_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["model_index.json", "unet/*.json", "unet/*.safetensors", "scheduler/*.json", "*.json", "*.safetensors"]
+    # Of each component its configuration and one variant of its weights; no safety checker, no pickles.
+    small = ["*.json", "*/*.json", "tokenizer*/*.txt"]
+    parts = ["", "unet/", "vae/", "vqvae/", "text_encoder/", "text_encoder_2/"]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        folder = Path(snapshot_download(source, allow_patterns=small, ignore_patterns=_NOT_USED))
+        weights = [f"{part}*.safetensors" for part in parts]
+        snapshot_download(source, allow_patterns=weights, ignore_patterns=_VARIANTS)
+        if not any(any((folder / part).glob("*.safetensors")) for part in parts[:2]):
+            snapshot_download(source, allow_patterns=[f"{part}*.fp16.safetensors" for part in parts])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{source!r} is no local folder, and downloading it from the Hugging Face hub failed "
@@ -257,52 +277,90 @@ def _load_weights(module: nn.Module, files: list[Path], unet_dir: Path) -> None:
         raise ModelError(f"{unet_dir}: {len(left)} tensors were not initialised by the weights (first: {left[0]})")
 
 
-def _model_spec(
+def _pipeline_spec(
     folder: Path,
     module: nn.Module,
     config: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     model_index: Mapping[str, Any],
-) -> ModelSpec:
-    channels, out_channels = int(config["in_channels"]), int(config["out_channels"])
+) -> PipelineSpec:
     height, width = _sample_size(folder, config)
-    if out_channels not in (channels, 2 * channels):
-        raise ModelError(
-            f"the U-Net has {channels} input and {out_channels} output channels; qdm-deploy runs models whose "
-            f"output is the noise ({channels} channels) or the noise and a learned variance ({2 * channels})"
-        )
-    conditioning: list[ConditioningInput] = []
-    labels, num_classes, null_label = None, None, None
+    channels, beside = _channels(config, height, width)
+    is_conditional = config["_class_name"] == "UNet2DConditionModel"
+    conditions = [*(_states(config, model_index) if is_conditional else ()), *beside]
+    learned = int(config["out_channels"]) == 2 * channels
+    states = StatesFile(inputs=tuple(spec.name for spec in conditions)) if conditions else None
+    encoder: Encoder | None = states
+    limits: dict[str, int] = {}
     if getattr(module, "class_embedding", None) is not None:
         if config.get("class_embed_type") is not None or not config.get("num_class_embeds"):
             raise ModelError(
                 f"class_embed_type {config.get('class_embed_type')!r} is not supported; supported is a table of "
                 "num_class_embeds"
             )
-        conditioning.append(ConditioningInput(name="class_labels", dtype="int64", shape=()))
-        labels, num_classes, null_label = _labels(folder, int(config["num_class_embeds"]))
-    if config["_class_name"] == "UNet2DConditionModel":
-        for name, allowed in _ONE_TEXT_INPUT.items():
-            if config.get(name, allowed) != allowed:
-                raise ModelError(
-                    f"{name} {config[name]!r} is not supported: it needs inputs beside sample, timestep and "
-                    f"encoder_hidden_states (of SDXL, for example); supported is {allowed!r}"
-                )
-        width_of_states = config.get("cross_attention_dim") or 1280
-        conditioning.append(
-            ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(_TEXT_TOKENS, int(width_of_states)))
-        )
-    return ModelSpec(
-        name=folder.resolve().name,
-        sample_shape=(channels, height, width),
-        sample_kind="latents" if "vae" in model_index or "vqvae" in model_index else "pixels",
+        if states is not None:
+            raise ModelError(
+                f"the U-Net takes class labels beside {', '.join(states.inputs)}; supported is one kind of condition"
+            )
+        limits["class_labels"] = int(config["num_class_embeds"])
+        encoder = _label_table(folder, "class_labels", limits["class_labels"])
+        conditions = [TensorSpec(name="class_labels", dtype="int64")]
+    columns = LEARNED_VARIANCE_COEFFICIENTS if learned else COEFFICIENTS
+    denoiser = Denoiser(
+        interface=StepInterface.of(
+            (channels, height, width),
+            conditions,
+            coefficients=len(columns),
+            # Text-conditional models are run with sigmas between two timesteps; there computing the embedding costs
+            # nothing that shows. Small pixel models look it up.
+            fractional_timesteps=is_conditional,
+            rescaled_guidance=is_conditional,
+        ),
         num_train_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
-        conditioning=tuple(conditioning),
-        num_classes=num_classes,
-        labels=labels,
-        null_label=null_label,
-        learned_variance=out_channels == 2 * channels,
+        learned_variance=learned,
+        limits=limits,
     )
+    return PipelineSpec(
+        name=re.sub(r"[\x00-\x1f\x7f-\x9f<>]", "_", folder.resolve().name)[:200] or "model",
+        components=(denoiser, *(() if encoder is None else (encoder,))),
+        makes="latents" if "vae" in model_index or "vqvae" in model_index else "pixels",
+    )
+
+
+def _channels(config: Mapping[str, Any], height: int, width: int) -> tuple[int, list[TensorSpec]]:
+    """Channels of the sample, and what stands beside it in the U-Net's input."""
+    taken, given = int(config["in_channels"]), int(config["out_channels"])
+    if given in (taken, 2 * taken):
+        return taken, []
+    if taken == 2 * given + 1 and config["_class_name"] == "UNet2DConditionModel":
+        shapes = {"mask": (1, height, width), "masked_image_latents": (given, height, width)}
+        return given, [TensorSpec(name=name, row_shape=shape, spatial=True) for name, shape in shapes.items()]
+    raise ModelError(
+        f"the U-Net has {taken} input and {given} output channels; qdm-deploy runs models whose output is the noise "
+        f"({taken} channels), the noise and a learned variance ({2 * taken}), or that inpaint (9 in, 4 out)"
+    )
+
+
+def _states(config: Mapping[str, Any], model_index: Mapping[str, Any]) -> list[TensorSpec]:
+    """What a text-conditional U-Net wants to know of a prompt."""
+    for name, allowed in _TEXT_OPTIONS.items():
+        if config.get(name) not in allowed:
+            raise ModelError(f"{name} {config[name]!r} is not supported; supported are {', '.join(map(repr, allowed))}")
+    width = int(config.get("cross_attention_dim") or 1280)
+    states = [TensorSpec(name="encoder_hidden_states", row_shape=(_TEXT_TOKENS, width))]
+    if config.get("addition_embed_type") == "text_time":
+        # Sizes and crops as six numbers, or five where an aesthetic score stands for the target size (SDXL's refiner).
+        ids = 5 if model_index.get("requires_aesthetics_score") else 6
+        pooled = int(config["projection_class_embeddings_input_dim"]) - ids * int(config["addition_time_embed_dim"])
+        if pooled < 1:
+            raise ModelError(
+                f"projection_class_embeddings_input_dim {config['projection_class_embeddings_input_dim']} leaves no "
+                f"room for a pooled text state beside {ids} embedded numbers"
+            )
+        states += [TensorSpec(name="text_embeds", row_shape=(pooled,)), TensorSpec(name="time_ids", row_shape=(ids,))]
+    if config.get("time_cond_proj_dim") is not None:
+        states.append(TensorSpec(name="timestep_cond", row_shape=(int(config["time_cond_proj_dim"]),)))
+    return states
 
 
 def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -321,27 +379,31 @@ def _sample_size(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
 
 # CLIP's text length, which every Stable Diffusion text encoder uses; the token axis of the exported graph is static.
 _TEXT_TOKENS = 77
-# Options of a UNet2DConditionModel that add inputs or change what its states are, and the value without that.
-_ONE_TEXT_INPUT: Mapping[str, object] = {
-    "addition_embed_type": None,
-    "attention_type": "default",
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
+# Options of a UNet2DConditionModel that add inputs or change what its states are, and the values that are known.
+_TEXT_OPTIONS: Mapping[str, tuple[object, ...]] = {
+    "addition_embed_type": (None, "text_time"),
+    "attention_type": (None, "default"),
+    "dual_cross_attention": (None, False),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
 }
 
 
-def _labels(folder: Path, embeddings: int) -> tuple[tuple[str, ...] | None, int, int | None]:
+def _label_table(folder: Path, name: str, embeddings: int) -> LabelTable:
     """Names, number of classes and the null label: one embedding more than names is the "no class" of guidance."""
     path = folder / "labels.json"
     if not path.is_file():
-        return None, embeddings, None
+        return LabelTable(input=name, num_classes=embeddings)
     names = _parse_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{path} must hold a JSON list of label names")
     if len(names) not in (embeddings, embeddings - 1):
         raise ModelError(f"{path} names {len(names)} labels; the U-Net has {embeddings} class embeddings")
-    return tuple(names), len(names), embeddings - 1 if len(names) == embeddings - 1 else None
+    null = embeddings - 1 if len(names) == embeddings - 1 else None
+    try:
+        return LabelTable(input=name, num_classes=len(names), labels=tuple(names), null_label=null)
+    except ValidationError as error:
+        raise ModelError(f"{path} holds a name that cannot be shown: {first_problem(error)}") from error
 
 
 def _sha256(files: list[Path]) -> str:

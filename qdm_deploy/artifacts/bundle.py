@@ -40,7 +40,7 @@ from qdm_deploy.artifacts.manifest import (
     relative_path_problem,
     role_of,
 )
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.errors import BundleError, ResourceProblem
 
@@ -82,9 +82,9 @@ class Bundle:
         return self.manifest.bundle_id
 
     @property
-    def model(self) -> ModelSpec:
-        """The model as samplers and runtimes see it."""
-        return self.manifest.model
+    def pipeline(self) -> PipelineSpec:
+        """The model: its components, and how they fit together."""
+        return self.manifest.pipeline
 
     def file(self, relative: str) -> Path:
         """Path of a listed file.
@@ -260,7 +260,7 @@ class BundleWriter:
         self,
         *,
         name: str,
-        model: ModelSpec,
+        pipeline: PipelineSpec,
         targets: Sequence[str],
         compatibility: Compatibility,
         provenance: Mapping[str, object],
@@ -271,7 +271,7 @@ class BundleWriter:
 
         Args:
             name: What people call the model.
-            model: What runtimes must know of it.
+            pipeline: What it is made of, and how that fits together.
             targets: Targets with a graph ``unet/TARGET.onnx``.
             compatibility: What running it needs.
             provenance: Plain JSON: where the model came from.
@@ -293,7 +293,7 @@ class BundleWriter:
             "name": name,
             "created": (created or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             # Dumped so that the manifest spells out every default.
-            "model": model.model_dump(),
+            "pipeline": pipeline.model_dump(),
             "targets": tuple(targets),
             "files": _list_files(root),
             "compatibility": compatibility.model_dump(),

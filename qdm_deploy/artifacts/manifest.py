@@ -19,7 +19,7 @@ from typing import Annotated, Any, NoReturn, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from qdm_deploy.artifacts.files import canonical_json, open_plain_file, plain_json
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.errors import BundleError
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "2.0"
 MAX_MANIFEST_BYTES = 4 << 20
 _MAJOR, _MINOR = (int(part) for part in SCHEMA_VERSION.split("."))
 _MAX_PATH_LENGTH = 200
@@ -121,7 +121,7 @@ class Manifest(BaseModel):
     schema_version: str = Field(pattern=rf"^{_MAJOR}\.\d{{1,6}}$")
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")
     created: str
-    model: ModelSpec
+    pipeline: PipelineSpec
     targets: tuple[Target, ...] = Field(min_length=1)
     files: tuple[FileEntry, ...]
     compatibility: Compatibility

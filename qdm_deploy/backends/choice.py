@@ -20,9 +20,9 @@ from qdm_deploy.artifacts.files import canonical_json, new_file
 from qdm_deploy.errors import EnvironmentProblem, InputError, ResourceProblem
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.session import StepSession
 from qdm_deploy.runtime.timing import timed_in_turn
+from qdm_deploy.samplers.random_inputs import random_inputs
 
 __all__ = ["Candidate", "Choice", "choose", "fastest"]
 
@@ -82,7 +82,9 @@ def choose(
         progress.say("Timing the ways to run this bundle here, once")
         with ExitStack() as stack:
             sessions = {candidate: stack.enter_context(opened(candidate)) for candidate in candidates}
-            times = timed_in_turn(sessions, random_inputs(bundle.model, _ROWS), runs=_RUNS, seconds=_SECONDS)
+            times = timed_in_turn(
+                sessions, random_inputs(bundle.pipeline.denoiser, _ROWS), runs=_RUNS, seconds=_SECONDS
+            )
         choice = fastest({candidate: median(values) for candidate, values in times.items()})
         if kept is not None:
             _remember(kept, choice)

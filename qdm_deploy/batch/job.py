@@ -21,7 +21,7 @@ from qdm_deploy.artifacts.files import canonical_json, sha256_of
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.options import BatchOptions, Format
 from qdm_deploy.batch.staging import publish, staged
-from qdm_deploy.components.conditioning import label_number
+from qdm_deploy.components.encoders import Encoder
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.cpu import available_cores
 
@@ -62,7 +62,8 @@ class Job(BaseModel):
     steps: int
     eta: float
     guidance: float
-    label: int | None
+    guidance_rescale: float = 0.0
+    label: str | None
     conditioning_sha256: str | None
     precision: str
     batch_size: int
@@ -103,22 +104,24 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object]) -> Job:
+def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object], encoder: Encoder) -> Job:
     """The job that the options ask for.
 
     Args:
         options: what is asked for.
         bundle: the opened bundle.
         engine: ``StepSession.describe()`` of the session that will run it.
+        encoder: makes the conditions.
 
     Raises:
         InputError: the model has no such label, or no classes.
     """
     versions = {"qdm-deploy": installed_version() or "unknown", "numpy": np.__version__, "pillow": PIL.__version__}
     conditioning = options.conditioning_file
+    encoder.encode([options.label])  # refuses what the model does not know
     return Job(
         bundle_id=bundle.id,
-        model=bundle.model.name,
+        model=bundle.pipeline.name,
         count=options.count,
         shard_size=options.shard_size,
         format=options.format,
@@ -127,7 +130,8 @@ def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object]) 
         steps=options.steps,
         eta=options.eta,
         guidance=options.guidance,
-        label=None if options.label is None else label_number(bundle.model, options.label),
+        guidance_rescale=options.guidance_rescale,
+        label=None if options.label is None else encoder.captions([options.label])[0],
         conditioning_sha256=None if conditioning is None else sha256_of(conditioning),
         precision=options.precision,
         batch_size=options.batch_size,

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from qdm_deploy.choices import one_of, within
+from qdm_deploy.components.sampling import SamplingOptions
 from qdm_deploy.errors import InputError
-from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["FORMATS", "BatchOptions", "Format"]
 
@@ -17,13 +17,12 @@ _MAX_SEED = 2**63 - 1
 _MAX_IMAGES = 1_000_000_000
 _MAX_SHARD = 1_000_000
 _MAX_BATCH = 1024
-_MAX_STEPS = 10_000
 _MAX_WORKERS = 256
 _MAX_GRACE = 24 * 3600
 
 
 @dataclass(frozen=True)
-class BatchOptions:
+class BatchOptions(SamplingOptions):
     """From a bundle to very many pictures, in shards.
 
     Attributes:
@@ -35,9 +34,8 @@ class BatchOptions:
         workers: processes on this machine, which share its cores.
         rank, world: this machine's part of the shards: those whose number modulo ``world`` is ``rank``; None: the
             variables of a launcher say it (``qdm_deploy.batch.place``), or there is one part.
-        sampler, steps, eta, seed, guidance: how pictures are made.
+        seed: of the first picture.
         label: name or number of a class; None: all classes in turn.
-        conditioning_file: as in ``GenerateOptions``; text states take turns too.
         backend, precision: what runs it.
         threads: of one worker. They are part of the job too; None: those of the job that is under way in ``out``, or an
             equal share of the cores.
@@ -54,13 +52,8 @@ class BatchOptions:
     workers: int = 1
     rank: int | None = None
     world: int | None = None
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
     seed: int = 0
     label: str | None = None
-    guidance: float = 1.0
-    conditioning_file: Path | None = None
     backend: str = "auto"
     precision: Literal["int8", "float"] = "int8"
     batch_size: int = 16
@@ -69,17 +62,14 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
+        super().__post_init__()
         one_of("format", self.format, FORMATS)
-        one_of("sampler", self.sampler, SAMPLERS)
         one_of("precision", self.precision, ("int8", "float"))
         within("the number of images", self.count, 1, _MAX_IMAGES)
         within("shard size", self.shard_size, 1, _MAX_SHARD)
         within("workers", self.workers, 1, _MAX_WORKERS)
-        within("steps", self.steps, 1, _MAX_STEPS)
         within("batch size", self.batch_size, 1, _MAX_BATCH)
         within("seed", self.seed, 0, _MAX_SEED - self.count - self.batch_size)
-        within("guidance", self.guidance, 0, 100)
-        within("eta", self.eta, 0, 1)
         within("grace", self.grace, 0, _MAX_GRACE)
         if (self.rank is None) != (self.world is None):
             raise InputError(

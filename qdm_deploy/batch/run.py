@@ -22,7 +22,7 @@ from qdm_deploy.batch.pictures import PictureSource
 from qdm_deploy.batch.place import Place
 from qdm_deploy.batch.staging import locked, publish, staged, sweep
 from qdm_deploy.batch.stopping import Stopped, Stopping
-from qdm_deploy.components.conditioning import read_hidden_states
+from qdm_deploy.components.encoders import open_encoder
 from qdm_deploy.errors import CheckFailed, TryAgain
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime.cpu import cpu_model
@@ -83,14 +83,14 @@ class _Tally:
 
 def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally, progress: Progress) -> PlaceResult:
     bundle = Bundle.open(options.bundle)
-    states = read_hidden_states(options.conditioning_file)
+    encoder = open_encoder(bundle.pipeline, options.conditioning_file)
     threads = threads_for(options, 1)
     # Not the one that is timed as the fastest: all workers must take the same one, on every machine.
     backend = automatic_backend(bundle.manifest.targets) if options.backend == "auto" else options.backend
     with open_session(bundle, backend, precision=options.precision, threads=threads, mode="throughput") as session:
         engine = dict(session.describe())
-        job = job_of(options, bundle, engine)
-        source = PictureSource(session, bundle, job, states)
+        job = job_of(options, bundle, engine, encoder)
+        source = PictureSource(session, bundle, job, encoder)
         with disk_problems(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
         for path in sweep(options.out):

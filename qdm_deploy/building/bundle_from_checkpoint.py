@@ -20,12 +20,12 @@ from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.measure import measure
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.publish import BuildResult, publish
+from qdm_deploy.components.sampling import SamplingMaker, SamplingOptions
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
 from qdm_deploy.errors import EnvironmentProblem
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import EngineRow, RewriteRow
-from qdm_deploy.samplers import NoiseSchedule, StepTable, step_table
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,8 +64,8 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     stages = Stages()
     with BundleWriter(options.out, force=options.force) as writer, ExitStack() as cleanup:
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qdm-deploy-")))
-        checkpoint, table, verify_table = _load(options, stages, progress)
-        given = calibration_given(options, checkpoint, table)
+        checkpoint, maker = _load(options, stages, progress)
+        given = calibration_given(options, checkpoint, maker)
         with stages.stage("export"):
             progress.say(f"Exporting {checkpoint.spec.name} to ONNX")
             from qdm_export.float_graph import export_float_graph
@@ -76,12 +76,12 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
                 from qdm_export.split_concat import split_checkpoint
 
                 checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
-        calibrated = calibrated_plan(options, checkpoint, table, given, float_graph, stages.stage, progress)
+        calibrated = calibrated_plan(options, checkpoint, maker, given, float_graph, stages.stage, progress)
         plan = calibrated.plan
         rewrites = _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
         rows = _build_engines(engines, writer.root / "unet" / "tensorrt.onnx", plan, stages, progress)
         measured = measure(
-            options, checkpoint, plan, verify_table, float_graph, writer.root / "unet", scratch, stages.stage, progress
+            options, checkpoint, plan, maker, float_graph, writer.root / "unet", scratch, stages.stage, progress
         )
         return publish(options, writer, checkpoint, calibrated, measured, rows, rewrites, stages.seconds)
 
@@ -114,7 +114,7 @@ def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
     return wanted
 
 
-def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["Checkpoint", StepTable, StepTable]:
+def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["Checkpoint", SamplingMaker]:
     with stages.stage("load"):
         progress.say("Loading the model")
         import torch
@@ -124,11 +124,13 @@ def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["C
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         checkpoint = load_checkpoint(options.model if options.model is not None else EMBEDDED_MODEL)
-        schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
-        learned = checkpoint.spec.learned_variance
-        table = step_table(schedule, options.sampler, options.steps, learned_variance=learned)
-        verify_table = step_table(schedule, options.sampler, options.verify_steps, learned_variance=learned)
-    return checkpoint, table, verify_table
+        asked = SamplingOptions(
+            sampler=options.sampler,
+            steps=options.steps,
+            guidance=options.guidance,
+            conditioning_file=options.conditioning_file,
+        )
+    return checkpoint, SamplingMaker(checkpoint.spec, checkpoint.scheduler_config, asked)
 
 
 def _emit(

@@ -1,13 +1,13 @@
 """Calibration inside a build; whatever can be refused is refused before the first long stage."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from numpy.typing import NDArray
+import numpy as np
 
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
 from qdm_deploy.artifacts.plan import QuantizationPlan
@@ -15,11 +15,10 @@ from qdm_deploy.building.layer_times import LayerTimer
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.planning import check_modelopt, check_step_bins, planned
 from qdm_deploy.building.sensitivity import Budgeted, check_keep_fp
-from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.ranges import InputRanges, input_ranges
-from qdm_deploy.samplers import NoiseSchedule, StepTable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from qdm_export.unet import Checkpoint
 
 __all__ = ["Calibrated", "calibrated_plan", "calibration_given"]
-
-_STATES, _NULL_STATES = "encoder_hidden_states", "unconditional_hidden_states"
 
 
 @dataclass(frozen=True)
@@ -53,39 +50,34 @@ class Calibrated:
         return self.budgeted.plan
 
 
-def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", table: StepTable) -> CalibrationSet | None:
+def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", maker: SamplingMaker) -> CalibrationSet | None:
     """The calibration set the user gave, if any, after refusing all that cannot end well.
 
     Raises:
-        InputError: the set does not fit the model, conditioning is missing, or there are more step bins than the
+        InputError: the set does not fit the model, conditions are missing, or there are more step bins than the
             calibration can tell apart.
     """
-    from qdm_calibration.collect import conditioning_rows, unconditional_rows
     from qdm_calibration.timesteps import sampling_plan
 
     if options.from_modelopt is not None:
         check_modelopt(options.from_modelopt)
-    spec = checkpoint.spec
-    states = read_hidden_states(options.conditioning_file)
-    conditioning_of(spec, options.verify_samples, hidden_states=states)
-    if options.guidance != 1.0:
-        unconditional_rows(spec, 1, _renamed(states, _NULL_STATES))
+    denoiser = checkpoint.denoiser
+    maker.make([options.seed])  # refuses what the model or its conditions do not fit
     if options.calibration_file is None:
-        conditioning_rows(spec, options.calibration_samples, _renamed(states, _STATES))
-        draw = sampling_plan(_sampling(options), table, spec.num_train_timesteps, options.seed)
-        given, timesteps = None, table.timesteps[draw.step]
+        draw = sampling_plan(_plan_of(options), maker.table, denoiser.num_train_timesteps, options.seed)
+        given, timesteps = None, np.floor(maker.table.timesteps[draw.step]).astype(np.int64)
     else:
         given = CalibrationSet.load(options.calibration_file)
         _check_fits(given, checkpoint, options.calibration_file)
         timesteps = given.timestep
-    check_step_bins(options, timesteps, spec.num_train_timesteps)
+    check_step_bins(options, timesteps, denoiser.num_train_timesteps)
     return given
 
 
 def calibrated_plan(
     options: BuildOptions,
     checkpoint: "Checkpoint",
-    table: StepTable,
+    maker: SamplingMaker,
     given: CalibrationSet | None,
     float_graph: "ir.Model",
     stage: Callable[[str], AbstractContextManager[None]],
@@ -96,64 +88,50 @@ def calibrated_plan(
     from qdm_calibration.statistics import collect_statistics
     from qdm_export.topology import topology_of
 
-    spec = checkpoint.spec
+    denoiser = checkpoint.denoiser
     topology = topology_of(float_graph)
     check_keep_fp(options, topology)
     with stage("calibrate"):
-        states = read_hidden_states(options.conditioning_file)
         calibration = given or collect_calibration_set(
             checkpoint.unet,
-            spec,
-            table,
-            _sampling(options),
-            seed=options.seed,
-            guidance=options.guidance,
-            conditioning=_renamed(states, _STATES),
-            unconditional=_renamed(states, _NULL_STATES),
-            provenance={"model": spec.name, "weights_sha256": checkpoint.weights_sha256},
+            denoiser,
+            maker.make(range(options.seed, options.seed + options.calibration_samples)),
+            _plan_of(options),
+            provenance={"model": checkpoint.spec.name, "weights_sha256": checkpoint.weights_sha256},
             progress=progress,
         )
         if options.save_calibration is not None:
             calibration.save(options.save_calibration)
         statistics = collect_statistics(
-            checkpoint.unet, topology, calibration, spec.num_train_timesteps, progress=progress
+            checkpoint.unet, topology, calibration, denoiser.num_train_timesteps, progress=progress
         )
 
     # At most once, and only where a choice depends on it.
     @functools.cache
     def importance() -> "StepImportance":
-        return _importance(options, checkpoint, states, progress)
+        return _importance(options, checkpoint, maker, progress)
 
+    timer = LayerTimer(options, float_graph, denoiser, progress)
     budgeted = planned(
         options, checkpoint, topology, calibration, statistics,
-        importance=importance, stage=stage, timer=LayerTimer(options, float_graph, spec, progress), progress=progress,
+        importance=importance, stage=stage, timer=timer, progress=progress,
     )  # fmt: skip
     return Calibrated(calibration, budgeted, input_ranges(statistics, budgeted.plan))
 
 
 def _importance(
-    options: BuildOptions,
-    checkpoint: "Checkpoint",
-    states: Mapping[str, NDArray[Any]] | None,
-    progress: Progress,
+    options: BuildOptions, checkpoint: "Checkpoint", maker: SamplingMaker, progress: Progress
 ) -> "StepImportance":
     """Over the sampler that the bundle is built for, on seeds of the calibration."""
-    from qdm_calibration.importance import importance_table, measure_importance
+    from qdm_calibration.importance import SEEDS, importance_table, measure_importance
 
-    spec, schedule = checkpoint.spec, NoiseSchedule.from_config(checkpoint.scheduler_config)
-    return measure_importance(
-        checkpoint.unet,
-        spec,
-        importance_table(schedule, options.sampler, options.steps, learned_variance=spec.learned_variance),
-        first_seed=options.seed,
-        guidance=options.guidance,
-        conditioning=_renamed(states, _STATES),
-        unconditional=_renamed(states, _NULL_STATES),
-        progress=progress,
-    )
+    learned = checkpoint.denoiser.learned_variance
+    table = importance_table(maker.schedule, options.sampler, options.steps, learned_variance=learned)
+    sampling = maker.make(range(options.seed, options.seed + SEEDS), table=table)
+    return measure_importance(checkpoint.unet, checkpoint.denoiser, sampling, progress=progress)
 
 
-def _sampling(options: BuildOptions) -> "SamplingPlan":
+def _plan_of(options: BuildOptions) -> "SamplingPlan":
     from qdm_calibration.timesteps import SamplingPlan
 
     return SamplingPlan(
@@ -166,12 +144,8 @@ def _sampling(options: BuildOptions) -> "SamplingPlan":
     )
 
 
-def _renamed(states: Mapping[str, NDArray[Any]] | None, name: str) -> dict[str, NDArray[Any]]:
-    return {_STATES: states[name]} if states is not None and name in states else {}
-
-
 def _check_fits(calibration: CalibrationSet, checkpoint: "Checkpoint", path: Path) -> None:
-    spec = checkpoint.spec
+    spec, last = checkpoint.spec, checkpoint.denoiser.num_train_timesteps
     made_from = calibration.provenance.get("weights_sha256")
     if made_from is not None and made_from != checkpoint.weights_sha256:
         raise InputError(
@@ -181,12 +155,10 @@ def _check_fits(calibration: CalibrationSet, checkpoint: "Checkpoint", path: Pat
         raise InputError(
             f"{path} has samples of shape {calibration.sample.shape[1:]}; {spec.name} takes {spec.sample_shape}"
         )
-    names = {item.name for item in spec.conditioning}
+    names = {item.name for item in spec.interface.conditions}
     if set(calibration.conditioning) != names:
         raise InputError(
             f"{path} has the conditioning {sorted(calibration.conditioning)}; {spec.name} takes {sorted(names)}"
         )
-    if int(calibration.timestep.min()) < 0 or int(calibration.timestep.max()) >= spec.num_train_timesteps:
-        raise InputError(
-            f"{path} has timesteps outside 0 to {spec.num_train_timesteps - 1}, which {spec.name} was trained with"
-        )
+    if int(calibration.timestep.min()) < 0 or int(calibration.timestep.max()) >= last:
+        raise InputError(f"{path} has timesteps outside 0 to {last - 1}, which {spec.name} was trained with")

@@ -54,12 +54,15 @@ def check_float_graph(outputs: Arrays, checkpoint: "Checkpoint", inputs: Arrays)
     """The float step graph's outputs against PyTorch on the same inputs."""
     import torch
 
-    from qdm_export.step_graph import OUTPUTS, StepGraph
+    from qdm_export.step_graph import StepGraph
 
-    step = StepGraph(checkpoint.unet, checkpoint.spec).eval()
+    step = StepGraph(checkpoint.unet, checkpoint.denoiser).eval()
+    interface = step.interface
     with torch.inference_mode():
-        expected = [value.numpy() for value in step(*(torch.from_numpy(inputs[name]) for name in step.input_names))]
-    pairs = [(reference, outputs[name]) for name, reference in zip(OUTPUTS, expected, strict=True)]
+        expected = [
+            value.numpy() for value in step(*(torch.from_numpy(inputs[name]) for name in interface.input_names))
+        ]
+    pairs = [(reference, outputs[name]) for name, reference in zip(interface.output_names, expected, strict=True)]
     sqnr = min(sqnr_db(reference, value) for reference, value in pairs)
     largest = max(max_abs_difference(reference, value) for reference, value in pairs)
     detail = f"{sqnr:.0f} dB, at most {largest:.1e} apart (needed: {_FLOAT_SQNR_DB:.0f} dB)"
@@ -117,7 +120,7 @@ def check_layers(
     exposed = with_outputs(graph, [name for item in endpoints for name in (item.data, item.result)])
     save_graph(exposed, path, weights=f"{target}.check.data")
     values = run_graph(backend, path, inputs)
-    bins = torch.from_numpy(plan.bin_of_timestep()[inputs["timestep"]])
+    bins = torch.from_numpy(plan.bin_of_timestep()[inputs["timestep"].astype(np.int64)])
 
     def along(layer: LayerPlan, factor: NDArray[np.float32]) -> torch.Tensor:
         return torch.from_numpy(factor).reshape((-1, 1, 1) if layer.layer.kind == "conv" else (-1,))

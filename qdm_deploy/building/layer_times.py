@@ -8,14 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.phase_sums import PHASES
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
 from qdm_deploy.backends.openvino.profile import StepProfile, step_profiles
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.progress import Progress
 from qdm_deploy.runtime.cpu import saturates_int8
-from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.random_inputs import random_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,13 +58,13 @@ class LayerTimer:
     Attributes:
         options: of the build.
         float_graph: the float step graph.
-        spec: the model's.
+        denoiser: the model's.
         progress: where to report.
     """
 
     options: BuildOptions
     float_graph: "ir.Model"
-    spec: ModelSpec
+    denoiser: Denoiser
     progress: Progress
 
     def layer_times(self, plan: QuantizationPlan) -> LayerTimes | None:
@@ -108,7 +108,7 @@ class LayerTimer:
                 model = emit(self.float_graph, plan, "openvino").model
                 save_with_shared_weights([(graph, model)], graph.with_suffix(".bin"))
                 advance()
-            return step_profiles(graphs, random_inputs(self.spec, _BATCH), threads=self.options.threads)
+            return step_profiles(graphs, random_inputs(self.denoiser, _BATCH), threads=self.options.threads)
 
     def _layer_names(self, plan: QuantizationPlan) -> dict[str, str]:
         """The layer of a node, by the node's name in any graph of the plan."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.artifacts.plan import QuantizationPlan, Target
 from qdm_deploy.backends import OnnxRuntimeSession, OpenVinoSession, automatic_backend
 from qdm_deploy.building.checks import (
@@ -25,13 +25,13 @@ from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.building.speed import measure_speed, speedup_of
-from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
 from qdm_deploy.runtime import StepSession
-from qdm_deploy.runtime.random_inputs import random_inputs
-from qdm_deploy.samplers import StepTable
-from qdm_deploy.samplers.columns import NO_CLIP
+from qdm_deploy.samplers import NO_CLIP, column
+from qdm_deploy.samplers.conditioning import rows_of
+from qdm_deploy.samplers.random_inputs import random_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,7 +83,7 @@ def measure(
     options: BuildOptions,
     checkpoint: "Checkpoint",
     plan: QuantizationPlan,
-    table: StepTable,
+    maker: SamplingMaker,
     float_graph: "ir.Model",
     folder: Path,
     scratch: Path,
@@ -99,30 +99,23 @@ def measure(
     spec = checkpoint.spec
     opened = _Sessions(options, folder)
     default = automatic_backend(tuple(options.targets))
-    states = read_hidden_states(options.conditioning_file)
+    verify_table = maker.table_of(options.sampler, options.verify_steps)
     with stage("compare"):
         progress.say("Comparing INT8 with float on unseen seeds")
         with opened("onnxruntime", "float") as session:
-            reference = reference_run(
-                session,
-                table,
-                unseen_seeds(options),
-                spec,
-                conditioning=conditioning_of(spec, options.verify_samples, hidden_states=states),
-                guidance=options.guidance,
-                progress=progress,
-            )
+            sampling = maker.make(unseen_seeds(options), table=verify_table)
+            reference = reference_run(session, sampling, progress=progress)
         quality, samples = [], {}
         for target in options.targets:
             judge = target if opened.has(target) else "simulation"
             with opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target) as session:
                 row, samples[target] = compare_with(
-                    reference, session, spec, target=target, backend=judge, progress=progress
+                    reference, session, makes=spec.makes, target=target, backend=judge, progress=progress
                 )
             quality.append(row)
     row_bytes = max(bytes_per_row(float_graph, plan), 1)
     with stage("check"):
-        inputs = trajectory_inputs(spec, reference, min(max(_CHECK_BYTES // row_bytes, 1), _CHECK_ROWS))
+        inputs = trajectory_inputs(spec.denoiser, reference, min(max(_CHECK_BYTES // row_bytes, 1), _CHECK_ROWS))
         checks = _checks(options, checkpoint, plan, float_graph, folder, scratch, inputs, progress)
     with stage("speed"):
         batches = tuple(batch for batch in _SPEED_BATCHES if batch * row_bytes <= _SPEED_BYTES) or (1,)
@@ -130,7 +123,7 @@ def measure(
         for group in opened.timed_together():
             with ExitStack() as sessions:
                 timed = {key: sessions.enter_context(opened(*key)) for key in group}
-                speed += measure_speed(timed, spec, batches, progress=progress)
+                speed += measure_speed(timed, spec.denoiser, batches, progress=progress)
     speedup = speedup_of(speed, default, batches[0])
     return Measured(checks, tuple(quality), speed, speedup, default, reference, samples)
 
@@ -167,7 +160,7 @@ def simulation_of(checkpoint: "Checkpoint", plan: QuantizationPlan, target: Targ
     from qdm_calibration.simulate import simulate
     from qdm_export.step_graph import StepGraph
 
-    return TorchSession(StepGraph(simulate(checkpoint.unet, plan, target), checkpoint.spec).eval(), target)
+    return TorchSession(StepGraph(simulate(checkpoint.unet, plan, target), checkpoint.denoiser).eval(), target)
 
 
 def _checks(
@@ -182,7 +175,7 @@ def _checks(
 ) -> tuple[CheckRow, ...]:
     targets, checks = options.targets, []
     with progress.task("Checking graphs", len(targets) + 2) as advance:
-        random = random_inputs(checkpoint.spec, _CHECK_ROWS, seed=_UNSEEN + options.seed)
+        random = random_inputs(checkpoint.denoiser, _CHECK_ROWS, seed=_UNSEEN + options.seed)
         checks.append(check_float_graph(run_graph("onnxruntime", folder / "float.onnx", random), checkpoint, random))
         optimized = scratch / "optimized.onnx"
         run_graph("onnxruntime", folder / "onnxruntime.onnx", inputs, optimized=optimized)
@@ -205,22 +198,20 @@ def _checks(
     return tuple(checks)
 
 
-def trajectory_inputs(spec: ModelSpec, reference: ReferenceRun, rows: int = _CHECK_ROWS) -> dict[str, NDArray[Any]]:
+def trajectory_inputs(denoiser: Denoiser, reference: ReferenceRun, rows: int = _CHECK_ROWS) -> dict[str, NDArray[Any]]:
     """Inputs of the step graph from the float run's own trajectory: one row per sample, each at another step.
 
     Coefficients p, q and clip are set so that the graph returns the network's output as x0: clipping would hide errors.
     """
+    sampling = reference.sampling
     steps, count = reference.inputs.shape[:2]
     picked = np.linspace(0, steps - 1, rows).round().astype(np.int64)
     sample = np.arange(rows) % count
-    inputs = random_inputs(spec, rows)
+    inputs = random_inputs(denoiser, rows)
     inputs["sample"] = np.ascontiguousarray(reference.inputs[picked, sample])
-    inputs["timestep"] = reference.table.timesteps[picked].copy()
-    inputs["coefficients"] = reference.table.coefficients[picked].copy()
-    inputs["coefficients"][:, :3] = 0.0, 1.0, NO_CLIP
-    if reference.conditioning is not None:
-        for item in spec.conditioning:
-            values = getattr(reference.conditioning, item.name)
-            if values is not None:
-                inputs[item.name] = np.ascontiguousarray(values[sample])
+    inputs["timestep"][:] = sampling.table.timesteps[picked]
+    inputs["coefficients"] = sampling.table.coefficients[picked].copy()
+    for name, value in (("p", 0.0), ("q", 1.0), ("clip", NO_CLIP)):
+        inputs["coefficients"][:, column(name)] = value
+    inputs |= rows_of(sampling.conditioning.take(sample), rows, 1)
     return inputs

@@ -72,7 +72,7 @@ def publish(
         (root / "unet" / "float.data").unlink(missing_ok=True)
     manifest = writer.publish(
         name=checkpoint.spec.name,
-        model=checkpoint.spec,
+        pipeline=checkpoint.spec,
         targets=options.targets,
         compatibility=Compatibility(opset=_opset(root / "unet"), min_runtime=_MIN_RUNTIME),
         provenance={
@@ -161,7 +161,7 @@ def _report(
 
 def _seeds(calibration: CalibrationSet, measured: Measured) -> dict[str, tuple[int, int]]:
     """First and last seed of what was calibrated with and of what was judged."""
-    verdict = measured.reference.seeds
+    verdict = measured.reference.sampling.seeds
     return {
         "calibration": (int(calibration.seed.min()), int(calibration.seed.max())),
         "verdict": (int(min(verdict)), int(max(verdict))),
@@ -170,7 +170,7 @@ def _seeds(calibration: CalibrationSet, measured: Measured) -> dict[str, tuple[i
 
 def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) -> None:
     unet = root / "unet"
-    inputs = trajectory_inputs(checkpoint.spec, measured.reference)
+    inputs = trajectory_inputs(checkpoint.denoiser, measured.reference)
     with OnnxRuntimeSession(unet / "float.onnx") as session:
         expected = answers(session, inputs)
     reached: dict[str, float] = {}
@@ -185,10 +185,10 @@ def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) ->
 
 
 def _pictures(checkpoint: "Checkpoint", measured: Measured) -> ReportPictures | None:
-    if checkpoint.spec.sample_kind == "latents" or checkpoint.spec.sample_shape[0] not in (1, 3):
+    if checkpoint.spec.makes == "latents" or checkpoint.spec.sample_shape[0] not in (1, 3):
         return None
     shown = next((row for row in measured.quality if row.backend == measured.backend), measured.quality[0])
-    seeds = measured.reference.seeds
+    seeds = measured.reference.sampling.seeds
     return ReportPictures.from_arrays(
         to_pictures(measured.reference.states[-1], checkpoint.spec),
         to_pictures(measured.samples[shown.target], checkpoint.spec),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.step_interface import StepInterface
 from qdm_deploy.runtime.session import StepOutput
 
 if TYPE_CHECKING:
@@ -38,19 +39,19 @@ class TorchSession:
         return None
 
     @property
-    def input_names(self) -> tuple[str, ...]:
-        """The step graph's inputs."""
-        return self._step.input_names
+    def interface(self) -> StepInterface:
+        """The step graph's inputs and outputs."""
+        return self._step.interface
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """One step."""
         import torch
 
         with torch.inference_mode():
-            next_sample, x0 = self._step(
-                *(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in self.input_names)
-            )
-        return StepOutput(next_sample.cpu().numpy(), x0.cpu().numpy())
+            names = self.interface.input_names
+            given = [torch.from_numpy(np.ascontiguousarray(inputs[name])).to(self._device) for name in names]
+            results = dict(zip(self.interface.output_names, self._step(*given), strict=True))
+        return StepOutput(**{name: value.cpu().numpy() for name, value in results.items()})
 
     def describe(self) -> dict[str, object]:
         """What runs."""

@@ -5,19 +5,19 @@ from typing import Literal
 
 import numpy as np
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import SpeedRow
 from qdm_deploy.runtime import StepSession
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.timing import runs_in_all, timed_in_turn
+from qdm_deploy.samplers.random_inputs import random_inputs
 
 __all__ = ["measure_speed", "speedup_of"]
 
 
 def measure_speed(
     sessions: Mapping[tuple[str, Literal["int8", "float"]], StepSession],
-    model: ModelSpec,
+    denoiser: Denoiser,
     batches: Sequence[int],
     *,
     runs: int = 10,
@@ -28,7 +28,7 @@ def measure_speed(
 
     Args:
         sessions: what to time, by backend and precision.
-        model: what it takes.
+        denoiser: what they run.
         batches: numbers of rows, in rising order.
         runs: steps that count, of each session at each batch size.
         seconds: what a batch size may take; fewer steps count where it would take longer, and a batch size is left out
@@ -44,7 +44,7 @@ def measure_speed(
             if expected > seconds:
                 progress.say(f"Batch {batch} is not timed: a step of each would take some {expected:.0f} s")
                 break
-            last = timed_in_turn(sessions, random_inputs(model, batch), runs=runs, seconds=seconds, advance=advance)
+            last = timed_in_turn(sessions, random_inputs(denoiser, batch), runs=runs, seconds=seconds, advance=advance)
             for (backend, precision), values in last.items():
                 rows.append(
                     SpeedRow(

@@ -7,6 +7,7 @@ import click
 
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.progress import duration
+from qdm_deploy.cli.sampling import sampling_options
 from qdm_deploy.cli.tables import size
 from qdm_deploy.cli.verb import Verb, option, write_lines
 from qdm_deploy.errors import CheckFailed
@@ -130,18 +131,9 @@ class _Batch(Verb):
     help="webdataset (tar), npz (arr_0 as FID tools read it) or png (a folder for each shard).",
 )
 @option("--shard-size", type=int, default=1000, metavar="S", help="Images of one shard, which is what can get lost.")
-@option("--sampler", default="ddim", metavar="NAME", help="ddpm, ddim, dpmpp-2m or euler.")
-@option("--steps", type=int, default=50, help="Denoising steps.")
-@option("--eta", type=float, default=0.0, help="Noise of the ddim sampler: 0 (none) to 1 (as much as ddpm).")
 @option("--seed", type=int, default=0, help="Seed of the first image; the others count up from it.")
 @option("--label", metavar="NAME|NUMBER", help="Class to generate.  [default: all classes in turn]")
-@option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
-@option(
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    help="Safetensors file with encoder_hidden_states (and unconditional_hidden_states) for a text-conditional model.",
-)
+@sampling_options()
 @option("--workers", type=int, default=1, metavar="W", section="Where", help="Processes here; they share the cores.")
 @option("--rank", type=int, metavar="R", section="Where", help="Make every shard whose number modulo WORLD is R.")
 @option(

@@ -8,6 +8,7 @@ import click
 
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.progress import duration
+from qdm_deploy.cli.sampling import SAMPLER_NAMES
 from qdm_deploy.cli.tables import db, print_engines, print_table, size
 from qdm_deploy.cli.verb import CommaList, CountOrAuto, Verb, option
 from qdm_deploy.errors import CheckFailed, InputError
@@ -46,9 +47,7 @@ _FILE = click.Path(path_type=Path)
 @option("--int8", is_flag=True, help="Precision of the bundle; required, and the only one today.")
 @option("--out", type=_FILE, help="Where the bundle goes.  [default: ./<model name>.qdm]")
 @option("--force", is_flag=True, help="Replace the output if it is a bundle.")
-@option(
-    "--sampler", default="ddim", metavar="NAME", help="Sampler the bundle is tuned for: ddpm, ddim, dpmpp-2m or euler."
-)
+@option("--sampler", default="ddim", metavar="NAME", help=f"Sampler the bundle is tuned for: {SAMPLER_NAMES}")
 @option("--steps", type=int, default=50, help="Its denoising steps.")
 @option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
 @option("--seed", type=int, default=0, help="Seed of everything random in the build.")

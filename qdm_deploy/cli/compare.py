@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdm_deploy.cli.output import Output
+from qdm_deploy.cli.sampling import sampling_options
 from qdm_deploy.cli.tables import db, print_table
 from qdm_deploy.cli.verb import Verb, option
 from qdm_deploy.errors import InputError
@@ -51,17 +52,8 @@ _PRECISION = click.Choice(["int8", "float"])
 @option("--force", is_flag=True, help="Replace that file.")
 @option("--threads", type=int, help="CPU threads.  [default: all cores]")
 @option("-n", "--samples", type=int, default=16, section="Sampling", help="How many samples.")
-@option("--sampler", default="ddim", metavar="NAME", section="Sampling", help="ddpm, ddim, dpmpp-2m or euler.")
-@option("--steps", type=int, default=50, section="Sampling", help="Denoising steps.")
 @option("--seed", type=int, default=0, section="Sampling", help="Seed of the first sample; the others count up.")
-@option("--guidance", type=float, default=1.0, section="Sampling", help="Classifier-free guidance; 1 is none.")
-@option(
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    section="Sampling",
-    help="Safetensors file with encoder_hidden_states for a text-conditional model.",
-)
+@sampling_options()
 @click.pass_obj
 def compare(output: Output, /, b: Path | None, **options: Any) -> None:
     """Sample from A and B with the same seeds and print the error of B in decibels, step by step.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdm_deploy.cli.output import Output
+from qdm_deploy.cli.sampling import sampling_options
 from qdm_deploy.cli.tables import print_table
 from qdm_deploy.cli.verb import Verb, option
 
@@ -62,8 +63,6 @@ __all__ = ["evaluate"]
     type=click.Path(path_type=Path),
     help="Folder for images and features, from which an interrupted run goes on.  [default: the user's cache]",
 )
-@option("--sampler", default="ddim", metavar="NAME", section="Sampling", help="ddpm, ddim, dpmpp-2m or euler.")
-@option("--steps", type=int, default=20, section="Sampling", help="Denoising steps.")
 @option(
     "--seed",
     type=int,
@@ -71,14 +70,7 @@ __all__ = ["evaluate"]
     section="Sampling",
     help="Seed of the first image; the others count up. The default is far from those that builds use.",
 )
-@option("--guidance", type=float, default=1.0, section="Sampling", help="Classifier-free guidance; 1 is none.")
-@option(
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    section="Sampling",
-    help="Safetensors file with encoder_hidden_states for a text-conditional model.",
-)
+@sampling_options(steps=20)
 @option(
     "--backend",
     default="auto",

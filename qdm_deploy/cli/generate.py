@@ -7,6 +7,7 @@ import click
 
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.progress import duration
+from qdm_deploy.cli.sampling import sampling_options
 from qdm_deploy.cli.verb import Verb, option
 
 if TYPE_CHECKING:
@@ -33,19 +34,10 @@ __all__ = ["generate"]
     help="Folder for the images; it must not exist, except with --force.",
 )
 @option("-n", "--count", type=int, default=16, help="How many images.")
-@option("--sampler", default="ddim", metavar="NAME", help="ddpm, ddim, dpmpp-2m or euler.")
-@option("--steps", type=int, default=50, help="Denoising steps.")
-@option("--eta", type=float, default=0.0, help="Noise of the ddim sampler: 0 (none) to 1 (as much as ddpm).")
 @option("--seed", type=int, default=0, help="Seed of the first image; the others count up from it.")
 @option("--label", metavar="NAME|NUMBER", help="Class to generate.  [default: all classes in turn]")
-@option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
-@option(
-    "--conditioning",
-    "conditioning_file",
-    type=click.Path(path_type=Path),
-    help="Safetensors file with encoder_hidden_states (and unconditional_hidden_states) for a text-conditional model.",
-)
 @option("--force", is_flag=True, help="Replace images of an earlier run.")
+@sampling_options()
 @option(
     "--backend",
     default="auto",

@@ -13,7 +13,7 @@ from qdm_deploy.cli.verb import Verb, option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qdm_deploy.artifacts.model_spec import ModelSpec
+    from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
     from qdm_deploy.report.model import LayerRow, RewriteRow
 
 __all__ = ["inspect"]
@@ -89,14 +89,19 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
     )
 
 
-def _model_line(model: "ModelSpec") -> str:
+def _model_line(model: "PipelineSpec") -> str:
+    from qdm_deploy.artifacts.pipeline_spec import LabelTable
+
     channels, height, width = model.sample_shape
     parts = [
-        f"{model.name}: {channels} x {height} x {width} {model.sample_kind}, {model.num_train_timesteps} timesteps"
+        f"{model.name}: {channels} x {height} x {width} {model.makes}, {model.denoiser.num_train_timesteps} timesteps"
     ]
-    if model.num_classes is not None:
-        names = f" ({', '.join(model.labels)})" if model.labels else ""
-        parts.append(f"{model.num_classes} classes{names}")
+    encoder = model.encoder
+    if isinstance(encoder, LabelTable):
+        names = f" ({', '.join(encoder.labels)})" if encoder.labels else ""
+        parts.append(f"{encoder.num_classes} classes{names}")
+    elif encoder is not None:
+        parts.append(f"conditioned on {', '.join(encoder.inputs)}")
     return ", ".join(parts)
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qdm_deploy.artifacts.files import new_file
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.errors import InputError
 
 __all__ = [
@@ -53,7 +53,7 @@ class ImageMetadata(BaseModel):
     backend: str
 
 
-def to_pictures(samples: NDArray[np.float32], model: ModelSpec) -> Picture:
+def to_pictures(samples: NDArray[np.float32], model: PipelineSpec) -> Picture:
     """Samples in [-1, 1] as pictures; what lies outside is clipped.
 
     Args:
@@ -66,7 +66,7 @@ def to_pictures(samples: NDArray[np.float32], model: ModelSpec) -> Picture:
     Raises:
         InputError: samples are latents, are not those of the model, are not grey or RGB, or hold NaN or infinity.
     """
-    if model.sample_kind == "latents":
+    if model.makes == "latents":
         raise InputError(
             f"the samples of the model {model.name!r} are latents, and this version has no decoder to make pictures of "
             "them; save them as arrays"

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -11,17 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.backends import open_session
 from qdm_deploy.components.pictures import to_pictures
+from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.evaluate import sample_cache
 from qdm_deploy.evaluate.feature_classifier import FeatureClassifier, Features
 from qdm_deploy.evaluate.options import EvaluateOptions
 from qdm_deploy.evaluate.sample_cache import SampleCache, chunks_of
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.evaluation import Side
-from qdm_deploy.runtime import Conditioning, StepSession, denoise
+from qdm_deploy.runtime import StepSession, denoise
 from qdm_deploy.samplers import StepTable
+from qdm_deploy.samplers.sampling import Sampling
 
 __all__ = [
     "EvaluatedSide",
@@ -40,24 +42,22 @@ class Run:
     """What both sides have in common."""
 
     options: EvaluateOptions
-    model: ModelSpec
-    table: StepTable
-    conditioning: Conditioning | None
+    maker: SamplingMaker
 
-    def seeds(self, rows: slice) -> range:
-        """Seeds of some rows."""
-        return range(self.options.seed + rows.start, self.options.seed + rows.stop)
+    @property
+    def model(self) -> PipelineSpec:
+        """The model."""
+        return self.maker.pipeline
 
-    def shown(self, rows: slice) -> Conditioning | None:
-        """Conditioning of some rows."""
-        if self.conditioning is None:
-            return None
-        labels, states = self.conditioning.class_labels, self.conditioning.encoder_hidden_states
-        return replace(
-            self.conditioning,
-            class_labels=None if labels is None else labels[rows],
-            encoder_hidden_states=None if states is None else states[rows],
-        )
+    @property
+    def table(self) -> StepTable:
+        """The sampler's steps."""
+        return self.maker.table
+
+    def sampling(self, rows: slice) -> Sampling:
+        """The samples of some seeds."""
+        seeds = range(self.options.seed + rows.start, self.options.seed + rows.stop)
+        return self.maker.make(seeds, first=rows.start)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_side(
     states = options.conditioning_file
     identity: dict[str, object] = {
         "content": _content(bundle, precision, str(backend["backend"])),
-        "model": bundle.model.model_dump(mode="json", exclude={"name", "labels"}),
+        "model": bundle.pipeline.denoiser.model_dump(mode="json"),
         "scheduler": bundle.scheduler_config(),
         "precision": precision,
         # As little as the batch size do threads and mode decide what is computed.
@@ -175,8 +175,7 @@ def _samples(
         if rest.stop > rest.start:
             parts.append(
                 denoise(
-                    side.session, run.table, run.seeds(rest), run.model, conditioning=run.shown(rest),
-                    guidance=run.options.guidance, batch_size=run.options.batch_size,
+                    side.session, run.sampling(rest), batch_size=run.options.batch_size,
                     description=f"{side.name}: images {rest.start + 1} to {rest.stop} of {count}", progress=progress,
                 )
             )  # fmt: skip
@@ -185,7 +184,7 @@ def _samples(
     return side.cache.tensors("samples", rows, {"samples": run.model.sample_shape}, make, progress)["samples"]
 
 
-def pictures_of(samples: NDArray[np.float32], model: ModelSpec) -> NDArray[np.uint8]:
+def pictures_of(samples: NDArray[np.float32], model: PipelineSpec) -> NDArray[np.uint8]:
     """[n, C, H, W] pictures as users get them, 8 bits for each pixel."""
     pictures = to_pictures(samples, model)
     return pictures[:, None] if pictures.ndim == 3 else np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))

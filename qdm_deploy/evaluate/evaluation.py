@@ -4,12 +4,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_file
-from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
+from qdm_deploy.artifacts.pipeline_spec import LabelTable, PipelineSpec
+from qdm_deploy.components.encoders import LabelEncoder
+from qdm_deploy.components.sampling import SamplingMaker, refuse_other_model
 from qdm_deploy.errors import InputError
 from qdm_deploy.evaluate.distribution_rows import distribution_rows
 from qdm_deploy.evaluate.evaluated_side import EvaluatedSide, Run, features_of, make_samples, open_side
@@ -22,7 +21,6 @@ from qdm_deploy.evaluate.real_floor import real_floor
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.evaluation import DistributionRow, Evaluation, PairedRow, frechet_sentence, paired_sentence
 from qdm_deploy.report.evaluation_page import render_evaluation
-from qdm_deploy.samplers import NoiseSchedule, step_table
 
 __all__ = ["evaluate"]
 
@@ -41,21 +39,15 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
     """
     bundle = Bundle.open(options.bundle)
     reference = bundle if options.against == FP32 else _other(bundle, options)
-    model = bundle.model
+    model = bundle.pipeline
     classifier, notes = _classifier(model, options)
     inception, real = None, []
     if options.inception_weights is not None and options.real_images is not None:
         real = real_pictures(options.real_images, model)
         inception = Inception(options.inception_weights)
     count = _samples_needed(options, classifier is not None or inception is not None)
-    table = step_table(
-        NoiseSchedule.from_config(bundle.scheduler_config()),
-        options.sampler,
-        options.steps,
-        learned_variance=model.learned_variance,
-    )
-    states = read_hidden_states(options.conditioning_file)
-    run = Run(options, model, table, conditioning_of(model, count, hidden_states=states))
+    run = Run(options, SamplingMaker.of_bundle(bundle, options))
+    run.sampling(slice(0, 1))  # refused now or never
     with ExitStack() as stack:
         precision: Literal["int8", "float"] = "float" if options.against == FP32 else "int8"
         a = open_side(stack, "A", reference, precision, options)
@@ -64,7 +56,7 @@ def evaluate(options: EvaluateOptions, progress: Progress = SILENT) -> Evaluatio
         errors = pairs.measure(progress)
         for side in (a, b):
             make_samples(run, side, count, pairs.finished(side), progress)
-        paired, per_step = step_rows(table, *errors)
+        paired, per_step = step_rows(run.table, *errors)
         paired += image_rows(run, a, b, count, progress)
         rows: tuple[DistributionRow, ...] = ()
         if classifier is not None:
@@ -114,12 +106,13 @@ def _beside_real(
     """Both sets of pictures in the classifier's features, and how often both look alike to it."""
     count = run.options.num
     from_a, from_b = (features_of(run, side, classifier, count, progress) for side in (a, b))
-    labels = None if run.conditioning is None else run.conditioning.class_labels
+    encoder = run.maker.encoder
+    labels = encoder.numbers([None] * count) if isinstance(encoder, LabelEncoder) else None
     rows = distribution_rows(
         classifier,
         from_a,
         from_b,
-        None if labels is None else np.asarray(labels[:count], dtype=np.int64),
+        labels,
         real_floor(classifier, count, run.options.cache, progress),
         progress,
     )
@@ -133,31 +126,24 @@ def _other(bundle: Bundle, options: EvaluateOptions) -> Bundle:
     other = Bundle.open(path)
     if other.id == bundle.id:
         raise InputError(f"{path} and {options.bundle} are the same bundle; give {FP32}, or another bundle")
-    if other.model.sample_shape != bundle.model.sample_shape or other.model.conditioning != bundle.model.conditioning:
-        raise InputError(
-            f"{options.bundle} makes {bundle.model.sample_shape} and {path} {other.model.sample_shape}, or their "
-            "conditioning differs: only bundles of the same kind of model can be compared"
-        )
-    if other.scheduler_config() != bundle.scheduler_config():
-        raise InputError(
-            f"{options.bundle} and {path} have different schedulers, so the same seeds do not mean the same steps"
-        )
+    refuse_other_model(bundle, other)
     return other
 
 
-def _classifier(model: ModelSpec, options: EvaluateOptions) -> tuple[FeatureClassifier | None, list[str]]:
+def _classifier(model: PipelineSpec, options: EvaluateOptions) -> tuple[FeatureClassifier | None, list[str]]:
     """The classifier whose features are used, or None and why."""
     if options.features is not None:
         found = FeatureClassifier(options.features, threads=options.threads)
-        if found.card.input_shape != model.sample_shape or model.sample_kind != "pixels":
+        if found.card.input_shape != model.sample_shape or model.makes != "pixels":
             raise InputError(
                 f"the classifier in {options.features} takes pictures {list(found.card.input_shape)}, and "
-                f"{options.bundle} makes {model.sample_kind} {list(model.sample_shape)}; give one that fits, or none"
+                f"{options.bundle} makes {model.makes} {list(model.sample_shape)}; give one that fits, or none"
             )
         return found, []
     shipped = FeatureClassifier(SHIPPED, threads=options.threads)
     card = shipped.card
-    if model.sample_kind == "pixels" and (model.sample_shape, model.num_classes) == (card.input_shape, card.classes):
+    classes = model.encoder.num_classes if isinstance(model.encoder, LabelTable) else None
+    if model.makes == "pixels" and (model.sample_shape, classes) == (card.input_shape, card.classes):
         return shipped, [f"Features are those of the shipped {card.data} classifier."]
     why = f"the shipped one is for pictures {list(card.input_shape)} of {card.classes} classes"
     return None, [f"Only paired metrics: no classifier was given, and {why}."]

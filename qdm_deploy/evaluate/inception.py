@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from qdm_deploy.artifacts.files import sha256_of
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.errors import EnvironmentProblem, InputError
 from qdm_deploy.evaluate import sample_cache
 from qdm_deploy.evaluate.evaluated_side import EvaluatedSide, Run, pictures_of, sample_pieces
@@ -89,16 +89,14 @@ class Inception:
         return dict(zip(_SHAPES, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
 
 
-def real_pictures(folder: Path, model: ModelSpec) -> list[Path]:
+def real_pictures(folder: Path, model: PipelineSpec) -> list[Path]:
     """The picture files in a folder and the folders in it, in alphabetical order.
 
     Raises:
         InputError: there are none, or the model makes none.
     """
-    if model.sample_kind != "pixels":
-        raise InputError(
-            f"{model.name} makes {model.sample_kind}, which are no pictures; leave --inception-weights out"
-        )
+    if model.makes != "pixels":
+        raise InputError(f"{model.name} makes {model.makes}, which are no pictures; leave --inception-weights out")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if len(found) < 2:
         raise InputError(f"{folder} holds {len(found)} pictures; give a folder of real ones ({', '.join(_SUFFIXES)})")
@@ -163,12 +161,12 @@ def _generated(run: Run, side: EvaluatedSide, progress: Progress) -> Iterator[tu
     )
 
 
-def _read(paths: Sequence[Path], model: ModelSpec) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+def _read(paths: Sequence[Path], model: PipelineSpec) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
     for rows in chunks_of(len(paths), sample_cache.CHUNK_IMAGES):
         yield rows, np.stack([_picture(path, model) for path in paths[rows]])
 
 
-def _picture(path: Path, model: ModelSpec) -> NDArray[np.uint8]:
+def _picture(path: Path, model: PipelineSpec) -> NDArray[np.uint8]:
     """[C, H, W], as large as the model's own; resizing would change the score (Parmar, Zhang and Zhu 2022)."""
     channels, height, width = model.sample_shape
     try:

@@ -1,11 +1,11 @@
 """What a user can ask of an evaluation; refused here, before any work starts, when it cannot be done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from qdm_deploy.choices import one_of, within
+from qdm_deploy.choices import within
+from qdm_deploy.components.sampling import SamplingOptions
 from qdm_deploy.errors import InputError
-from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["EvaluateOptions"]
 
@@ -15,7 +15,7 @@ _MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(SamplingOptions):
     """Is a bundle's INT8 model (B) as good as a reference (A)?
 
     Attributes:
@@ -23,8 +23,7 @@ class EvaluateOptions:
         against: "fp32" for its own float graph, or the folder of another bundle.
         num: pictures of each that are compared with real ones.
         paired: how many of their seeds are compared step by step.
-        sampler, steps, seed, guidance: what is run; the first seed is by default one that no build uses by default.
-        conditioning_file: as in ``BuildOptions``.
+        seed: the first one; by default one that no build uses by default.
         features: a classifier's folder; None takes the one that is shipped, where it fits the model.
         backend, threads, batch_size: what runs it.
         cache: folder for samples and features; None takes the user's cache.
@@ -39,11 +38,8 @@ class EvaluateOptions:
     against: str = "fp32"
     num: int = 1000
     paired: int = 64
-    sampler: str = "ddim"
-    steps: int = 20
+    steps: int = field(default=20, kw_only=True)
     seed: int = _UNSEEN_SEED
-    guidance: float = 1.0
-    conditioning_file: Path | None = None
     features: Path | None = None
     backend: str = "auto"
     threads: int | None = None
@@ -57,13 +53,11 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be evaluated."""
-        one_of("sampler", self.sampler, SAMPLERS)
+        super().__post_init__()
         within("the number of images", self.num, 8, 100_000)
         within("the number of paired seeds", self.paired, 2, 4096)
-        within("steps", self.steps, 1, 10_000)
         within("batch size", self.batch_size, 1, 1024)
         within("seed", self.seed, 0, _MAX_SEED - max(self.num, self.paired))
-        within("guidance", self.guidance, 0, 100)
         if self.threads is not None:
             within("threads", self.threads, 1, 1024)
         self._check_inception()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.evaluate.evaluated_side import EvaluatedSide, Run, sample_pieces
 from qdm_deploy.evaluate.feature_classifier import Features
 from qdm_deploy.metrics.bootstrap import mean_interval
@@ -50,7 +50,7 @@ def image_rows(
     run: Run, a: EvaluatedSide, b: EvaluatedSide, count: int, progress: Progress = SILENT
 ) -> tuple[PairedRow, ...]:
     """PSNR and SSIM of the finished images of the first ``count`` seeds; none for latents."""
-    if run.model.sample_kind == "latents":
+    if run.model.makes == "latents":
         return ()
     psnr: list[float] = []
     ssim: list[float] = []
@@ -80,14 +80,14 @@ def _mean(metric: str, values: list[float]) -> PairedRow:
     )
 
 
-def _has_ssim(model: ModelSpec) -> bool:
+def _has_ssim(model: PipelineSpec) -> bool:
     return min(model.sample_shape[1:]) >= SSIM_WINDOW
 
 
-def notes_on_steps(model: ModelSpec) -> list[str]:
+def notes_on_steps(model: PipelineSpec) -> list[str]:
     """What a reader has to know about rows that are missing."""
     notes = []
-    if model.sample_kind == "latents":
+    if model.makes == "latents":
         notes.append("No PSNR and no SSIM: the samples are latents.")
     elif not _has_ssim(model):
         notes.append(f"No SSIM: its window needs pictures of at least {SSIM_WINDOW}x{SSIM_WINDOW}.")

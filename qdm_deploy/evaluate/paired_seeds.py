@@ -12,7 +12,6 @@ from qdm_deploy.evaluate.sample_cache import SampleCache, Tensors
 from qdm_deploy.metrics.paired_steps import StepErrors, energies
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime import denoise
-from qdm_deploy.samplers import initial_noise
 
 __all__ = ["PairedSeeds"]
 
@@ -70,20 +69,17 @@ class PairedSeeds:
 
     def _make(self, rows: slice) -> Tensors:
         run, options = self._run, self._run.options
-        seeds, shown = run.seeds(rows), run.shown(rows)
+        sampling = run.sampling(rows)
         states: list[list[NDArray[np.float32]]] = []
         for side in self._sides:
             passed: list[NDArray[np.float32]] = []
             denoise(
-                side.session, run.table, seeds, run.model, conditioning=shown, guidance=options.guidance,
-                batch_size=options.batch_size, on_step=lambda step, sample, passed=passed: passed.append(sample),  # type: ignore[misc]
+                side.session, sampling, batch_size=options.batch_size,
+                on_step=lambda step, sample, passed=passed: passed.append(sample),  # type: ignore[misc]
             )  # fmt: skip
             states.append(passed)
-        inputs = np.stack([initial_noise(seeds, run.model.sample_shape), *states[0][:-1]])
-        outputs = [
-            network_output(side.session, run.table, inputs, run.model, shown, options.guidance, options.batch_size, "")
-            for side in self._sides
-        ]
+        inputs = np.stack([sampling.start(run.model.sample_shape), *states[0][:-1]])
+        outputs = [network_output(side.session, sampling, inputs, options.batch_size, "") for side in self._sides]
         output, sample = energies(outputs[0], outputs[1]), energies(states[0], states[1])
         return {
             "output_signal": output[0], "output_noise": output[1], "sample_signal": sample[0],

@@ -8,13 +8,11 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.backends import open_session
 from qdm_deploy.building.quality import compare_with, reference_run
-from qdm_deploy.components.conditioning import conditioning_of, read_hidden_states
 from qdm_deploy.components.pictures import comparison_strip, save_png, to_pictures
-from qdm_deploy.errors import InputError
+from qdm_deploy.components.sampling import SamplingMaker, refuse_other_model
 from qdm_deploy.pipeline.options import CompareOptions
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import QualityRow
-from qdm_deploy.samplers import NoiseSchedule, step_table
 
 __all__ = ["Comparison", "compare"]
 
@@ -42,24 +40,9 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
         InputError: the two do not run the same model, or are the same thing twice.
     """
     first, second = Bundle.open(options.a), Bundle.open(options.b)
-    if first.model.sample_shape != second.model.sample_shape or first.model.conditioning != second.model.conditioning:
-        raise InputError(
-            f"{options.a} makes {first.model.sample_shape} and {options.b} {second.model.sample_shape}, or their "
-            "conditioning differs: only bundles of the same kind of model can be compared"
-        )
-    if first.scheduler_config() != second.scheduler_config():
-        raise InputError(
-            f"{options.a} and {options.b} have different schedulers, so the same seeds do not mean the same steps"
-        )
-    model = first.model
-    table = step_table(
-        NoiseSchedule.from_config(first.scheduler_config()),
-        options.sampler,
-        options.steps,
-        learned_variance=model.learned_variance,
-    )
-    seeds = range(options.seed, options.seed + options.samples)
-    conditioning = conditioning_of(model, options.samples, hidden_states=read_hidden_states(options.conditioning_file))
+    refuse_other_model(first, second)
+    model = first.pipeline
+    sampling = SamplingMaker.of_bundle(first, options).make(range(options.seed, options.seed + options.samples))
     with (
         open_session(
             first, options.backend_a, precision=options.precision_a, threads=options.threads, progress=progress
@@ -68,13 +51,11 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
             second, options.backend_b, precision=options.precision_b, threads=options.threads, progress=progress
         ) as b,
     ):
-        reference = reference_run(
-            a, table, seeds, model, conditioning=conditioning, guidance=options.guidance, progress=progress
-        )
+        reference = reference_run(a, sampling, progress=progress)
         # A row is filed under the target whose graph runs; every other backend has one of its own name.
         backend = str(b.describe()["backend"])
         target = cast(Target, "tensorrt" if backend == "tensorrt-rtx" else backend)
-        row, samples = compare_with(reference, b, model, target=target, backend=backend, progress=progress)
+        row, samples = compare_with(reference, b, makes=model.makes, target=target, backend=backend, progress=progress)
         described = dict(a.describe()), dict(b.describe())
     if options.out is not None:
         names = (

@@ -8,16 +8,14 @@ import numpy as np
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_directory
-from qdm_deploy.artifacts.model_spec import ModelSpec
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.backends import choose_backend, open_session
-from qdm_deploy.components.conditioning import conditioning_of, label_number, read_hidden_states
 from qdm_deploy.components.pictures import ImageMetadata, contact_sheet, made_by, read_metadata, save_png, to_pictures
+from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.errors import InputError
 from qdm_deploy.pipeline.options import GenerateOptions
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.runtime import denoise
-from qdm_deploy.samplers import NoiseSchedule, step_table
 
 __all__ = ["GenerateResult", "generate"]
 
@@ -54,15 +52,12 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
         QdmError: see ``qdm_deploy.errors``; whatever is raised, nothing is left at ``options.out``.
     """
     bundle = Bundle.open(options.bundle)
-    model = bundle.model
-    states = read_hidden_states(options.conditioning_file)
-    conditioning = conditioning_of(model, options.count, label=options.label, hidden_states=states)
-    schedule = NoiseSchedule.from_config(bundle.scheduler_config())
-    table = step_table(
-        schedule, options.sampler, options.steps, eta=options.eta, learned_variance=model.learned_variance
-    )
-    to_pictures(np.zeros((1, *model.sample_shape), dtype=np.float32), model)  # refuses latents before any work
+    model = bundle.pipeline
+    maker = SamplingMaker.of_bundle(bundle, options)
+    prompts = [options.label] * options.count
     seeds = tuple(range(options.seed, options.seed + options.count))
+    sampling = maker.make(seeds, prompts)
+    to_pictures(np.zeros((1, *model.sample_shape), dtype=np.float32), model)  # refuses latents before any work
     with new_directory(options.out, force=options.force, may_replace=_not_ours) as folder:
         chosen, precision = choose_backend(
             bundle, options.backend, options.precision, threads=options.threads, progress=progress
@@ -73,19 +68,10 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
             backend = session.describe()
             progress.say(f"Denoising {options.count} samples in {options.steps} steps on {backend['backend']}")
             start = time.perf_counter()
-            samples = denoise(
-                session,
-                table,
-                seeds,
-                model,
-                conditioning=conditioning,
-                guidance=options.guidance,
-                batch_size=options.batch_size,
-                progress=progress,
-            )
+            samples = denoise(session, sampling, batch_size=options.batch_size, progress=progress)
             seconds = time.perf_counter() - start
         pictures = to_pictures(samples, model)
-        names = _label_names(options, model)
+        names = maker.encoder.captions(prompts)
         ran = made_by(backend, precision)
         width = max(5, len(str(seeds[-1])))
         images = []
@@ -112,15 +98,6 @@ def generate(options: GenerateOptions, progress: Progress = SILENT) -> GenerateR
     return GenerateResult(
         tuple(images), options.out / _SHEET, seconds, options.count / seconds, dict(backend), precision, seeds
     )
-
-
-def _label_names(options: GenerateOptions, model: ModelSpec) -> list[str | None]:
-    """What each picture shows, as ``conditioning_of`` chose it; None for a model without classes."""
-    if model.num_classes is None:
-        return [None] * options.count
-    fixed = None if options.label is None else label_number(model, options.label)
-    numbers = [i % model.num_classes if fixed is None else fixed for i in range(options.count)]
-    return [model.labels[number] if model.labels else str(number) for number in numbers]
 
 
 def _not_ours(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.manifest import Manifest
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.artifacts.plan import QuantizationPlan
 from qdm_deploy.errors import InputError
 from qdm_deploy.report.model import Report, RewriteRow
@@ -25,7 +25,7 @@ class Inspection:
     """
 
     bundle_id: str
-    model: ModelSpec
+    model: PipelineSpec
     plan: QuantizationPlan
     manifest: Manifest
     noise_shares: Mapping[str, float] = field(default_factory=dict)
@@ -42,9 +42,9 @@ def inspect(bundle: Path) -> Inspection:
     plan = QuantizationPlan.load(opened.file("unet/plan.json").parent)
     report = _report(opened)
     if report is None:
-        return Inspection(opened.id, opened.model, plan, opened.manifest)
+        return Inspection(opened.id, opened.pipeline, plan, opened.manifest)
     shares = {row.name: row.noise_share for row in report.layers if row.noise_share is not None}
-    return Inspection(opened.id, opened.model, plan, opened.manifest, shares, report.rewrites)
+    return Inspection(opened.id, opened.pipeline, plan, opened.manifest, shares, report.rewrites)
 
 
 def _report(bundle: Bundle) -> Report | None:

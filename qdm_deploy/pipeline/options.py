@@ -4,71 +4,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qdm_deploy.choices import one_of, within
+from qdm_deploy.choices import within
+from qdm_deploy.components.sampling import SamplingOptions
 from qdm_deploy.errors import InputError
-from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["CompareOptions", "GenerateOptions"]
 
 _MAX_SEED = 2**63 - 1
 _MAX_IMAGES = 100_000
 _MAX_BATCH = 1024
-_MAX_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(SamplingOptions):
     """From a bundle to pictures.
 
     Attributes:
         bundle: the bundle's folder.
         out: folder of the pictures; must not exist, unless ``force``.
         count: how many pictures; picture i has seed ``seed`` + i.
-        sampler, steps, eta: which steps.
         label: name or number of a class; None: all classes in turn.
-        guidance: classifier-free guidance scale; 1 is none.
         backend, precision, threads: what runs it; "auto" is the fastest here, timed once.
         batch_size: samples per step of the network.
-        conditioning_file: as in ``BuildOptions``.
         force: replace pictures of an earlier run.
     """
 
     bundle: Path
     out: Path
     count: int = 16
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
     seed: int = 0
     label: str | None = None
-    guidance: float = 1.0
     backend: str = "auto"
     precision: Literal["auto", "int8", "float"] = "auto"
     batch_size: int = 16
-    conditioning_file: Path | None = None
     force: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
-        one_of("sampler", self.sampler, SAMPLERS)
+        super().__post_init__()
         within("the number of images", self.count, 1, _MAX_IMAGES)
-        within("steps", self.steps, 1, _MAX_STEPS)
         within("batch size", self.batch_size, 1, _MAX_BATCH)
         within("seed", self.seed, 0, _MAX_SEED - self.count)
-        within("guidance", self.guidance, 0, 100)
-        within("eta", self.eta, 0, 1)
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(SamplingOptions):
     """The same seeds through two bundles, backends or precisions; A is the reference.
 
     Attributes:
         a, b: bundle folders; they may be the same.
         backend_a, backend_b, precision_a, precision_b: what runs each.
-        samples, steps, sampler, seed, guidance: what is run.
-        conditioning_file: as in ``BuildOptions``.
+        samples, seed: how many are made, and the first one's seed.
         out: PNG file for the picture strip A | B | difference; None writes none.
         force: replace an existing ``out``.
     """
@@ -80,21 +67,15 @@ class CompareOptions:
     precision_a: Literal["int8", "float"] = "int8"
     precision_b: Literal["int8", "float"] = "int8"
     samples: int = 16
-    steps: int = 50
-    sampler: str = "ddim"
     seed: int = 0
-    guidance: float = 1.0
-    conditioning_file: Path | None = None
     out: Path | None = None
     force: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
-        one_of("sampler", self.sampler, SAMPLERS)
+        super().__post_init__()
         within("samples", self.samples, 1, 4096)
-        within("steps", self.steps, 1, _MAX_STEPS)
         within("seed", self.seed, 0, _MAX_SEED - self.samples)
-        within("guidance", self.guidance, 0, 100)
         if self.out is not None and self.out.exists() and not self.force:
             raise InputError(f"{self.out} exists; choose another file, or add --force to replace it")

@@ -120,7 +120,7 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
 
     def listening(url: str) -> None:
         if on_listening is not None:
-            on_listening(url, bundle.model.name, bundle.id)
+            on_listening(url, bundle.pipeline.name, bundle.id)
 
     return run_server(engine, settings, on_listening=listening, quiet=options.quiet)
 

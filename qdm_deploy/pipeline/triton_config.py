@@ -7,10 +7,12 @@ is not part of ``dims``; an input of one number a row has ``dims: [ 1 ]`` for cl
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.step_interface import StepInterface
 
 __all__ = ["TritonTensor", "config_text", "step_tensors"]
 
+# A server that concatenates requests needs distances between rows in place of their numbers.
+OFFSETS = {"unconditional_row": "unconditional_offset", "owner_row": "owner_offset"}
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 
 
@@ -23,37 +25,23 @@ class TritonTensor:
     shape: tuple[int, ...]
 
 
-def step_tensors(model: ModelSpec) -> tuple[tuple[TritonTensor, ...], tuple[TritonTensor, ...]]:
-    """Inputs and outputs of a model's step graph, its row links as offsets (``qdm_export.relative_links``)."""
-    image = model.sample_shape
-    inputs = [
-        TritonTensor("sample", "float32", image),
-        TritonTensor("timestep", "int64", ()),
-        TritonTensor("coefficients", "float32", (model.num_coefficients,)),
-        TritonTensor("noise", "float32", image),
-        TritonTensor("previous_x0", "float32", image),
-        *(TritonTensor(item.name, item.dtype, item.shape) for item in model.conditioning),
-    ]
-    if model.conditional:
-        inputs += [
-            TritonTensor("guidance", "float32", ()),
-            TritonTensor("unconditional_offset", "int64", ()),
-            TritonTensor("owner_offset", "int64", ()),
-        ]
-    outputs = (TritonTensor("next_sample", "float32", image), TritonTensor("x0", "float32", image))
-    return tuple(inputs), outputs
+def step_tensors(interface: StepInterface) -> tuple[tuple[TritonTensor, ...], tuple[TritonTensor, ...]]:
+    """Inputs and outputs of a step graph, its row links as offsets (``qdm_export.relative_links``)."""
+    inputs = (TritonTensor(OFFSETS.get(spec.name, spec.name), spec.dtype, spec.row_shape) for spec in interface.inputs)
+    outputs = (TritonTensor(spec.name, spec.dtype, spec.row_shape) for spec in interface.outputs)
+    return tuple(inputs), tuple(outputs)
 
 
-def config_text(name: str, model: ModelSpec, backend: str, max_batch: int) -> str:
+def config_text(name: str, interface: StepInterface, backend: str, max_batch: int) -> str:
     """The text of ``config.pbtxt``.
 
     Args:
         name: of the model, and of its folder.
-        model: whose step graph it is.
+        interface: of the step graph.
         backend: "onnxruntime" (on the CPU) or "tensorrt" (a plan on the GPU).
         max_batch: rows that Triton may put together.
     """
-    inputs, outputs = step_tensors(model)
+    inputs, outputs = step_tensors(interface)
     head = {
         "onnxruntime": ('backend: "onnxruntime"', "KIND_CPU"),
         "tensorrt": ('platform: "tensorrt_plan"', "KIND_GPU"),

@@ -10,13 +10,15 @@ _MEANING = {
     "timestep": "training timestep of the step",
     "coefficients": "row of the sampler's table: `qdm_deploy.samplers.step_table(...).coefficients[step]`",
     "noise": "unit Gaussian noise; zeros for samplers that add none",
-    "previous_x0": "`x0` of the step before; zeros at the first",
-    "class_labels": "class; the null label in the unconditional row",
-    "encoder_hidden_states": "text states; those of the empty prompt in the unconditional row",
+    "history": "`next_history` of the step before; zeros at the first",
+    "guidance_rescale": "how far a guided output takes back the spread of the unguided one; 0 is none",
     "guidance": "scale of classifier-free guidance; 1 is none",
     "unconditional_offset": "distance to the row's unconditional twin: 0 without guidance; else 1, and 0 in the twin",
     "owner_offset": "distance to the row whose state it takes: 0; -1 in the twin",
 }
+
+
+_CONDITION = "what the image should show; what the model takes for nothing in the unconditional row"
 
 
 def readme(bundle: Bundle, name: str, backend: str, max_batch: int) -> str:
@@ -28,13 +30,14 @@ def readme(bundle: Bundle, name: str, backend: str, max_batch: int) -> str:
         backend: "onnxruntime" or "tensorrt".
         max_batch: rows that Triton may put together.
     """
-    inputs, outputs = step_tensors(bundle.model)
+    inputs, outputs = step_tensors(bundle.pipeline.interface)
     rows = "\n".join(
-        f"| `{item.name}` | {item.dtype} | [B, {', '.join(map(str, item.shape or (1,)))}] | {_MEANING[item.name]} |"
+        f"| `{item.name}` | {item.dtype} | [B, {', '.join(map(str, item.shape or (1,)))}] "
+        f"| {_MEANING.get(item.name, _CONDITION)} |"
         for item in inputs
     )
     parts = [
-        f"# {bundle.model.name}: denoising step for Triton Inference Server",
+        f"# {bundle.pipeline.name}: denoising step for Triton Inference Server",
         f"Written by `qdm-deploy export-triton` from the bundle {bundle.id[:16]}.",
         _start(name, backend),
         "One request is one denoising step of one or more images. Triton sees no sampler: the client sends the rows "
@@ -43,7 +46,7 @@ def readme(bundle: Bundle, name: str, backend: str, max_batch: int) -> str:
         "Outputs: "
         + ", ".join(f"`{item.name}` [B, {', '.join(map(str, item.shape))}] {item.dtype}" for item in outputs)
         + ".",
-        _batching(bundle.model.conditional, max_batch),
+        _batching(bundle.pipeline.conditional, max_batch),
     ]
     parts.append(
         "## Checked\n\nThe configuration was held against Triton's `model_config.proto`, and the graph was run with "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.files import new_directory
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.choices import one_of, within
 from qdm_deploy.engines.onnx_files import data_files
 from qdm_deploy.errors import EnvironmentProblem
@@ -53,13 +53,15 @@ def export_triton(
     """
     one_of("backend", backend, ("onnxruntime", "tensorrt"))
     opened = Bundle.open(bundle)
-    model = opened.model
+    model = opened.pipeline
     within("max batch", max_batch, 2 if model.conditional else 1, _MOST_ROWS)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", model.name) + "_step"
     graph = opened.graph(backend)
     with new_directory(out, force=force, may_replace=_not_ours) as root:
         (root / name).mkdir()
-        (root / name / "config.pbtxt").write_text(config_text(name, model, backend, max_batch), encoding="utf-8")
+        (root / name / "config.pbtxt").write_text(
+            config_text(name, model.interface, backend, max_batch), encoding="utf-8"
+        )
         # More than one file makes an ONNX model a folder; a plan takes only the place that its config names.
         target = root / name / "1" / ("model.onnx" if backend == "onnxruntime" else "source")
         target.mkdir(parents=True)
@@ -72,7 +74,7 @@ def export_triton(
     return TritonExport(out, name, Path(out, name, "1", "model.plan") if backend == "tensorrt" else None)
 
 
-def _copy_graph(graph: Path, folder: Path, model: ModelSpec) -> None:
+def _copy_graph(graph: Path, folder: Path, model: PipelineSpec) -> None:
     """``model.onnx`` and its weights; the links of a conditional model become relative on the way."""
     for path in data_files(graph):
         shutil.copyfile(path, folder / path.name)
@@ -93,9 +95,9 @@ def _copy_graph(graph: Path, folder: Path, model: ModelSpec) -> None:
     ir.save(rewritten, folder / "model.onnx")
 
 
-def _build_script(model: ModelSpec, max_batch: int) -> str:
+def _build_script(model: PipelineSpec, max_batch: int) -> str:
     def shapes(rows: int) -> str:
-        inputs, _ = step_tensors(model)
+        inputs, _ = step_tensors(model.interface)
         return ",".join(f"{item.name}:{'x'.join(map(str, (rows, *item.shape)))}" for item in inputs)
 
     return f"""#!/bin/sh

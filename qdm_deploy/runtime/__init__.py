@@ -1,6 +1,6 @@
-"""What every backend shares: the session's contract, rows of a batch, and the timestep loop."""
+"""What every backend shares: the session's contract, parts of a batch, and the timestep loop."""
 
-from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.denoise import denoise
 from qdm_deploy.runtime.session import StepInputs, StepLoop, StepOutput, StepSession
 
-__all__ = ["Conditioning", "StepInputs", "StepLoop", "StepOutput", "StepSession", "denoise"]
+__all__ = ["StepInputs", "StepLoop", "StepOutput", "StepSession", "denoise"]

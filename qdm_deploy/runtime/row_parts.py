@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.runtime.session import ROW_INPUTS
+from qdm_deploy.artifacts.step_interface import role_of_input
 
 __all__ = ["SMALL", "part_of", "row_parts"]
 
@@ -49,10 +49,13 @@ def _per_row(cores: int) -> float:
 
 def part_of(inputs: Mapping[str, NDArray[Any]], part: slice) -> dict[str, NDArray[Any]]:
     """The inputs of some rows, which then count from 0."""
-    return {name: value[part] - part.start if name in ROW_INPUTS else value[part] for name, value in inputs.items()}
+    return {
+        name: value[part] - part.start if role_of_input(name) == "link" else value[part]
+        for name, value in inputs.items()
+    }
 
 
 def _inside(inputs: Mapping[str, NDArray[Any]], each: int) -> bool:
     """Whether every row finds those that it is linked to in its own part of ``each`` rows."""
-    links = [inputs[name] for name in ROW_INPUTS if name in inputs]
+    links = [values for name, values in inputs.items() if role_of_input(name) == "link"]
     return all(bool((link // each == np.arange(len(link)) // each).all()) for link in links)

@@ -1,8 +1,7 @@
 """One denoising step on some backend: what every session promises, and the checks that all of them share.
 
-A session runs the step graph: ``sample``, ``timestep``, ``coefficients``, ``noise`` and ``previous_x0`` (and, for a
-conditional model, its conditioning with ``guidance``, ``unconditional_row`` and ``owner_row``) to ``next_sample`` and
-``x0``. The first axis of every tensor is the row of the batch.
+A session runs a step graph, whose inputs and outputs its ``interface`` says
+(``qdm_deploy.artifacts.step_interface``). The first axis of every tensor is the row of the batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +12,12 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from qdm_deploy.artifacts.step_interface import DType, StepInterface, TensorSpec, role_of_input
 from qdm_deploy.errors import BundleError, InputError
 
-__all__ = ["StepInputs", "StepLoop", "StepOutput", "StepSession", "TensorSpec", "check_inputs", "step_graph_inputs"]
-
-OUTPUTS = ("next_sample", "x0")
-_ALWAYS = ("sample", "timestep", "coefficients", "noise", "previous_x0")
-_GUIDED = ("guidance", "unconditional_row", "owner_row")
-ROW_INPUTS = ("unconditional_row", "owner_row")
+__all__ = ["StepInputs", "StepLoop", "StepOutput", "StepSession", "check_inputs", "check_tensor", "interface_of_graph"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +29,17 @@ class StepOutput:
     Attributes:
         next_sample: [B, C, H, W] float32, the sample one step less noisy.
         x0: [B, C, H, W] float32, the clean sample predicted in this step.
+        next_history: [B, 3C, H, W] float32, what the sampler remembers of this step and those before.
     """
 
     next_sample: NDArray[np.float32]
     x0: NDArray[np.float32]
+    next_history: NDArray[np.float32]
+
+    def copy_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Write what the next step starts from into the caller's arrays ``sample`` and ``history``."""
+        np.copyto(state["sample"], self.next_sample)
+        np.copyto(state["history"], self.next_history)
 
 
 class StepSession(Protocol):
@@ -48,15 +51,15 @@ class StepSession(Protocol):
         ...
 
     @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names that ``run`` wants, in the graph's order."""
+    def interface(self) -> StepInterface:
+        """What ``run`` wants and gives, as the graph declares it."""
         ...
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """Run one step.
 
         Args:
-            inputs: exactly ``input_names``, with the graph's dtypes, all with the same number of rows. They are only
+            inputs: exactly those of ``interface``, with its dtypes, all with the same number of rows. They are only
                 read, and are the caller's again when the call returns. They must not overlap an earlier result.
 
         Raises:
@@ -85,12 +88,12 @@ class StepInputs:
     """What the host makes anew for a step of a loop.
 
     Attributes:
-        timestep: [B] int64.
+        timestep: [B], of the interface's dtype.
         coefficients: [B, K] float32.
         noise: [B, C, H, W] float32, or None in a step that uses none (its coefficient d is 0).
     """
 
-    timestep: NDArray[np.int64]
+    timestep: NDArray[Any]
     coefficients: NDArray[np.float32]
     noise: NDArray[np.float32] | None = None
 
@@ -100,7 +103,7 @@ class StepLoop(Protocol):
     """A session that can keep the sampler's state where it computes, from one step to the next."""
 
     def run_steps(self, inputs: Mapping[str, NDArray[Any]], steps: Iterable[StepInputs]) -> StepOutput:
-        """Run a loop: each step's ``next_sample`` and ``x0`` are the ``sample`` and ``previous_x0`` of the next.
+        """Run a loop: each step's state outputs are the state inputs of the next.
 
         Args:
             inputs: as for ``run``: the state the loop starts from. Timestep, coefficients and noise are those of the
@@ -118,58 +121,65 @@ class StepLoop(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input as the graph declares it; ``shape`` is that of one row, without the batch axis."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
+Axes = Sequence[int | None]
+_IMAGES = frozenset({"state", "noise"})
 
 
-def step_graph_inputs(
-    graph: Path, inputs: Sequence[tuple[str, np.dtype[Any] | None, Sequence[int | None]]], outputs: Sequence[str]
-) -> tuple[TensorSpec, ...]:
-    """The inputs of a step graph, or a refusal of an ONNX file that loads but is no step graph.
+def interface_of_graph(
+    graph: Path,
+    inputs: Sequence[tuple[str, DType | None, Axes]],
+    outputs: Sequence[tuple[str, DType | None, Axes]],
+    size: tuple[int, int] | None = None,
+) -> StepInterface:
+    """The interface of a step graph, or a refusal of an ONNX file that loads but is no step graph.
 
     Args:
         graph: the file, for messages.
         inputs: name, dtype (None: neither float32 nor int64) and shape (None: an axis of any size) as the backend
             reads them.
-        outputs: names.
+        outputs: the same of the outputs.
+        size: height and width of the sample, for a graph that leaves them open.
 
     Raises:
-        BundleError: an input or output is missing, or an input has another dtype or other dynamic axes than the batch.
+        BundleError: an input or output is missing, or one has another dtype or other open axes than the batch, the
+            height and the width.
     """
-    names = [name for name, _, _ in inputs]
-    wanted = [*_ALWAYS, *(_GUIDED if set(names).intersection(_GUIDED) else ())]
-    problems = [f"it has no {name}" for name in wanted if name not in names]
-    problems += [f"it has no {name}" for name in OUTPUTS if name not in outputs]
-    specs = []
-    for name, dtype, shape in inputs:
-        fixed = tuple(axis for axis in shape[1:] if axis is not None)
+    problems: list[str] = []
+
+    def spec(name: str, dtype: DType | None, shape: Axes, *, is_input: bool) -> TensorSpec | None:
+        role = role_of_input(name) if is_input else None
+        spatial = len(shape) == 4 and (role in _IMAGES or not is_input)
+        axes = [*shape[:-2], *size] if spatial and size is not None else list(shape)
+        fixed = tuple(axis for axis in axes[1:] if axis is not None)
         if dtype is None:
             problems.append(f"{name} is neither float32 nor int64")
-        elif not shape or shape[0] is not None or len(fixed) != len(shape) - 1:
-            problems.append(
-                f"{name} has the shape {list(shape)}, and only its first axis, the batch, should be dynamic"
-            )
+        elif not axes or axes[0] is not None or len(fixed) != len(axes) - 1:
+            problems.append(f"{name} has the shape {list(shape)}, and only its first axis, the batch, should be open")
         else:
-            specs.append(TensorSpec(name, dtype, fixed))
-    if problems:
-        raise BundleError(
-            f"{graph} is not a step graph: {'; '.join(problems)}. Build the bundle again with this version."
-        )
-    return tuple(specs)
+            neutral = 1.0 if name == "guidance" else 0.0
+            return TensorSpec(name=name, dtype=dtype, row_shape=fixed, role=role, neutral=neutral, spatial=spatial)
+        return None
+
+    taken = [spec(*item, is_input=True) for item in inputs]
+    given = [spec(*item, is_input=False) for item in outputs]
+    if not problems:
+        try:
+            return StepInterface(
+                inputs=tuple(item for item in taken if item is not None),
+                outputs=tuple(item for item in given if item is not None),
+            )
+        except ValidationError as error:
+            problems = [str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors()]
+    raise BundleError(f"{graph} is not a step graph: {'; '.join(problems)}. Build the bundle again with this version.")
 
 
-def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]], max_batch: int | None) -> int:
+def check_inputs(interface: StepInterface, inputs: Mapping[str, NDArray[Any]], max_batch: int | None) -> int:
     """Refuse inputs that a backend would misread or crash on, and return their number of rows.
 
     Raises:
         InputError: the names are not those of the graph, or a dtype, shape or row number is wrong.
     """
-    names = [spec.name for spec in specs]
+    names = interface.input_names
     if set(inputs) != set(names):
         missing = [name for name in names if name not in inputs]
         unknown = sorted(set(inputs).difference(names))
@@ -182,15 +192,24 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]
     if rows < 1 or (max_batch is not None and rows > max_batch):
         allowed = "at least 1" if max_batch is None else f"1 to {max_batch}"
         raise InputError(f"{names[0]} has {rows} rows; one run takes {allowed}")
-    for spec in specs:
-        given = inputs[spec.name]
-        if given.dtype != spec.dtype or given.shape != (rows, *spec.shape):
-            raise InputError(
-                f"{spec.name} is {given.dtype} {list(given.shape)}; the step graph takes {spec.dtype} "
-                f"{[rows, *spec.shape]}"
-            )
-    for name in ROW_INPUTS:
+    for spec in interface:
+        check_tensor(spec, inputs[spec.name], rows)
+    for spec in interface.of_role("link"):
         # Backends differ in what a wrong row gathers: an error, zeros, or memory of another request.
-        if name in inputs and (inputs[name].min() < 0 or inputs[name].max() >= rows):
-            raise InputError(f"{name} holds {inputs[name].tolist()}; rows of this batch are 0 to {rows - 1}")
+        given = inputs[spec.name]
+        if given.min() < 0 or given.max() >= rows:
+            raise InputError(f"{spec.name} holds {given.tolist()}; rows of this batch are 0 to {rows - 1}")
     return rows
+
+
+def check_tensor(spec: TensorSpec, given: NDArray[Any], rows: int, where: str = "") -> None:
+    """Refuse an array of another dtype or shape; ``where`` goes behind its name in the message.
+
+    Raises:
+        InputError: with both.
+    """
+    if given.dtype != spec.numpy_dtype or given.shape != (rows, *spec.row_shape):
+        raise InputError(
+            f"{spec.name}{where} is {given.dtype} {list(given.shape)}; the step graph takes {spec.dtype} "
+            f"{[rows, *spec.row_shape]}"
+        )

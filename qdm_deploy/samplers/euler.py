@@ -1,49 +1,94 @@
-"""The Euler sampler (arXiv 2206.00364, algorithm 1 without churn), in variance-preserving coordinates.
+"""The Euler sampler (arXiv 2206.00364, algorithm 1 without churn) and its ancestral form (k-diffusion).
 
-diffusers keeps x / sqrt(level), with sigma = sqrt((1 - level)/level), and hands the network x back. In the network's
-own coordinates the Euler step from one sigma to the next is the deterministic DDIM update between the levels of
-neighbouring timesteps, so no rescaling is needed. There is no clipping.
-
-Two things differ from diffusers. Timesteps are whole numbers: linspace spacing is rounded and sigma is that of the
-rounded timestep, where diffusers interpolates between two. And a run starts at unit noise for every spacing; for
-linspace and trailing diffusers starts at sigma/sqrt(sigma**2 + 1) of it (0.2 % less for Stable Diffusion).
+diffusers keeps y = x/signal, whose noise has the deviation sigma, and hands the network x. Here the sample is x itself
+at all times, so a step of y, y' = (s/sigma) y + (1 - s/sigma) x0 + up*noise, is multiplied by the signal it arrives at.
+For the same reason a run starts at sigma/sqrt(sigma**2 + 1) of unit noise where diffusers starts at sigma, and at unit
+noise where diffusers starts at sqrt(sigma**2 + 1) (leading spacing). There is no clipping.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qdm_deploy.samplers.columns import NO_CLIP, StepColumns
-from qdm_deploy.samplers.ddim import ddim_update
+from qdm_deploy.errors import InputError
+from qdm_deploy.samplers.columns import StepColumns
+from qdm_deploy.samplers.run_options import RunOptions
 from qdm_deploy.samplers.schedule import NoiseSchedule
-from qdm_deploy.samplers.spacing import spaced_timesteps
+from qdm_deploy.samplers.scheduler_config import SigmaSchedule
+from qdm_deploy.samplers.sigmas import SigmaGrid, chosen_schedule, euler_grid, final_sigma
 
-__all__ = ["euler_columns"]
-
-_OPTIONS = (
-    "final_sigmas_type",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "interpolation_type",
-    "timestep_type",
-)
+__all__ = ["euler_ancestral_columns", "euler_columns", "sigma_start"]
 
 
-def euler_columns(schedule: NoiseSchedule, steps: int) -> StepColumns:
-    """Columns of the Euler sampler; its last step ends at sigma 0.
+def euler_columns(schedule: NoiseSchedule, run: RunOptions) -> StepColumns:
+    """Columns of the Euler sampler.
 
     Args:
-        schedule: Noise levels and spacing.
-        steps: Number of steps S.
+        schedule: Noise levels, spacing and sigma schedule.
+        run: Number of steps, listed timesteps or sigmas.
 
     Returns:
         Columns of [S].
 
     Raises:
-        InputError: The config asks for another grid of sigmas (Karras, exponential, beta, log-linear, continuous).
+        InputError: The config asks for continuous timesteps, or what was listed cannot be used.
     """
-    schedule.refuse_solver_options("euler", _OPTIONS)
-    timesteps = spaced_timesteps(schedule, steps)
-    level = schedule.positive_alphas_cumprod()[timesteps]
-    a, b, d = ddim_update(level, np.append(level[1:], 1.0), 0.0)
-    zeros = np.zeros(steps)
-    return StepColumns(timesteps, level, clip=NO_CLIP, a=a, b=b, c=zeros, d=d, log_var_min=zeros, log_var_max=zeros)
+    options = schedule.solver
+    if options.timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
+        raise InputError(
+            "the scheduler config has timestep_type='continuous' for a v_prediction model, whose timesteps are "
+            "logarithms of sigma, which sampler 'euler' does not implement: take a model with discrete timesteps"
+        )
+    grid = euler_grid(
+        schedule,
+        run,
+        kind=_kind(schedule, run),
+        final=final_sigma(options.final_sigmas_type, schedule),
+        bounded=True,
+        log_linear=options.interpolation_type == "log_linear",
+    )
+    return _columns(schedule, grid, down=grid.sigmas[1:], up=np.zeros_like(grid.timesteps))
+
+
+def euler_ancestral_columns(schedule: NoiseSchedule, run: RunOptions) -> StepColumns:
+    """Columns of the ancestral Euler sampler: each step falls below its target and is lifted to it by fresh noise.
+
+    Args:
+        schedule: Noise levels and spacing; sigma schedules of the config do not count, as in diffusers.
+        run: Number of steps, or another sigma schedule.
+
+    Returns:
+        Columns of [S].
+
+    Raises:
+        InputError: The sigmas that were listed cannot be used.
+    """
+    kind = run.sigmas if isinstance(run.sigmas, str) else "spaced"
+    grid = euler_grid(schedule, run, kind=kind, final=0.0, bounded=False, log_linear=False)
+    here, there = grid.sigmas[:-1], grid.sigmas[1:]
+    up = there * np.sqrt(1.0 - (there / here) ** 2)
+    return _columns(schedule, grid, down=there**2 / here, up=up)
+
+
+def sigma_start(schedule: NoiseSchedule, grid: SigmaGrid) -> float:
+    """The scale of the unit noise that a run of sigmas starts from."""
+    return 1.0 if schedule.timestep_spacing == "leading" else float(grid.noise[0])
+
+
+def _kind(schedule: NoiseSchedule, run: RunOptions) -> SigmaSchedule:
+    return "spaced" if run.sigmas is not None and not isinstance(run.sigmas, str) else chosen_schedule(schedule, run)
+
+
+def _columns(
+    schedule: NoiseSchedule, grid: SigmaGrid, down: NDArray[np.float64], up: NDArray[np.float64]
+) -> StepColumns:
+    signal, next_signal = grid.signal[:-1], grid.signal[1:]
+    kept = down / grid.sigmas[:-1]
+    return StepColumns(
+        grid.timesteps,
+        signal,
+        grid.noise[:-1],
+        initial_scale=sigma_start(schedule, grid),
+        a=next_signal * kept / signal,
+        b=next_signal * (1.0 - kept),
+        d=next_signal * up,
+    )

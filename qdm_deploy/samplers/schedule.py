@@ -1,84 +1,35 @@
 """What a sampler must know of a model's training: its noise levels, what it predicts, and how its config samples.
 
 A ``NoiseSchedule`` is read once from a diffusers ``scheduler_config.json``; after that no sampler looks at the config.
-What the step graph cannot express is refused here when it touches every sampler (dynamic thresholding needs a
-quantile of the image, which no affine step has), and by the sampler itself when it touches only that one
-(``solver_options``).
+What no step can express is refused when the config is read, and what one sampler cannot express by that sampler.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers.betas import (
-    BetaSchedule,
     alphas_cumprod_from_betas,
     checked_trained_betas,
     named_betas,
     zero_terminal_snr,
 )
+from qdm_deploy.samplers.scheduler_config import (
+    PredictionType,
+    SchedulerConfig,
+    SolverOptions,
+    TimestepSpacing,
+    VarianceType,
+    read_scheduler_config,
+)
 
-__all__ = ["NoiseSchedule", "PredictionType", "TimestepSpacing", "VarianceType"]
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-TimestepSpacing = Literal["leading", "linspace", "trailing"]
-VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
-
-# Values that a class assumes when its config leaves the key out. Classes without a clip never clip: DDIM's own default
-# (clip to [-1, 1]) would destroy the latents of a model that was published with one of them.
-_CLASS_DEFAULTS: dict[str, dict[str, object]] = {
-    "DDPMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
-    "DDIMScheduler": {"clip_sample": True, "timestep_spacing": "leading"},
-    "PNDMScheduler": {"set_alpha_to_one": False, "timestep_spacing": "leading"},
-    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace"},
-    "EulerDiscreteScheduler": {"timestep_spacing": "linspace"},
-}
-
-# Options of the solvers that walk a grid of sigmas, with the one value that the tables here stand for.
-# lower_order_final and euler_at_final are absent on purpose: with a final sigma of zero the last step of the
-# second-order solver is first-order whatever they say.
-_SOLVER_OPTIONS: dict[str, object] = {
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "lambda_min_clipped": float("-inf"),
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "final_sigmas_type": "zero",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-}
+__all__ = ["NoiseSchedule", "PredictionType", "SolverOptions", "TimestepSpacing", "VarianceType"]
 
 _SMALLEST_ALPHA_CUMPROD = 2.0**-24
-
-
-class _SchedulerConfig(BaseModel):
-    """The keys that matter here; a diffusers config carries many more, also those of other classes."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    num_train_timesteps: int = Field(default=1000, ge=1)
-    beta_start: float = Field(default=0.0001, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    beta_schedule: BetaSchedule = "linear"
-    trained_betas: tuple[float, ...] | None = None
-    rescale_betas_zero_snr: bool = False
-    prediction_type: PredictionType = "epsilon"
-    variance_type: VarianceType = "fixed_small"
-    thresholding: bool = False
-    clip_sample: bool = False
-    clip_sample_range: float = Field(default=1.0, gt=0)
-    set_alpha_to_one: bool = True
-    timestep_spacing: TimestepSpacing
-    steps_offset: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +37,19 @@ class NoiseSchedule:
     """Noise levels of the training process and the sampling habits of the model's own config.
 
     ``alphas_cumprod`` is [T] float64, read-only, falling, in [0, 1): x_t = sqrt(alphas_cumprod[t]) * x_0 +
-    sqrt(1 - alphas_cumprod[t]) * noise. ``solver_options`` holds the options of dpmpp-2m and euler that differ from
-    what their tables implement.
+    sqrt(1 - alphas_cumprod[t]) * noise. ``timestep_spacing`` and ``set_alpha_to_one`` are None where the config does
+    not say; each sampler then takes its own default.
     """
 
     alphas_cumprod: NDArray[np.float64]
     prediction_type: PredictionType = "epsilon"
     clip_sample: bool = False
     clip_sample_range: float = 1.0
-    timestep_spacing: TimestepSpacing = "leading"
+    timestep_spacing: TimestepSpacing | None = None
     steps_offset: int = 0
     variance_type: VarianceType = "fixed_small"
-    set_alpha_to_one: bool = True
-    solver_options: tuple[tuple[str, object], ...] = ()
+    set_alpha_to_one: bool | None = None
+    solver: SolverOptions = field(default_factory=SolverOptions)
 
     def __post_init__(self) -> None:
         levels = self.alphas_cumprod
@@ -114,42 +65,27 @@ class NoiseSchedule:
         """Number of training timesteps T; timesteps are 0 .. T - 1."""
         return int(self.alphas_cumprod.size)
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """The last training timestep holds no signal at all."""
+        return bool(self.alphas_cumprod[-1] == 0.0)
+
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Self:
         """Read a diffusers scheduler config.
 
         Args:
-            config: Contents of ``scheduler_config.json`` of a DDPM, DDIM, PNDM, DPMSolverMultistep or EulerDiscrete
-                scheduler. Missing keys take the defaults of that class; keys of other classes are ignored, as
-                diffusers does.
+            config: Contents of ``scheduler_config.json`` of a scheduler class that a sampler here stands for. Missing
+                keys take the defaults of that class; keys that only other classes have are read as those would.
 
         Returns:
             The schedule; its ``alphas_cumprod`` are the float32 values of diffusers.
 
         Raises:
             InputError: The class is another one, a value is of the wrong type or unknown, or the config asks for
-                dynamic thresholding.
+                what no affine step can do.
         """
-        name = config.get("_class_name")
-        if not isinstance(name, str) or name not in _CLASS_DEFAULTS:
-            raise InputError(
-                f"the scheduler config is of class {name!r}; known are {', '.join(_CLASS_DEFAULTS)}: "
-                "save the model with one of these schedulers (from_config of its own scheduler)"
-            )
-        given = {key: value for key, value in config.items() if value is not None}
-        try:
-            known = _SchedulerConfig.model_validate({**_CLASS_DEFAULTS[name], **given})
-        except ValidationError as err:
-            first = err.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise InputError(
-                f"the scheduler config has {key}={first['input']!r}: {first['msg']}; correct scheduler_config.json"
-            ) from err
-        if known.thresholding:
-            raise InputError(
-                "the scheduler config has thresholding=True; a step must be affine in the image, and dynamic "
-                "thresholding is not: set thresholding to false (clip_sample may stay)"
-            )
+        known = read_scheduler_config(config)
         return cls(
             alphas_cumprod=_alphas_cumprod_of(known),
             prediction_type=known.prediction_type,
@@ -159,34 +95,27 @@ class NoiseSchedule:
             steps_offset=known.steps_offset,
             variance_type=known.variance_type,
             set_alpha_to_one=known.set_alpha_to_one,
-            solver_options=tuple(
-                (key, given[key]) for key, value in _SOLVER_OPTIONS.items() if given.get(key, value) != value
-            ),
+            solver=known,
         )
-
-    def refuse_solver_options(self, sampler: str, honoured: tuple[str, ...]) -> None:
-        """Refuse the options of the config that would change ``sampler`` and that its table does not implement.
-
-        Args:
-            sampler: Name for the message.
-            honoured: Names of the options that mean something to this sampler.
-
-        Raises:
-            InputError: One of them has another value than the table stands for.
-        """
-        for key, value in self.solver_options:
-            if key in honoured:
-                raise InputError(
-                    f"the scheduler config has {key}={value!r}, which sampler {sampler!r} does not implement (only "
-                    f"{_SOLVER_OPTIONS[key]!r}): change it in scheduler_config.json, or take sampler 'ddim' or 'ddpm'"
-                )
 
     def positive_alphas_cumprod(self) -> NDArray[np.float64]:
         """``alphas_cumprod`` for solvers that divide by it: an exact zero becomes 2**-24, as diffusers sets it."""
         return np.where(self.alphas_cumprod == 0.0, _SMALLEST_ALPHA_CUMPROD, self.alphas_cumprod)
 
+    def refuse_zero_terminal_snr(self, sampler: str) -> None:
+        """Refuse a schedule without signal at its end, for a sampler whose diffusers class has no such option.
 
-def _alphas_cumprod_of(config: _SchedulerConfig) -> NDArray[np.float64]:
+        Raises:
+            InputError: The last training timestep holds no signal.
+        """
+        if self.has_zero_terminal_snr:
+            raise InputError(
+                f"the scheduler config has rescale_betas_zero_snr=True, which sampler {sampler!r} does not know; take "
+                "sampler 'ddim', 'euler' or 'dpmpp-2m'"
+            )
+
+
+def _alphas_cumprod_of(config: SchedulerConfig) -> NDArray[np.float64]:
     if config.trained_betas is not None:
         betas = checked_trained_betas(config.trained_betas, config.num_train_timesteps)
     else:

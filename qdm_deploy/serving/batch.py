@@ -5,21 +5,14 @@ rows beside it. Rows that only fill the batch are zeros with links to themselves
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qdm_deploy.artifacts.model_spec import ModelSpec
-from qdm_deploy.errors import InputError
+from qdm_deploy.runtime.denoise import set_step
 from qdm_deploy.runtime.session import StepSession
-from qdm_deploy.samplers import step_noise
-from qdm_deploy.samplers.columns import COEFFICIENTS
+from qdm_deploy.samplers.conditioning import row_links, rows_of
 from qdm_deploy.serving.scheduler import Image
 
 __all__ = ["BatchRunner", "batch_sizes"]
 
-_NOISE_COLUMN = COEFFICIENTS.index("d")
 # At most a third of a batch is padding.
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
@@ -43,39 +36,18 @@ class BatchRunner:
     """Runs images on a session, each one step further.
 
     Args:
-        session: the step graph of ``model``; not closed here.
-        model: shapes and conditioning.
+        session: the model's step graph; not closed here.
         max_rows: rows of the largest batch.
         sizes: allowed batch sizes, rising up to ``max_rows``; None allows all.
-
-    Raises:
-        InputError: the session is of another model.
     """
 
-    def __init__(self, session: StepSession, model: ModelSpec, max_rows: int, sizes: Sequence[int] | None) -> None:
-        self._model = model
-        self._sizes = sizes
+    def __init__(self, session: StepSession, max_rows: int, sizes: Sequence[int] | None) -> None:
         self._session = session
+        self._interface = session.interface
+        self._sizes = sizes
         self.max_rows = max_rows
-        shape = (max_rows, *model.sample_shape)
-        self._rows: dict[str, NDArray[Any]] = {
-            "sample": np.zeros(shape, np.float32),
-            "timestep": np.zeros(max_rows, np.int64),
-            "coefficients": np.zeros((max_rows, model.num_coefficients), np.float32),
-            "noise": np.zeros(shape, np.float32),
-            "previous_x0": np.zeros(shape, np.float32),
-        }
-        for item in model.conditioning:
-            self._rows[item.name] = np.zeros((max_rows, *item.shape), item.dtype)
-        if model.conditional:
-            self._rows["guidance"] = np.ones(max_rows, np.float32)
-            self._rows["unconditional_row"] = np.arange(max_rows)
-            self._rows["owner_row"] = np.arange(max_rows)
-        if set(self._rows) != set(session.input_names):
-            raise InputError(
-                f"the step graph takes {', '.join(session.input_names)}, and the model {model.name!r} gives "
-                f"{', '.join(self._rows)}: the session is of another model"
-            )
+        self._neutral = self._interface.rows(max_rows)
+        self._rows = self._interface.rows(max_rows)
 
     def warm_up(self) -> None:
         """Run every size once on nothing, so that no request waits for a kernel to be compiled."""
@@ -87,7 +59,7 @@ class BatchRunner:
         """Take one step with each image and return how many rows were padding.
 
         Raises:
-            Exception: whatever the backend raises; no image moved then.
+            Exception: whatever the backend raises; no image moved.
         """
         first_rows: list[int] = []
         used = 0
@@ -98,38 +70,32 @@ class BatchRunner:
         self._clear(used, size)
         result = self._session.run({name: values[:size] for name, values in self._rows.items()})
         for image, row in zip(images, first_rows, strict=True):
-            image.sample[...] = result.next_sample[row]
-            image.previous_x0[...] = result.x0[row]
+            for name, output in self._interface.feedback:
+                image.state[name][...] = getattr(result, output)[row]
+            image.x0 = result.x0[row].copy()
             image.step += 1
         return size - used
 
     def _put(self, image: Image, first: int) -> int:
         """Write one image's rows from row ``first`` on; how many they are."""
-        job = image.job
-        here = slice(first, first + job.rows_each)
-        rows = self._rows
-        coefficients = job.table.coefficients[image.step]
-        rows["sample"][here] = image.sample
-        rows["previous_x0"][here] = image.previous_x0
-        rows["timestep"][here] = job.table.timesteps[image.step]
-        rows["coefficients"][here] = coefficients
-        # A twin takes its owner's state after the step, so its own noise is never used. Left-over noise is cleared, not
-        # multiplied by zero: another image's must have no way in.
-        rows["noise"][here] = 0
-        if coefficients[_NOISE_COLUMN] != 0:
-            rows["noise"][first] = step_noise([image.seed], image.step, self._model.sample_shape)[0]
-        for name, values in job.conditioning(image.index).items():
-            rows[name][here] = values
-        if "guidance" in rows:
-            rows["guidance"][here] = job.guidance
-            rows["owner_row"][here] = first
-            rows["unconditional_row"][here] = here.stop - 1
-        return job.rows_each
+        sampling, rows_each = image.sampling, image.job.rows_each
+        here = slice(first, first + rows_each)
+        # Left-over noise is cleared, not multiplied by zero: another image's must have no way in.
+        self._clear(here.start, here.stop)
+        rows = {name: values[here] for name, values in self._rows.items()}
+        for name, state in image.state.items():
+            rows[name][:] = state
+        for name, condition in rows_of(sampling.conditioning, 1, rows_each).items():
+            rows[name][:] = condition
+        set_step(rows, sampling, image.step)
+        if self._interface.conditions:
+            rows["guidance"][:] = sampling.guidance
+            for name, link in row_links(rows_each, rows_each).items():
+                rows[name][:] = first + link
+        if "guidance_rescale" in rows:
+            rows["guidance_rescale"][:] = sampling.guidance_rescale
+        return rows_each
 
     def _clear(self, first: int, stop: int) -> None:
         for name, values in self._rows.items():
-            values[first:stop] = 0
-            if name == "guidance":
-                values[first:stop] = 1
-            elif name in ("unconditional_row", "owner_row"):
-                values[first:stop] = np.arange(first, stop)
+            values[first:stop] = self._neutral[name][first:stop]

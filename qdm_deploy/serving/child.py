@@ -61,8 +61,8 @@ def serve(parent: Parent, open_: Open = open_bundle_session) -> None:
         with ExitStack() as sessions:
             loaded = load(bundle, settings, open_, sessions)
             parent.send(_TOLD.take() + frame("ready", backend=loaded.backend, max_rows=loaded.max_rows))
-            stepper = Stepper(Scheduler(loaded.max_rows, bundle.model.sample_shape), loaded.runner)
-            _step_for_ever(parent, stepper, JobMaker(bundle.model, schedule, loaded.max_rows))
+            stepper = Stepper(Scheduler(loaded.max_rows, bundle.pipeline.interface), loaded.runner)
+            _step_for_ever(parent, stepper, JobMaker(bundle.pipeline, schedule, loaded.max_rows))
     except QdmError as error:
         parent.send(_TOLD.take())
         parent.tell_error(error)

@@ -5,14 +5,15 @@ is admitted ends in exactly one way: finished, or one ``GenerationFailed``.
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.errors import QdmError
+from qdm_deploy.samplers.conditioning import Conditioning
 
 __all__ = [
     "AdmissionRefused",
@@ -43,9 +44,8 @@ class GenerationRequest:
         steps: denoising steps.
         eta: noise of the ddim sampler.
         guidance: scale of classifier-free guidance; any other value than 1 takes two rows an image.
-        class_labels: one per seed, or None where the model has no classes.
-        encoder_hidden_states: [L, D] float32, the same for all images, or None.
-        null_hidden_states: [L, D] float32 of the unconditional twin, or None.
+        guidance_rescale: how far guided outputs take back the spread of unguided ones.
+        conditioning: of the images, as an encoder made it.
         deadline: seconds from submission after which the request fails; None is never.
         previews: how many intermediate x0 of each image are wanted, spread evenly over its steps.
     """
@@ -56,9 +56,8 @@ class GenerationRequest:
     steps: int = 50
     eta: float = 0.0
     guidance: float = 1.0
-    class_labels: tuple[int, ...] | None = None
-    encoder_hidden_states: NDArray[np.float32] | None = None
-    null_hidden_states: NDArray[np.float32] | None = None
+    guidance_rescale: float = 0.0
+    conditioning: Conditioning = field(default_factory=Conditioning)
     deadline: float | None = None
     previews: int = 0
 
@@ -178,7 +177,7 @@ class Engine(Protocol):
     """Continuous batching over one bundle. All methods are called from one event loop."""
 
     @property
-    def model(self) -> ModelSpec:
+    def model(self) -> PipelineSpec:
         """The model that it runs; known before ``start``."""
         ...
 

@@ -68,7 +68,7 @@ def load(bundle: Bundle, settings: Settings, open_: Open, sessions: ExitStack) -
         sizes = batch_sizes(
             rows, fixed_shapes=description["backend"] != "onnxruntime", deterministic=settings.deterministic
         )
-        runner = BatchRunner(session, bundle.model, rows, sizes)
+        runner = BatchRunner(session, rows, sizes)
         runner.warm_up()
         return runner, description
 

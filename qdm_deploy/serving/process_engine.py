@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qdm_deploy.artifacts.bundle import Bundle
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.child_process import Frame, error_of, frame
 from qdm_deploy.errors import EnvironmentProblem, InputError, QdmError, ResourceProblem
 from qdm_deploy.samplers import NoiseSchedule
@@ -89,7 +89,7 @@ class ProcessEngine:
         if not (step_timeout > 0 and load_timeout > 0):
             raise InputError(f"step_timeout={step_timeout}, load_timeout={load_timeout}: give seconds, more than 0")
         opened = Bundle.open(bundle, check="sizes")
-        self._model = opened.model
+        self._model = opened.pipeline
         self._schedule = NoiseSchedule.from_config(opened.scheduler_config())
         self._settings = Settings(str(bundle), backend, precision, threads, max_rows, lanes, deterministic)
         self._maker = JobMaker(self._model, self._schedule, max_rows)
@@ -114,7 +114,7 @@ class ProcessEngine:
     # ------------------------------------------------------------------------------------------------ the contract
 
     @property
-    def model(self) -> ModelSpec:
+    def model(self) -> PipelineSpec:
         """The model that it runs."""
         return self._model
 

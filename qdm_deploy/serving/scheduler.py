@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from qdm_deploy.samplers import initial_noise
+from qdm_deploy.artifacts.step_interface import StepInterface
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.serving.jobs import Job
 
 __all__ = ["Image", "Scheduler"]
@@ -26,26 +27,23 @@ class Image:
     Attributes:
         job: the request it belongs to.
         index: which of the request's images.
-        sample: [C, H, W] float32 after ``step`` steps.
-        previous_x0: [C, H, W] float32 of the step before; zeros at first.
+        sampling: what decides this one.
+        state: by state input of the step graph, one row without the batch axis, after ``step`` steps.
+        x0: [C, H, W] float32, the clean sample that the last step predicted; None before the first.
         step: steps taken.
     """
 
     job: Job
     index: int
-    sample: NDArray[np.float32]
-    previous_x0: NDArray[np.float32]
+    sampling: Sampling
+    state: dict[str, NDArray[np.float32]]
+    x0: NDArray[np.float32] | None = None
     step: int = 0
-
-    @property
-    def seed(self) -> int:
-        """What its noise is made from."""
-        return self.job.seeds[self.index]
 
     @property
     def done(self) -> bool:
         """Whether it took all its steps."""
-        return self.step >= self.job.table.steps
+        return self.step >= self.job.steps
 
 
 @dataclass(eq=False)
@@ -61,12 +59,12 @@ class Scheduler:
 
     Args:
         max_rows: rows of the largest batch.
-        sample_shape: [C, H, W].
+        interface: of the step graph.
     """
 
-    def __init__(self, max_rows: int, sample_shape: tuple[int, int, int]) -> None:
+    def __init__(self, max_rows: int, interface: StepInterface) -> None:
         self.max_rows = max_rows
-        self._shape = sample_shape
+        self._interface = interface
         self._alive: dict[str, _Request] = {}
         self._ring: deque[_Request] = deque()
         self._running: list[Image] = []
@@ -86,7 +84,7 @@ class Scheduler:
         found: dict[str, tuple[int, int, int]] = {}
         for image in self._running:
             step, _, rows = found.get(image.job.request_id, (0, 0, 0))
-            found[image.job.request_id] = (max(step, image.step), image.job.table.steps, rows + image.job.rows_each)
+            found[image.job.request_id] = (max(step, image.step), image.job.steps, rows + image.job.rows_each)
         return [(request_id, *numbers) for request_id, numbers in found.items()]
 
     @property
@@ -141,7 +139,7 @@ class Scheduler:
             request = self._ring.popleft()
             free -= request.job.rows_each
             self._running.append(self._start(request))
-            if request.started < len(request.job.seeds):
+            if request.started < request.job.images:
                 self._ring.append(request)
         return self.running
 
@@ -152,10 +150,10 @@ class Scheduler:
             self._running.remove(image)
             request = self._alive[image.job.request_id]
             if request.samples is None:
-                request.samples = np.empty((len(request.job.seeds), *self._shape), np.float32)
-            request.samples[image.index] = image.sample
+                request.samples = np.empty((request.job.images, *self._interface.sample_shape), np.float32)
+            request.samples[image.index] = image.state["sample"]
             request.finished += 1
-            if request.finished == len(request.job.seeds):
+            if request.finished == request.job.images:
                 del self._alive[image.job.request_id]
                 ended.append((image.job.request_id, request.samples))
         return ended
@@ -163,5 +161,7 @@ class Scheduler:
     def _start(self, request: _Request) -> Image:
         index = request.started
         request.started += 1
-        sample = initial_noise([request.job.seeds[index]], self._shape)[0]
-        return Image(request.job, index, sample, np.zeros(self._shape, np.float32))
+        sampling = request.job.sampling.take(slice(index, index + 1))
+        state = {spec.name: np.zeros(spec.row_shape, np.float32) for spec in self._interface.of_role("state")}
+        state["sample"] = sampling.start(self._interface.sample_shape)[0]
+        return Image(request.job, index, sampling, state)

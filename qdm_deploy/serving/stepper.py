@@ -125,8 +125,7 @@ class Stepper:
         alive = self.scheduler.alive
         for image in moved:
             if image.job.request_id in alive and image.step in image.job.preview_after:
-                steps = image.job.table.steps
-                happened.append(Shown(image.job.request_id, image.index, image.step, steps, image.previous_x0.copy()))
+                happened.append(_preview(image))
         happened += [Done(request_id, samples) for request_id, samples in self.scheduler.collect()]
         rows = sum(image.job.rows_each for image in moved)
         happened.append(Stepped(rows, padding, time.perf_counter() - start))
@@ -148,10 +147,15 @@ class Stepper:
     def _fail_not_finite(self, images: Sequence[Image]) -> list[Happened]:
         failed: list[Happened] = []
         for image in images:
-            # x0 enters the next step of a multistep sampler, so it counts as well.
-            if np.isfinite(image.sample).all() and np.isfinite(image.previous_x0).all():
+            # What the sampler remembers enters the next step, so it counts as well.
+            if all(np.isfinite(values).all() for values in image.state.values()):
                 continue
             if self.scheduler.end(image.job.request_id):
                 message = f"image {image.index} became NaN or infinite in step {image.step}"
                 failed.append(Failed(image.job.request_id, "not_finite", message))
         return failed
+
+
+def _preview(image: Image) -> Shown:
+    shown = image.state["sample"] if image.x0 is None else image.x0
+    return Shown(image.job.request_id, image.index, image.step, image.job.steps, shown.copy())

@@ -1,6 +1,7 @@
 """A request as a frame, on its way to the process that runs it."""
 
 from qdm_deploy.child_process import Frame, frame
+from qdm_deploy.samplers.conditioning import Conditioning
 from qdm_deploy.serving.contract import GenerationRequest
 
 __all__ = ["request_from", "submission"]
@@ -8,18 +9,19 @@ __all__ = ["request_from", "submission"]
 
 def submission(request: GenerationRequest, deadline: float | None) -> bytes:
     """The frame that hands a request over; ``deadline`` is a time of ``time.monotonic``, the same in both processes."""
-    states = (request.encoder_hidden_states, request.null_hidden_states)
+    own, unconditional = request.conditioning.own, request.conditioning.unconditional
     return frame(
         "submit",
-        [state for state in states if state is not None],
+        [*own.values(), *(unconditional or {}).values()],
         request_id=request.request_id,
         seeds=request.seeds,
         sampler=request.sampler,
         steps=request.steps,
         eta=request.eta,
         guidance=request.guidance,
-        class_labels=request.class_labels,
-        states=[state is not None for state in states],
+        guidance_rescale=request.guidance_rescale,
+        own=list(own),
+        unconditional=None if unconditional is None else list(unconditional),
         previews=request.previews,
         deadline=deadline,
     )
@@ -29,8 +31,9 @@ def request_from(received: Frame) -> tuple[GenerationRequest, float | None]:
     """The request of a ``submission``, and its deadline."""
     header, arrays = received
     given = iter(arrays)
-    states = [next(given) if there else None for there in header["states"]]
-    labels = header["class_labels"]
+    own = {name: next(given) for name in header["own"]}
+    names = header["unconditional"]
+    unconditional = None if names is None else {name: next(given) for name in names}
     request = GenerationRequest(
         request_id=header["request_id"],
         seeds=tuple(header["seeds"]),
@@ -38,9 +41,8 @@ def request_from(received: Frame) -> tuple[GenerationRequest, float | None]:
         steps=header["steps"],
         eta=header["eta"],
         guidance=header["guidance"],
-        class_labels=None if labels is None else tuple(labels),
-        encoder_hidden_states=states[0],
-        null_hidden_states=states[1],
+        guidance_rescale=header["guidance_rescale"],
+        conditioning=Conditioning(own, unconditional),
         previews=header["previews"],
     )
     return request, header["deadline"]

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from qdm_deploy.artifacts import BundleWriter, Compatibility, Manifest, ModelSpec, canonical_json
+from qdm_deploy.artifacts import BundleWriter, Compatibility, Manifest, PipelineSpec, canonical_json
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
+from qdm_deploy.artifacts.step_interface import StepInterface
 
 FILES = {
     "model_index.json": b"{}",
@@ -22,7 +24,8 @@ FILES = {
     "unet/onnxruntime.onnx": b"int8 graph",
     "unet/weights.bin": b"\x00\x7f\x80\xff",
 }
-MODEL = ModelSpec(name="tiny", sample_shape=(3, 8, 8), num_train_timesteps=1000)
+DENOISER = Denoiser(interface=StepInterface.of((3, 8, 8), coefficients=13), num_train_timesteps=1000)
+PIPELINE = PipelineSpec(name="tiny", components=(DENOISER,))
 
 
 def fill(root: Path, files: dict[str, bytes] = FILES) -> None:
@@ -35,7 +38,7 @@ def fill(root: Path, files: dict[str, bytes] = FILES) -> None:
 def publish(writer: BundleWriter, **changes: Any) -> Manifest:
     arguments: dict[str, Any] = {
         "name": "tiny",
-        "model": MODEL,
+        "pipeline": PIPELINE,
         "targets": ("onnxruntime",),
         "compatibility": Compatibility(opset=21, min_runtime="0.1"),
         "provenance": {"source": "a test", "samples": [1, 2.5, None, True]},

@@ -40,7 +40,7 @@ def test_open(bundle: Path) -> None:
         opened = Bundle.open(bundle, check=check)
         assert opened.path == bundle
         assert re.fullmatch("[0-9a-f]{64}", opened.id)
-        assert opened.model.sample_shape == (3, 8, 8)
+        assert opened.pipeline.sample_shape == (3, 8, 8)
         assert opened.file("unet/weights.bin").read_bytes() == b"\x00\x7f\x80\xff"
         assert opened.graph("onnxruntime") == bundle / "unet" / "onnxruntime.onnx"
         assert opened.graph("float") == bundle / "unet" / "float.onnx"

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qdm_deploy.artifacts import Bundle, BundleWriter, Manifest, ModelSpec, check_bundle
+from qdm_deploy.artifacts import Bundle, BundleWriter, Manifest, PipelineSpec, check_bundle
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, LabelTable
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.errors import BundleError, EnvironmentProblem, InputError, ResourceProblem
 
 Fill = Callable[..., None]
@@ -79,7 +81,11 @@ def test_what_cannot_be_removed_without_publish_is_an_error(tmp_path: Path, moun
 CHILD = """
 import sys, time
 from pathlib import Path
-from qdm_deploy.artifacts import BundleWriter, Compatibility, ModelSpec
+from qdm_deploy.artifacts import BundleWriter, Compatibility, PipelineSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
+from qdm_deploy.artifacts.step_interface import StepInterface
+
+DENOISER = Denoiser(interface=StepInterface.of((3, 8, 8), coefficients=13), num_train_timesteps=1000)
 
 out, stage, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 for _ in range(rounds):
@@ -92,7 +98,7 @@ for _ in range(rounds):
             time.sleep(600)
         writer.publish(
             name="tiny",
-            model=ModelSpec(name="tiny", sample_shape=(3, 8, 8), num_train_timesteps=1000),
+            pipeline=PipelineSpec(name="tiny", components=(DENOISER,)),
             targets=["onnxruntime"],
             compatibility=Compatibility(opset=21, min_runtime="0.1"),
             provenance={},
@@ -370,15 +376,9 @@ def test_the_root_exists_inside_the_block_only(tmp_path: Path) -> None:
         _ = writer.root
 
 
-def test_the_model_comes_back(tmp_path: Path, write_bundle: Write) -> None:
-    model = ModelSpec(
-        name="cond",
-        sample_shape=(4, 8, 8),
-        sample_kind="latents",
-        num_train_timesteps=1000,
-        conditioning=({"name": "class_labels", "dtype": "int64", "shape": ()},),
-        num_classes=2,
-        labels=("cat", "Hündin"),
-        null_label=2,
-    )
-    assert Bundle.open(write_bundle(tmp_path / "cond.qdm", model=model)).model == model
+def test_the_pipeline_comes_back(tmp_path: Path, write_bundle: Write) -> None:
+    interface = StepInterface.of((4, 8, 8), [TensorSpec(name="class_labels", dtype="int64")], coefficients=13)
+    denoiser = Denoiser(interface=interface, num_train_timesteps=1000, limits={"class_labels": 3})
+    labels = LabelTable(input="class_labels", num_classes=2, labels=("cat", "Hündin"), null_label=2)
+    pipeline = PipelineSpec(name="cond", components=(denoiser, labels), makes="latents")
+    assert Bundle.open(write_bundle(tmp_path / "cond.qdm", pipeline=pipeline)).pipeline == pipeline

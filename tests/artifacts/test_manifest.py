@@ -46,9 +46,9 @@ def test_bundle_id_is_the_hash_of_the_canonical_manifest(bundle: Path) -> None:
 
 def test_defaults_that_are_not_in_the_file_do_not_change_the_id(bundle: Path, forge: Forge) -> None:
     """A bundle from before a field with a default was added keeps opening, under its own id."""
-    forge(bundle, lambda document: document["model"].pop("learned_variance"))
+    forge(bundle, lambda document: document["pipeline"].pop("makes"))
     opened = Bundle.open(bundle)
-    assert opened.model.learned_variance is False
+    assert opened.pipeline.makes == "pixels"
     assert opened.id == json.loads((bundle / "manifest.json").read_bytes())["bundle_id"]
 
 
@@ -58,8 +58,8 @@ def test_defaults_that_are_not_in_the_file_do_not_change_the_id(bundle: Path, fo
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("2.0", r"its schema is 2\.0, and this qdm-deploy reads 1\.x: update qdm-deploy"),
-        ("0.9", r"its schema is 0\.9, and this qdm-deploy reads 1\.x: build it again"),
+        ("3.0", r"its schema is 3\.0, and this qdm-deploy reads 2\.x: update qdm-deploy"),
+        ("1.1", r"its schema is 1\.1, and this qdm-deploy reads 2\.x: build it again with `qdm-deploy build`"),
         ("1", "its schema_version is '1', and MAJOR.MINOR"),
         ("1.0-beta", "its schema_version is '1.0-beta'"),
         (1.0, r"its schema_version is 1\.0, and"),
@@ -72,15 +72,15 @@ def test_other_major_versions_are_refused(bundle: Path, forge: Forge, version: o
 
 
 def test_a_newer_minor_version_with_known_fields_opens(bundle: Path, forge: Forge) -> None:
-    forge(bundle, lambda document: document.update(schema_version="1.7"))
-    assert Bundle.open(bundle).manifest.schema_version == "1.7"
+    forge(bundle, lambda document: document.update(schema_version="2.7"))
+    assert Bundle.open(bundle).manifest.schema_version == "2.7"
 
 
 def test_unknown_fields_are_refused(bundle: Path, forge: Forge) -> None:
     forge(bundle, lambda document: document.update(licence="MIT"))
     refused(bundle, "licence: Extra inputs are not permitted, given 'MIT': build it again")
-    forge(bundle, lambda document: document.update(schema_version="1.7"))
-    refused(bundle, r"licence: .*its schema 1\.7 is newer: update qdm-deploy")
+    forge(bundle, lambda document: document.update(schema_version="2.7"))
+    refused(bundle, r"licence: .*its schema 2\.7 is newer: update qdm-deploy")
 
 
 @pytest.mark.parametrize("required", ["999", "0.1.1", "1.0"])
@@ -110,9 +110,9 @@ def test_a_bundle_for_this_runtime_or_an_older_one_opens(bundle: Path, forge: Fo
         (b'{"a":' * 200_000, "nested too deeply"),
         (b'{"n": ' + b"9" * 5000 + b"}", "is not JSON"),
         ('{"schema_version": "1.0"}'.encode("utf-16"), "is not JSON"),
-        (b'{"schema_version": "1.0", "name": "\\ud800"}', r"name.*is not valid Unicode"),
-        (b'{"schema_version": "1.0", "provenance": {"psnr": 1e999}}', r"provenance\.psnr is inf"),
-        (b'{"schema_version": "1.0"}', "name: Field required.*more"),
+        (b'{"schema_version": "2.0", "name": "\\ud800"}', r"name.*is not valid Unicode"),
+        (b'{"schema_version": "2.0", "provenance": {"psnr": 1e999}}', r"provenance\.psnr is inf"),
+        (b'{"schema_version": "2.0"}', "name: Field required.*more"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused(bundle: Path, content: bytes, message: str) -> None:
@@ -265,7 +265,12 @@ def test_paths_that_are_one_file_somewhere_are_refused(bundle: Path, forge: Forg
         (lambda d: d.update(created="2026-01-31T12:00:00"), "created: '2026-01-31T12:00:00' is not a UTC"),
         (lambda d: d["compatibility"].update(opset=0), r"compatibility\.opset: .*given 0"),
         (lambda d: d["compatibility"].update(min_runtime="latest"), r"compatibility\.min_runtime: .*given 'latest'"),
-        (lambda d: d["model"].update(num_train_timesteps=0), r"model\.num_train_timesteps: .*given 0"),
+        (
+            lambda d: d["pipeline"]["components"][0].update(num_train_timesteps=0),
+            r"pipeline\.components\.0\.denoiser\.num_train_timesteps: .*given 0",
+        ),
+        (lambda d: d["pipeline"].update(name="a\x1b[2Jb"), r"pipeline\.name: .*pattern"),
+        (lambda d: d["pipeline"].update(components=[]), r"pipeline\.components: .*at least 1 item"),
         (lambda d: d.update(recipe=[]), r"recipe: .*given \[\]"),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 import gpu_suite
 import numpy as np
 import pytest
-from lib.gpu_graphs import forms_of_plan
 from lib.gpu_timing import mixed_rows, run_ms
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
+from qdm_deploy.artifacts.step_interface import StepInterface
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.runtime.session import StepOutput
 
@@ -39,10 +39,10 @@ def test_what_was_measured_is_kept_when_the_process_ends(monkeypatch: pytest.Mon
             raise SystemExit("as a crash in native code")
         return {"kernels": 7}
 
-    bundle = SimpleNamespace(graph=Path, model=SPEC)
+    bundle = SimpleNamespace(graph=Path, pipeline=SimpleNamespace(denoiser=SPEC))
     monkeypatch.setattr(gpu_suite, "installed_gpu", lambda backend: Gpu("Test GPU", "8.9", "CUDA 13.0"))
     monkeypatch.setattr(gpu_suite.Bundle, "open", lambda path: bundle)
-    monkeypatch.setattr(gpu_suite, "_graphs", lambda *_, calibrate: {})
+    monkeypatch.setattr(gpu_suite, "_switched", lambda *_: {})
     monkeypatch.setattr(gpu_suite, "_engine", engine)
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "x.qdm", "--out", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit, match="native code"):
@@ -62,10 +62,10 @@ class Rows:
         self.runs += 1
         steps = inputs["timestep"].astype(np.float32) + np.float32(self.mixing) * inputs["timestep"].mean()
         result = inputs["sample"] + steps[:, None, None, None]
-        return StepOutput(result, result)
+        return StepOutput(result, result, inputs["history"])
 
 
-SPEC = ModelSpec(name="rows", sample_shape=(1, 2, 2), num_train_timesteps=100)
+SPEC = Denoiser(interface=StepInterface.of((1, 2, 2), coefficients=13), num_train_timesteps=100)
 
 
 def test_rows_that_depend_on_their_neighbours_are_seen() -> None:
@@ -80,15 +80,3 @@ def test_a_step_is_warmed_up_and_then_timed() -> None:
     summary = run_ms(session, SPEC, 2, runs=4)  # type: ignore[arg-type]
     assert session.runs == 4 + 5
     assert 0 < summary["median"] <= summary["p95"]
-
-
-def test_forms_differ_in_what_their_names_say(tiny: Any) -> None:
-    forms = forms_of_plan(tiny.float_graph("labels"), tiny.plan("labels"))
-
-    def count(name: str, *kinds: str) -> int:
-        return sum(node.op_type in kinds for node in forms[name][0].graph)
-
-    assert count("float16", "QuantizeLinear", "DequantizeLinear") == 0 < count("as emitted", "QuantizeLinear")
-    assert count("heads apart", "Transpose") > count("as emitted", "Transpose")
-    assert any(layer.inverse_r is not None for layer in forms["as emitted"][1].layers)
-    assert count("no step gains", "Gather") < count("as emitted", "Gather")

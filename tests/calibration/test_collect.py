@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from qdm_calibration.collect import collect_calibration_set
 from qdm_calibration.timesteps import SamplingPlan
 from qdm_deploy.artifacts.calibration_set import CalibrationSet
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.artifacts.record import write_record
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.errors import CalibrationError, InputError
 from qdm_deploy.progress import Progress
 from qdm_deploy.samplers import StepTable, apply_step, initial_noise, step_noise
+from qdm_deploy.samplers.conditioning import Conditioning
+from qdm_deploy.samplers.sampling import Sampling
 
 Array = NDArray[Any]
 SAMPLES = 4
+PLAN = SamplingPlan(samples=SAMPLES, steps=4)
 
 
 def predicted(network: Any, x: Array, timestep: int, conditioning: dict[str, Array]) -> Array:
@@ -31,11 +35,11 @@ def predicted(network: Any, x: Array, timestep: int, conditioning: dict[str, Arr
 
 def run(
     network: Any, table: StepTable, seeds: list[int], x: Array, first_step: int, conditioning: dict[str, Array],
-    *, null: int | None = None, guidance: float = 1.0, previous_x0: Array | None = None,
+    *, null: int | None = None, guidance: float = 1.0,
 ) -> dict[int, tuple[Array, Array]]:  # fmt: skip
-    """The sampler written out: (x, x0 of the step before) before every step from ``first_step`` on, and at the end."""
-    previous = np.zeros_like(x) if previous_x0 is None else previous_x0
-    met = {first_step: (x, previous)}
+    """The sampler written out: (x, history) before every step from ``first_step`` on, and at the end."""
+    history = np.repeat(np.zeros_like(x), 3, axis=1)
+    met = {first_step: (x, history)}
     for step in range(first_step, len(table.timesteps)):
         t = int(table.timesteps[step])
         output = predicted(network, x, t, conditioning)
@@ -43,15 +47,24 @@ def run(
             free = predicted(network, x, t, {"class_labels": np.full(len(x), null)})
             output = free + np.float32(guidance) * (output - free)
         rows = np.repeat(table.coefficients[step : step + 1], len(x), axis=0)
-        x, previous = apply_step(rows, x, output, previous, step_noise(seeds, step, x.shape[1:]))
-        met[step + 1] = (x, previous)
+        x, _, history = apply_step(rows, x, output, history, step_noise(seeds, step, x.shape[1:]))
+        met[step + 1] = (x, history)
     return met
 
 
-def collect(tiny: Any, name: str, **arguments: Any) -> CalibrationSet:
+def collect(
+    tiny: Any,
+    name: str,
+    plan: SamplingPlan = PLAN,
+    guidance: float = 1.0,
+    conditioning: Conditioning | None = None,
+    **arguments: Any,
+) -> CalibrationSet:
     checkpoint = tiny.checkpoint(name)
-    arguments = {"table": tiny.table(name), "plan": SamplingPlan(samples=SAMPLES, steps=4), "seed": 11, **arguments}
-    return collect_calibration_set(checkpoint.unet, checkpoint.spec, **arguments)
+    sampling = Sampling(
+        tiny.table(name), range(11, 11 + SAMPLES), conditioning or tiny.conditioning(name), guidance=guidance
+    )
+    return collect_calibration_set(checkpoint.unet, checkpoint.denoiser, sampling, plan, **arguments)
 
 
 @pytest.mark.parametrize("name", ["labels", "rgb", "variance"])
@@ -59,8 +72,7 @@ def test_every_row_is_on_the_trajectory_of_its_seed_and_leads_to_its_image(tiny:
     network, table, shape = tiny.checkpoint(name).unet, tiny.table(name), tiny.checkpoint(name).spec.sample_shape
     stored = collect(tiny, name)
     seeds = [11, 12, 13, 14]
-    classes = tiny.checkpoint(name).spec.num_classes
-    conditioning = {"class_labels": np.arange(SAMPLES) % classes} if classes else {}
+    conditioning = dict(tiny.conditioning(name).own)
     whole = run(network, table, seeds, initial_noise(seeds, shape), 0, conditioning)
     assert np.unique(stored.step).tolist() == [0, 3, 6, 9, 11]
     for step in np.unique(stored.step):
@@ -111,14 +123,12 @@ def test_ndtc_rows_are_on_the_trajectory_too(tiny: Any) -> None:
 
 
 def test_text_conditioning_goes_with_its_rows(tiny: Any) -> None:
-    states = np.random.default_rng(1).normal(size=(3, 77, 16)).astype(np.float32)
+    states = np.random.default_rng(1).normal(size=(4, 77, 16)).astype(np.float32)
     empty = np.zeros((77, 16), dtype=np.float32)
-    stored = collect(
-        tiny, "text", guidance=2.0, conditioning={"encoder_hidden_states": states},
-        unconditional={"encoder_hidden_states": empty}, plan=SamplingPlan(samples=4, steps=2),
-    )  # fmt: skip
+    given = Conditioning({"encoder_hidden_states": states}, {"encoder_hidden_states": empty[None]})
+    stored = collect(tiny, "text", guidance=2.0, conditioning=given, plan=SamplingPlan(samples=4, steps=2))
     rows = np.flatnonzero(stored.step == 0)
-    expected = np.concatenate([states, states[:1], np.zeros((4, 77, 16), dtype=np.float32)])  # the fourth begins again
+    expected = np.concatenate([states, np.zeros((4, 77, 16), dtype=np.float32)])
     np.testing.assert_array_equal(stored.conditioning["encoder_hidden_states"][rows], expected)
 
 
@@ -148,17 +158,9 @@ def test_progress_counts_every_forward_pass_once(tiny: Any) -> None:
     assert seen[0] == -2 * 12
 
 
-def spec(*conditioning: ConditioningInput, **values: Any) -> ModelSpec:
-    return ModelSpec(name="toy", sample_shape=(1, 2, 2), num_train_timesteps=1000, conditioning=conditioning, **values)
-
-
-TWO_STEPS = StepTable("ddim", np.array([500, 0]), np.array([[1, 0, 1, 1, 0, 0, 0]] * 2, dtype=np.float32))
-LABEL = ConditioningInput(name="class_labels", dtype="int64", shape=())
-STATES = ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(3, 2))
-
-
-def collect_toy(model: ModelSpec, network: Any = lambda x, t, **_: x, **arguments: Any) -> CalibrationSet:
-    return collect_calibration_set(network, model, TWO_STEPS, SamplingPlan(samples=2, steps=2), **arguments)
+PLAIN = Denoiser(interface=StepInterface.of((1, 2, 2), coefficients=13), num_train_timesteps=1000)
+# x stays as it is: a is 1, and so is clip.
+TWO_STEPS = StepTable("ddim", np.array([500, 0]), np.array([[1, 0, 1, 1, *[0] * 9]] * 2, dtype=np.float32))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -167,52 +169,39 @@ def test_a_network_that_diverges_is_refused(value: float) -> None:
         return torch.where(t.reshape(-1, 1, 1, 1) == 0, value, x)
 
     with pytest.raises(CalibrationError, match="NaN or infinity at timestep 0;"):
-        collect_toy(spec(), network)
+        collect_calibration_set(network, PLAIN, Sampling(TWO_STEPS, [0, 1]), SamplingPlan(samples=2, steps=2))
 
 
-def test_guidance_of_an_unconditional_model_is_refused() -> None:
-    with pytest.raises(InputError, match="toy is unconditional, so there is nothing to guide"):
-        collect_toy(spec(), guidance=2.0)
+def test_a_timestep_between_two_reaches_the_network_and_counts_as_the_lower_one() -> None:
+    seen: list[float] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(float(t[0]))
+        return x
+
+    between = StepTable("between", np.array([500.5, 0.0]), TWO_STEPS.coefficients.copy())
+    interface = StepInterface.of((1, 2, 2), coefficients=13, fractional_timesteps=True)
+    denoiser = Denoiser(interface=interface, num_train_timesteps=1000)
+    stored = collect_calibration_set(network, denoiser, Sampling(between, [0, 1]), SamplingPlan(samples=2, steps=2))
+    assert seen == [500.5, 0.0]
+    assert stored.timestep.tolist() == [500, 500, 0, 0]
 
 
-def test_guidance_without_a_null_label_is_refused() -> None:
-    with pytest.raises(InputError, match="guidance needs an unconditional class_labels, and toy has none"):
-        collect_toy(spec(LABEL, num_classes=3), guidance=2.0)
+def test_conditions_of_any_name_go_with_their_rows() -> None:
+    spec = TensorSpec(name="text_embeds", row_shape=(3,))
+    denoiser = Denoiser(interface=StepInterface.of((1, 2, 2), [spec], coefficients=13), num_train_timesteps=1000)
+    own, null = np.arange(6, dtype=np.float32).reshape(2, 3), np.full((1, 3), -1, np.float32)
+    sampling = Sampling(TWO_STEPS, [0, 1], Conditioning({"text_embeds": own}, {"text_embeds": null}), guidance=2.0)
+    stored = collect_calibration_set(lambda x, t, **_: x, denoiser, sampling, SamplingPlan(samples=2, steps=2))
+    expected = np.concatenate([own, null, null])
+    np.testing.assert_array_equal(stored.conditioning["text_embeds"], np.concatenate([expected, expected]))
 
 
-def test_missing_text_states_are_refused() -> None:
-    with pytest.raises(InputError, match=r"toy is conditioned on encoder_hidden_states \[3, 2\] and none were given"):
-        collect_toy(spec(STATES))
-
-
-def test_empty_conditioning_is_refused() -> None:
-    with pytest.raises(InputError, match="the given encoder_hidden_states has no rows"):
-        collect_toy(spec(STATES), conditioning={"encoder_hidden_states": np.zeros((0, 3, 2))})
-
-
-def test_conditioning_of_another_shape_is_refused() -> None:
-    with pytest.raises(InputError, match=r"encoder_hidden_states has rows of shape \(2, 3\); toy takes \(3, 2\)"):
-        collect_toy(spec(STATES), conditioning={"encoder_hidden_states": np.zeros((2, 2, 3))})
-
-
-@pytest.mark.parametrize("shape", [(4, 2), (1, 3, 2), ()])
-def test_an_unconditional_row_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    given = {"encoder_hidden_states": np.zeros((2, 3, 2), dtype=np.float32)}
-    with pytest.raises(InputError, match=r"unconditional encoder_hidden_states has shape .*; toy takes \(3, 2\)"):
-        collect_toy(
-            spec(STATES), guidance=2.0, conditioning=given, unconditional={"encoder_hidden_states": np.zeros(shape)}
+def test_what_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(InputError, match="the model is unconditional, so there is nothing to guide"):
+        collect_calibration_set(
+            lambda x, t, **_: x, PLAIN, Sampling(TWO_STEPS, [0], guidance=2.0), SamplingPlan(samples=1, steps=2)
         )
-
-
-@pytest.mark.parametrize("labels", [[0, 3], [-1, 0]])
-def test_labels_the_model_has_no_embedding_for_are_refused(labels: list[int]) -> None:
-    with pytest.raises(InputError, match=r"class_labels .* toy has labels 0 \.\. 2"):
-        collect_toy(spec(LABEL, num_classes=3), conditioning={"class_labels": np.array(labels)})
-
-
-def test_a_conditioning_input_the_model_does_not_have_is_refused() -> None:
-    with pytest.raises(InputError, match="toy has no conditioning input 'class_labels'"):
-        collect_toy(spec(), conditioning={"class_labels": np.array([1])})
 
 
 # ------------------------------------------------------------------------------------------------------ the saved value

@@ -131,8 +131,8 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
         (
             "generate",
             (
-                "b.qdm -n 4 --steps 5 --sampler ddpm --eta 0.5 --seed 3 --label 7 --guidance 2 --backend openvino "
-                "--precision float --batch-size 2 --conditioning c --out o --force --threads 1"
+                "b.qdm -n 4 --steps 5 --sampler ddpm --eta 0.5 --seed 3 --label 7 --guidance 2 --guidance-rescale 0.5 "
+                "--backend openvino --precision float --batch-size 2 --conditioning c --out o --force --threads 1"
             ),
             GenerateOptions(
                 bundle=Path("b.qdm"),
@@ -144,6 +144,7 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
                 seed=3,
                 label="7",
                 guidance=2,
+                guidance_rescale=0.5,
                 backend="openvino",
                 precision="float",
                 batch_size=2,
@@ -156,7 +157,8 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
             "compare",
             (
                 "a b --backend-a openvino --backend-b onnxruntime --precision-a float --precision-b float -n 2 "
-                "--steps 3 --sampler ddpm --seed 4 --guidance 5 --conditioning t.st --out s.png --force --threads 1"
+                "--steps 3 --sampler ddpm --eta 0.5 --seed 4 --guidance 5 --guidance-rescale 0.5 --conditioning t.st "
+                "--out s.png --force --threads 1"
             ),
             CompareOptions(
                 a=Path("a"),
@@ -169,7 +171,9 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
                 steps=3,
                 sampler="ddpm",
                 seed=4,
+                eta=0.5,
                 guidance=5,
+                guidance_rescale=0.5,
                 conditioning_file=Path("t.st"),
                 out=Path("s.png"),
                 force=True,
@@ -180,7 +184,8 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
             "evaluate",
             (
                 "a --against b -n 9 --paired 2 --features f --cache c --out o.json --html p.html --force "
-                "--sampler ddpm --steps 3 --seed 4 --guidance 5 --conditioning t.st --backend openvino "
+                "--sampler ddpm --steps 3 --eta 0.5 --seed 4 --guidance 5 --guidance-rescale 0.5 --conditioning t.st "
+                "--backend openvino "
                 "--batch-size 6 --threads 1"
             ),
             EvaluateOptions(
@@ -191,7 +196,9 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
                 sampler="ddpm",
                 steps=3,
                 seed=4,
+                eta=0.5,
                 guidance=5,
+                guidance_rescale=0.5,
                 conditioning_file=Path("t.st"),
                 features=Path("f"),
                 backend="openvino",

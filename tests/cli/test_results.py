@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_deploy.artifacts import Compatibility, FileEntry, Manifest, ModelSpec
+from qdm_deploy.artifacts import Compatibility, FileEntry, Manifest, PipelineSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, LabelTable
 from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.artifacts.topology import Layer
 from qdm_deploy.engines.cache import EngineCache, EngineIdentity
 from qdm_deploy.engines.request import BatchProfile
@@ -49,8 +51,15 @@ ENGINE = EngineRow(
     },
     build_seconds=12,
 )
-MODEL = ModelSpec(
-    name="tiny", sample_shape=(1, 8, 8), num_train_timesteps=1000, num_classes=2, labels=("Sneaker", "Bag")
+MODEL = PipelineSpec(
+    name="tiny",
+    components=(
+        Denoiser(
+            interface=StepInterface.of((1, 8, 8), [TensorSpec(name="class_labels", dtype="int64")], coefficients=13),
+            num_train_timesteps=1000,
+        ),
+        LabelTable(input="class_labels", num_classes=2, labels=("Sneaker", "Bag")),
+    ),
 )
 
 
@@ -145,10 +154,10 @@ def test_inspect_shows_every_layer(replace: Replace, invoke: Invoke, one_documen
         np.array([0, 500, 1000]),
     )  # fmt: skip
     manifest = Manifest(
-        schema_version="1.0",
+        schema_version="2.0",
         name="tiny",
         created="2026-01-02T00:00:00Z",
-        model=MODEL,
+        pipeline=MODEL,
         targets=("onnxruntime",),
         files=(FileEntry(path="unet/onnxruntime.onnx", size=12345, sha256="0" * 64, role="graph"),),
         compatibility=Compatibility(opset=21, min_runtime="0.1"),

@@ -14,7 +14,6 @@ from qdm_deploy.artifacts.plan import LayerPlan, QuantizationPlan, Target
 from qdm_deploy.artifacts.topology import Layer
 from qdm_deploy.backends.onnxruntime.session import session_options
 from qdm_export.float_graph import example_inputs
-from qdm_export.step_graph import step_inputs
 from qdm_export.targets import Rest, emit
 from qdm_export.topology import MODULE_KEY
 
@@ -63,7 +62,7 @@ class Emitted:
         """Fresh random inputs, rows at different timesteps, by input name."""
         checkpoint = self.tiny.checkpoint(name)
         values = example_inputs(checkpoint, batch, seed)
-        return {item.name: value.numpy() for item, value in zip(step_inputs(checkpoint.spec), values, strict=True)}
+        return {spec.name: value.numpy() for spec, value in zip(checkpoint.denoiser.interface, values, strict=True)}
 
 
 @pytest.fixture(scope="session")

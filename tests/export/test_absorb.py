@@ -95,11 +95,11 @@ def test_every_layer_computes_what_the_simulation_computes(
     assert not multiplies(graph) & absorption.inputs.keys()
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 4, seed=7)
-    feeds["timestep"] = np.array([5, 400, 700, 990])
+    feeds["timestep"] = np.array([5, 400, 700, 990], feeds["timestep"].dtype)
     values = run_graph(
         with_outputs(graph, [value for item in endpoints for value in (item.data, item.result)]), feeds, optimize=False
     )
-    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"]])
+    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"].astype(np.int64)])
     for item in endpoints:
         entry = plan.layer(item.name)
         axis = (-1, 1, 1) if entry.layer.kind == "conv" else (-1,)

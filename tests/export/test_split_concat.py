@@ -12,7 +12,7 @@ from torch import nn
 from qdm_deploy.building.checks import run_graph
 from qdm_deploy.errors import ExportError
 from qdm_deploy.metrics.error import max_abs_difference
-from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.check import check_onnx
 from qdm_export.float_graph import save_graph
 from qdm_export.split_concat import SplitConv2d, concat_readers, split_checkpoint, split_graph, split_network
@@ -57,8 +57,8 @@ def test_every_shortcut_of_an_up_block_is_split_once_where_its_branches_are_wide
 def test_network_and_graph_compute_what_the_whole_ones_do(tiny: Any, tmp_path: Path, name: str) -> None:
     checkpoint, graph = tiny.checkpoint(name), tiny.float_graph(name)
     split, split_step = split_checkpoint(checkpoint, graph)
-    inputs = random_inputs(checkpoint.spec, 3)
-    arguments = {item.name: torch.from_numpy(inputs[item.name]) for item in checkpoint.spec.conditioning}
+    inputs = random_inputs(checkpoint.denoiser, 3)
+    arguments = {item.name: torch.from_numpy(inputs[item.name]) for item in checkpoint.denoiser.interface.conditions}
     rows = torch.from_numpy(inputs["sample"]), torch.from_numpy(inputs["timestep"])
     with torch.inference_mode():
         outputs = [item.unet(*rows, **arguments).numpy() for item in (checkpoint, split)]

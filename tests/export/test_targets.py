@@ -49,7 +49,7 @@ def test_every_target_is_a_valid_onnx_graph_that_runs(
     for path in graphs:
         check_onnx(path)
         result = run_graph(path, feeds)
-        assert result.keys() == {"next_sample", "x0"}
+        assert result.keys() == {"next_sample", "x0", "next_history"}
         for key, value in result.items():
             assert value.dtype == np.float32
             assert 12 < sqnr_db(expected[key], value) < 90, (path.name, key)
@@ -60,7 +60,7 @@ def test_targets_have_the_interface_of_the_float_graph(emitted: Any, tiny: Any) 
         return [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
 
     expected = interface(tiny.float_graph("labels"))
-    assert [name for name, _, _ in expected][:5] == ["sample", "timestep", "coefficients", "noise", "previous_x0"]
+    assert [name for name, _, _ in expected][:5] == ["sample", "timestep", "coefficients", "noise", "history"]
     for target in TARGETS:
         assert interface(emitted.graph("labels", target)) == expected
 
@@ -159,9 +159,9 @@ def test_every_layer_computes_what_the_simulation_computes(
     graph = emitted.graph(name, target)
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 4, seed=7)
-    feeds["timestep"] = np.array([5, 400, 700, 990])
+    feeds["timestep"] = np.array([5, 400, 700, 990], feeds["timestep"].dtype)
     values = run_graph(with_outputs(graph, [n for e in endpoints for n in (e.data, e.result)]), feeds)
-    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"]])
+    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"].astype(np.int64)])
     for item in endpoints:
         entry = plan.layer(item.name)
         layer = quantized_layer(network.get_submodule(f"unet.{item.name}"), entry, target, dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_layers_of_the_float16_target_are_close_to_the_simulation(
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 4, seed=7)
     values = run_graph(with_outputs(graph, [n for e in endpoints for n in (e.data, e.result)]), feeds)
-    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"]])
+    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"].astype(np.int64)])
     for item in endpoints:
         layer = quantized_layer(network.get_submodule(f"unet.{item.name}"), plan.layer(item.name), "tensorrt")
         layer.time_bin = bins
@@ -241,7 +241,7 @@ def test_u8_and_s8_forms_give_the_same_codes_but_for_ties(emitted: Any, tiny: An
             else 1 / entry.inverse_r[plan.bin_of_timestep()[timestep]].reshape(3, *[1] * len(shape))
         )
         x = (steps * entry.scale * gain).astype(np.float32)
-        feeds = {"x": x, "timestep": timestep}
+        feeds = {"x": x, "timestep": timestep.astype(tiny.checkpoint(name).denoiser.interface["timestep"].numpy_dtype)}
         dims = ("batch", *shape)
         codes = []
         for graph, end in zip((u8, s8), ends, strict=True):
@@ -278,7 +278,7 @@ def test_the_signed_form_computes_what_the_simulation_computes(
     endpoints = layer_endpoints(graph, plan)
     feeds = emitted.feeds(name, 3, seed=2)
     values = run_graph(with_outputs(graph, [n for e in endpoints for n in (e.data, e.result)]), feeds, optimize=False)
-    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"]])
+    bins = torch.from_numpy(plan.bin_of_timestep()[feeds["timestep"].astype(np.int64)])
     for item in endpoints:
         layer = quantized_layer(
             network.get_submodule(f"unet.{item.name}"), plan.layer(item.name), "tensorrt", dtype=torch.float64

@@ -111,7 +111,7 @@ def test_float_reasons(tiny: Any, name: str) -> None:
             assert reason == "first convolution: reads the sample itself"
         elif layer.name == "conv_out":
             assert reason == "last convolution: its output is the model's output"
-        elif "emb_proj" in layer.name or ("attn2.to_" in layer.name and layer.name.endswith(("to_k", "to_v"))):
+        elif "emb" in layer.name or ("attn2.to_" in layer.name and layer.name.endswith(("to_k", "to_v"))):
             assert reason == "does not depend on the sample (time embedding or conditioning path)"
         elif min(layer.weight_shape[:2]) < 16:
             assert reason == "narrower than 16 channels"

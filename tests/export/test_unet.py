@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from qdm_deploy.artifacts.pipeline_spec import LabelTable, StatesFile
 from qdm_deploy.errors import ModelError
 from qdm_export.unet import load_checkpoint
 
@@ -41,22 +42,23 @@ def reweight(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 
 def test_specs(tiny: Any) -> None:
     labels, rgb, text, variance = (tiny.checkpoint(name).spec for name in ("labels", "rgb", "text", "variance"))
-    assert (labels.sample_shape, labels.num_classes, labels.labels, labels.null_label) == (
-        (1, 10, 10),
-        3,
-        ("shirt", "bag", "boot"),
-        3,
+    assert labels.sample_shape == (1, 10, 10)
+    assert labels.encoder == LabelTable(
+        input="class_labels", num_classes=3, labels=("shirt", "bag", "boot"), null_label=3
     )
-    assert (rgb.sample_shape, rgb.conditioning, rgb.num_coefficients) == ((3, 8, 12), (), 7)
-    assert text.conditioning[0].model_dump() == {"name": "encoder_hidden_states", "dtype": "float32", "shape": (77, 16)}
-    assert (variance.learned_variance, variance.num_coefficients, variance.num_classes, variance.null_label) == (
+    assert labels.denoiser.limits == {"class_labels": 4}
+    assert (rgb.sample_shape, rgb.conditional, rgb.encoder) == ((3, 8, 12), False, None)
+    assert [(spec.name, spec.row_shape) for spec in text.interface.conditions] == [("encoder_hidden_states", (77, 16))]
+    assert text.encoder == StatesFile(inputs=("encoder_hidden_states",))
+    assert variance.encoder == LabelTable(input="class_labels", num_classes=3)
+    assert [spec.interface.num_coefficients for spec in (labels, rgb, text, variance)] == [13, 13, 13, 15]
+    assert [spec.interface.fractional_timesteps for spec in (labels, rgb, text, variance)] == [False] * 2 + [
         True,
-        9,
-        3,
-        None,
-    )
-    assert {spec.sample_kind for spec in (labels, rgb, text, variance)} == {"pixels"}
-    assert rgb.num_train_timesteps == 1000
+        False,
+    ]
+    assert [spec.denoiser.learned_variance for spec in (labels, rgb, text, variance)] == [False] * 3 + [True]
+    assert {spec.makes for spec in (labels, rgb, text, variance)} == {"pixels"}
+    assert rgb.denoiser.num_train_timesteps == 1000
     assert labels.name == "labels"
 
 
@@ -294,16 +296,13 @@ def test_another_kind_of_class_embedding_is_refused(copy: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        (
-            "addition_embed_type",
-            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8},  # SDXL
-        ),
+        ("addition_embed_type", {"addition_embed_type": "text"}),
         ("dual_cross_attention", {"dual_cross_attention": True}),
         ("encoder_hid_dim", {"encoder_hid_dim": 24}),
         ("attention_type", {"attention_type": "gated"}),
     ],
 )
-def test_models_with_more_inputs_than_text_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+def test_models_with_unknown_inputs_are_refused(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), cross_attention_dim=16,
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
@@ -312,12 +311,12 @@ def test_models_with_more_inputs_than_text_are_refused(tmp_path: Path, name: str
     unet.save_pretrained(tmp_path / "unet")
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     index = {
-        "_class_name": "P",
+        "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=f"{name} .* is not supported: it needs inputs beside"):
+    with pytest.raises(ModelError, match=f"{name} .* is not supported; supported are "):
         load_checkpoint(tmp_path)
 
 
@@ -341,11 +340,37 @@ def test_labels_that_do_not_fit_are_refused(copy: Any, content: bytes, text: str
 def test_as_many_labels_as_embeddings_leave_no_null_label(copy: Any) -> None:
     folder = copy()
     (folder / "labels.json").write_text('["a", "b", "c"]')
-    spec = load_checkpoint(folder).spec
-    assert (spec.num_classes, spec.labels, spec.null_label) == (3, ("a", "b", "c"), None)
+    expected = LabelTable(input="class_labels", num_classes=3, labels=("a", "b", "c"))
+    assert load_checkpoint(folder).spec.encoder == expected
 
 
 def test_latent_models_are_told_by_their_autoencoder(copy: Any) -> None:
     folder = copy()
-    (folder / "model_index.json").write_text('{"vqvae": ["diffusers", "VQModel"]}')
-    assert load_checkpoint(folder).spec.sample_kind == "latents"
+    (folder / "model_index.json").write_text('{"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}')
+    assert load_checkpoint(folder).spec.makes == "latents"
+
+
+def test_an_unknown_pipeline_is_refused_with_what_is_supported(copy: Any) -> None:
+    folder = copy()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(
+        ModelError, match=r"the pipeline 'FluxPipeline'; supported are DDIMPipeline, .* its U-Net alone"
+    ):
+        load_checkpoint(folder)
+
+
+def test_stable_diffusion_overrules_old_files(tiny: Any, tmp_path: Path) -> None:
+    """As diffusers' own pipeline does, and no other family's."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.folder("text"), folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.6.0"}))
+    scheduler = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "clip_sample": True}
+    found = {}
+    for name in ("DDPMPipeline", "StableDiffusionPipeline"):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        checkpoint = load_checkpoint(folder)
+        found[name] = checkpoint.spec.sample_shape, checkpoint.scheduler_config
+    assert found["DDPMPipeline"] == ((4, 8, 8), scheduler)
+    assert found["StableDiffusionPipeline"] == ((4, 64, 64), {**scheduler, "steps_offset": 1})

@@ -40,8 +40,8 @@ def test_the_bundle_opens_with_everything_in_it(labels_build: BuildResult) -> No
         "unet/weights.bin",
     }
     assert bundle.manifest.targets == TARGETS
-    assert bundle.model.labels == ("shirt", "bag", "boot")
-    assert bundle.model.null_label == 3
+    assert bundle.pipeline.encoder.labels == ("shirt", "bag", "boot")
+    assert bundle.pipeline.encoder.null_label == 3
 
 
 def test_a_guided_calibration_holds_the_unconditional_twin_of_every_row(labels_build: BuildResult) -> None:
@@ -207,7 +207,7 @@ def test_force_replaces_a_bundle(quick_build: Any, labels: Path, tmp_path: Path)
     shutil.copytree(labels, out)
     result = quick_build(out, "rgb", targets=("onnxruntime",), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["again.qdm"]
-    assert Bundle.open(out).model.name == "rgb"
+    assert Bundle.open(out).pipeline.name == "rgb"
     assert result.bundle == out
 
 

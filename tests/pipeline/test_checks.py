@@ -21,9 +21,9 @@ from qdm_deploy.building.checks import (
 )
 from qdm_deploy.building.measure import simulation_of
 from qdm_deploy.building.quality import network_output
-from qdm_deploy.runtime import Conditioning
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.samplers.columns import NO_CLIP
+from qdm_deploy.samplers.random_inputs import random_inputs
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_export import absorb, targets
 from qdm_export.float_graph import save_graph
 from qdm_export.targets import emit, emit_float
@@ -42,7 +42,7 @@ def test_a_graph_of_the_plan_passes_and_one_of_another_plan_does_not(
     tiny: Any, tmp_path: Path, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, plan, graph = tiny.checkpoint("labels"), tiny.plan("labels"), tiny.float_graph("labels")
-    inputs = random_inputs(checkpoint.spec, 3)
+    inputs = random_inputs(checkpoint.denoiser, 3)
     good = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
     assert good.ok, good
     other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
@@ -54,7 +54,7 @@ def test_a_graph_of_the_plan_passes_and_one_of_another_plan_does_not(
 
 
 def test_a_lost_integer_kernel_is_counted(tiny: Any, tmp_path: Path) -> None:
-    plan, spec = tiny.plan("labels"), tiny.checkpoint("labels").spec
+    plan, spec = tiny.plan("labels"), tiny.checkpoint("labels").denoiser
     save_graph(emit(tiny.float_graph("labels"), plan, "onnxruntime").model, tmp_path / "int8.onnx")
     save_graph(emit_float(tiny.float_graph("labels")).model, tmp_path / "float.onnx")
     rows = []
@@ -68,7 +68,7 @@ def test_a_lost_integer_kernel_is_counted(tiny: Any, tmp_path: Path) -> None:
 def test_a_float_graph_that_is_off_by_a_thousandth_fails(tiny: Any, tmp_path: Path) -> None:
     checkpoint = tiny.checkpoint("variance")
     save_graph(emit_float(tiny.float_graph("variance")).model, tmp_path / "float.onnx")
-    inputs = random_inputs(checkpoint.spec, 2, seed=3)
+    inputs = random_inputs(checkpoint.denoiser, 2, seed=3)
     outputs = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)
     assert check_float_graph(outputs, checkpoint, inputs).ok
     off = {**outputs, "x0": outputs["x0"] * np.float32(1.001)}
@@ -79,12 +79,12 @@ def test_a_float_graph_that_is_off_by_a_thousandth_fails(tiny: Any, tmp_path: Pa
 
 def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Path) -> None:
     checkpoint, plan = tiny.checkpoint("labels"), tiny.plan("labels")
-    inputs = random_inputs(checkpoint.spec, 8)
+    inputs = random_inputs(checkpoint.denoiser, 8)
     save_graph(emit_float(tiny.float_graph("labels")).model, tmp_path / "float.onnx")
     expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
     with simulation_of(checkpoint, plan, "tensorrt") as session:
         simulated = session.run(inputs).x0.copy()
-    save_graph(emit(tiny.float_graph("labels"), plan, "tensorrt"), tmp_path / "right.onnx")
+    save_graph(emit(tiny.float_graph("labels"), plan, "tensorrt").model, tmp_path / "right.onnx")
     assert check_half_graph(tmp_path / "right.onnx", expected, simulated, inputs).ok
     other = altered(plan, weight_codes=np.roll(plan.layer(LAYER).codes, 1, axis=0))
     save_graph(emit(tiny.float_graph("labels"), other, "tensorrt").model, tmp_path / "wrong.onnx")
@@ -95,7 +95,7 @@ def test_a_float16_graph_is_held_against_the_simulation(tiny: Any, tmp_path: Pat
 
 def test_a_bfloat16_graph_is_held_against_the_simulation_and_bfloat16(tiny: Any, tmp_path: Path) -> None:
     checkpoint, plan, graph = tiny.checkpoint("labels"), tiny.plan("labels"), tiny.float_graph("labels")
-    inputs = random_inputs(checkpoint.spec, 8)
+    inputs = random_inputs(checkpoint.denoiser, 8)
     inputs["coefficients"][:, :3] = 0.0, 1.0, NO_CLIP
     save_graph(emit_float(graph).model, tmp_path / "float.onnx")
     expected = run_graph("onnxruntime", tmp_path / "float.onnx", inputs)["x0"]
@@ -121,22 +121,21 @@ def test_the_network_output_is_read_through_the_step_graph(
     checkpoint, table = tiny.checkpoint(name), tiny.table(name)
     spec = checkpoint.spec
     save_graph(emit_float(tiny.float_graph(name)).model, tmp_path / "float.onnx")
-    states = np.random.default_rng(0).normal(size=(len(table.timesteps), 2, *spec.sample_shape)).astype(np.float32)
-    labels = np.array([1, 2]) if spec.conditional else None
+    states = np.random.default_rng(0).normal(size=(table.steps, 2, *spec.sample_shape)).astype(np.float32)
+    conditioning = tiny.conditioning(name).take(slice(1, 3))
     with OnnxRuntimeSession(tmp_path / "float.onnx", threads=1) as session:
-        conditioning = None if labels is None else Conditioning(class_labels=labels)
-        read = network_output(session, table, states, spec, conditioning, guidance, 16, "reading")
+        read = network_output(session, Sampling(table, [0, 1], conditioning, guidance=guidance), states, 16, "reading")
 
-    def network(states: Any, timestep: int, labels: Any) -> Any:
-        given = {} if labels is None else {"class_labels": torch.from_numpy(labels)}
+    def network(states: Any, timestep: float, conditions: Any) -> Any:
+        given = {key: torch.from_numpy(np.broadcast_to(value, (2,)).copy()) for key, value in conditions.items()}
         with torch.inference_mode():
-            output = checkpoint.unet(torch.from_numpy(states), torch.full((2,), timestep), **given)
+            output = checkpoint.unet(torch.from_numpy(states), torch.full((2,), int(timestep)), **given)
         return output.numpy()[:, : spec.sample_shape[0]]
 
     for step, timestep in enumerate(table.timesteps.tolist()):
-        expected = network(states[step], timestep, labels)
+        expected = network(states[step], timestep, conditioning.own)
         if guidance != 1.0:
-            base = network(states[step], timestep, np.full(2, spec.null_label))
+            base = network(states[step], timestep, conditioning.unconditional)
             expected = base + np.float32(guidance) * (expected - base)
         np.testing.assert_allclose(read[step], expected, atol=2e-5)
 
@@ -159,7 +158,7 @@ def test_absorbed_factors_pass_the_check_and_lost_ones_do_not(
     )  # fmt: skip
     statistics = dataclasses.replace(statistics, inputs={**statistics.inputs, **scaled})
     plan = make_plan(checkpoint.unet, topology, statistics, PlanOptions(ranges="minmax"), factors=spread)
-    inputs = random_inputs(checkpoint.spec, 3)
+    inputs = random_inputs(checkpoint.denoiser, 3)
     good = check_layers(checkpoint, plan, target, graph, inputs, tmp_path)
     assert good.ok, good
     absorbed = targets.absorb(graph.clone(), plan, target)

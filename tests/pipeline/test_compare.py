@@ -59,7 +59,7 @@ def test_an_existing_strip_is_kept(labels: Path, tmp_path: Path) -> None:
 
 
 def test_models_of_another_kind_are_refused(labels: Path, rgb: Path) -> None:
-    with pytest.raises(InputError, match=r"makes \(1, 10, 10\) and .* \(3, 8, 12\), or their conditioning differs"):
+    with pytest.raises(InputError, match=r"makes \(1, 10, 10\) and .* \(3, 8, 12\), or they are conditioned on other"):
         run(labels, rgb)
 
 

@@ -263,7 +263,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(labels: Path, rgb: P
     for changes, message in (
         ({"against": str(labels)}, "are the same bundle; give fp32, or another bundle"),
         ({"against": "fp23"}, "there is nothing to compare with at fp23; give fp32"),
-        ({"against": str(rgb)}, r"makes \(1, 10, 10\) and .* \(3, 8, 12\), or their conditioning differs"),
+        ({"against": str(rgb)}, r"makes \(1, 10, 10\) and .* \(3, 8, 12\), or they are conditioned on other"),
         ({"features": tmp_path / "none"}, r"card\.json cannot be read \(No such file"),
         ({"features": SHIPPED}, r"takes pictures \[1, 28, 28\], and .* makes pixels \[1, 10, 10\]"),
     ):

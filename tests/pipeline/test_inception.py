@@ -56,7 +56,7 @@ def test_without_the_library_the_message_names_the_extra(tmp_path: Path) -> None
 def test_a_folder_without_pictures_is_refused(labels: Path, tmp_path: Path) -> None:
     (tmp_path / "one.png").touch()
     with pytest.raises(InputError, match="holds 1 pictures; give a folder of real ones"):
-        real_pictures(tmp_path, Bundle.open(labels).model)
+        real_pictures(tmp_path, Bundle.open(labels).pipeline)
 
 
 @needs_library
@@ -75,7 +75,9 @@ def test_all_three_scores_are_in_the_result(labels: Path, weights: Path, picture
     assert evaluate(asked) == found
 
     inception = Inception(weights)
-    real = np.stack([np.asarray(Image.open(path))[None] for path in real_pictures(pictures, Bundle.open(labels).model)])
+    real = np.stack(
+        [np.asarray(Image.open(path))[None] for path in real_pictures(pictures, Bundle.open(labels).pipeline)]
+    )
     assert {name: value.shape for name, value in inception.run(real).items()} == {
         "features": (10, 2048), "logits": (10, 1008), "spatial": (10, 2023),
     }  # fmt: skip

@@ -23,7 +23,7 @@ with_int8 = pytest.mark.skipif(
 
 
 def times_of(tiny: Any, name: str, options: BuildOptions = OPTIONS) -> Any:
-    spec = tiny.checkpoint(name).spec
+    spec = tiny.checkpoint(name).denoiser
     return LayerTimer(options, tiny.float_graph(name), spec, SILENT).layer_times(tiny.plan(name))
 
 

@@ -6,27 +6,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.building.speed import measure_speed, speedup_of
 from qdm_deploy.report.model import SpeedRow
-from qdm_deploy.runtime.random_inputs import random_inputs
 from qdm_deploy.runtime.session import StepOutput
 from qdm_deploy.runtime.timing import runs_in_all, timed_in_turn
+from qdm_deploy.samplers.random_inputs import random_inputs
 
-MODEL = ModelSpec(
-    name="m", sample_shape=(1, 2, 2), num_train_timesteps=50, num_classes=3, learned_variance=True,
-    conditioning=(
-        ConditioningInput(name="class_labels", dtype="int64", shape=()),
-        ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(5, 4)),
+MODEL = Denoiser(
+    interface=StepInterface.of(
+        (1, 2, 2),
+        [TensorSpec(name="class_labels", dtype="int64"), TensorSpec(name="text_embeds", row_shape=(5, 4))],
+        coefficients=15,
     ),
-)  # fmt: skip
+    num_train_timesteps=50,
+    learned_variance=True,
+    limits={"class_labels": 3},
+)
 
 
 class Sleeper:
     """A session that takes a known time."""
 
     max_batch = None
-    input_names = ()
+    interface = MODEL.interface
 
     def __init__(self, name: str, seconds: float, log: list[str]) -> None:
         self.name, self.seconds, self.log = name, seconds, log
@@ -34,7 +38,7 @@ class Sleeper:
     def run(self, inputs: Any) -> StepOutput:
         self.log.append(self.name)
         time.sleep(self.seconds)
-        return StepOutput(inputs["sample"], inputs["sample"])
+        return StepOutput(inputs["sample"], inputs["sample"], inputs["history"])
 
 
 def test_sessions_are_timed_in_turn_after_a_warm_up() -> None:
@@ -54,7 +58,7 @@ def test_sessions_are_timed_in_turn_after_a_warm_up() -> None:
 def test_long_measurements_take_several_turns() -> None:
     log: list[str] = []
     sessions: Any = {"a": Sleeper("a", 0.0, log), "b": Sleeper("b", 0.0, log)}
-    times = timed_in_turn(sessions, {"sample": None}, runs=7)  # type: ignore[dict-item]
+    times = timed_in_turn(sessions, {"sample": None, "history": None}, runs=7)  # type: ignore[dict-item]
     assert "".join(log) == "abab" + "a" * 7 + "b" * 7 + "a" * 4 + "b" * 4
     assert len(log) == 2 * runs_in_all(7)
     assert [len(values) for values in times.values()] == [7, 7]
@@ -64,7 +68,7 @@ def test_slow_sessions_are_timed_as_often_as_the_time_allows() -> None:
     log: list[str] = []
     advanced: list[int] = []
     sessions: Any = {"a": Sleeper("a", 0.03, log), "b": Sleeper("b", 0.01, log)}
-    inputs: Any = {"sample": None}
+    inputs: Any = {"sample": None, "history": None}
     times = timed_in_turn(sessions, inputs, runs=10, seconds=0.15, advance=advanced.append)
     assert "".join(log) in ("ab" + "ab" * count for count in (2, 3))  # 0.04 s a round, a little more on a busy machine
     assert len(times["a"]) == len(times["b"]) == len(log) // 2 - 1
@@ -77,7 +81,7 @@ def test_a_batch_size_that_would_take_too_long_is_left_out() -> None:
     class PerRow(Sleeper):
         def run(self, inputs: Any) -> StepOutput:
             time.sleep(0.01 * len(inputs["sample"]))
-            return StepOutput(inputs["sample"], inputs["sample"])
+            return StepOutput(inputs["sample"], inputs["sample"], inputs["history"])
 
     session: Any = {("a", "int8"): PerRow("a", 0.0, [])}
     rows = measure_speed(session, MODEL, (2, 4, 64), runs=2, seconds=0.4)
@@ -101,11 +105,11 @@ def test_random_inputs_are_valid_and_repeatable() -> None:
     assert {name: (value.dtype.name, value.shape) for name, value in inputs.items()} == {
         "sample": ("float32", (6, 1, 2, 2)),
         "timestep": ("int64", (6,)),
-        "coefficients": ("float32", (6, 9)),
+        "coefficients": ("float32", (6, 15)),
         "noise": ("float32", (6, 1, 2, 2)),
-        "previous_x0": ("float32", (6, 1, 2, 2)),
+        "history": ("float32", (6, 3, 2, 2)),
         "class_labels": ("int64", (6,)),
-        "encoder_hidden_states": ("float32", (6, 5, 4)),
+        "text_embeds": ("float32", (6, 5, 4)),
         "guidance": ("float32", (6,)),
         "unconditional_row": ("int64", (6,)),
         "owner_row": ("int64", (6,)),

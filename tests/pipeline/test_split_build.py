@@ -9,7 +9,7 @@ from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.statistics import collect_statistics
 from qdm_deploy.artifacts.plan import TARGETS
 from qdm_deploy.building.checks import check_integer_kernels, check_layers, run_graph
-from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.float_graph import save_graph
 from qdm_export.split_concat import concat_readers, split_checkpoint
 from qdm_export.targets import emit
@@ -33,7 +33,7 @@ def split(tiny: Any, name: str) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_parts_compute_the_planned_integers(tiny: Any, tmp_path: Path, target: Any, name: str) -> None:
     checkpoint, graph, plan = split(tiny, name)
-    row = check_layers(checkpoint, plan, target, graph, random_inputs(checkpoint.spec, 3), tmp_path)
+    row = check_layers(checkpoint, plan, target, graph, random_inputs(checkpoint.denoiser, 3), tmp_path)
     assert row.ok, row
     assert row.detail.startswith(f"{len(plan.quantized)} of {len(plan.quantized)} layers match")
 
@@ -43,7 +43,7 @@ def test_each_part_is_an_integer_kernel(tiny: Any, tmp_path: Path, name: str) ->
     checkpoint, graph, plan = split(tiny, name)
     save_graph(emit(graph, plan, "onnxruntime").model, tmp_path / "int8.onnx")
     run_graph(
-        "onnxruntime", tmp_path / "int8.onnx", random_inputs(checkpoint.spec, 2), optimized=tmp_path / "optimized"
+        "onnxruntime", tmp_path / "int8.onnx", random_inputs(checkpoint.denoiser, 2), optimized=tmp_path / "optimized"
     )
     row = check_integer_kernels(plan, tmp_path / "optimized")
     assert row.ok, row

@@ -31,7 +31,7 @@ class ToldTimer(LayerTimer):
 
 def budgeted(tiny: Any, part: Callable[[int], float]) -> tuple[Budgeted, int]:
     plan, checkpoint = tiny.plan("rgb"), tiny.checkpoint("rgb")
-    timer = ToldTimer(OPTIONS, tiny.float_graph("rgb"), checkpoint.spec, SILENT, part)
+    timer = ToldTimer(OPTIONS, tiny.float_graph("rgb"), checkpoint.denoiser, SILENT, part)
     found = measured_and_kept(OPTIONS, checkpoint, tiny.calibration("rgb"), plan, SILENT, timer)
     return found, len(plan.quantized) - len(found.plan.quantized)
 

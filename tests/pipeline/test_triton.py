@@ -19,7 +19,7 @@ from qdm_deploy.pipeline import export_triton
 from qdm_deploy.pipeline.triton_config import step_tensors
 from qdm_export.relative_links import make_links_relative
 
-OUTPUTS = ["next_sample", "x0"]
+OUTPUTS = ["next_sample", "x0", "next_history"]
 
 
 def session(graph: Path) -> Any:
@@ -78,8 +78,8 @@ def test_the_configuration_follows_tritons_schema(
 ) -> None:
     export_triton(request.getfixturevalue(name), tmp_path / "models", backend, 8)
     config = parsed(tmp_path / "models" / f"{name}_step" / "config.pbtxt")
-    model = Bundle.open(request.getfixturevalue(name)).model
-    inputs, outputs = step_tensors(model)
+    interface = Bundle.open(request.getfixturevalue(name)).pipeline.interface
+    inputs, outputs = step_tensors(interface)
     assert config.name == f"{name}_step"
     assert (config.backend, config.platform) == (
         ("onnxruntime", "") if backend == "onnxruntime" else ("", "tensorrt_plan")
@@ -97,15 +97,15 @@ def test_the_configuration_follows_tritons_schema(
 
 def rows(bundle: Bundle, count: int, seed: int) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
-    model = bundle.model
+    model = bundle.pipeline
     image = (count, *model.sample_shape)
-    coefficients = np.tile(np.array([1.1, -0.4, 1.0, 0.3, 0.7, 0.0, 0.1], np.float32), (count, 1))
+    coefficients = np.tile(np.array([1.1, -0.4, 1.0, 0.3, 0.7, 0.1, 0, 0, 0, 0.1, 1, 0, 0], np.float32), (count, 1))
     values: dict[str, Any] = {
         "sample": generator.standard_normal(image, dtype=np.float32),
-        "timestep": np.full(count, generator.integers(0, model.num_train_timesteps), np.int64),
+        "timestep": np.full(count, generator.integers(0, model.denoiser.num_train_timesteps), np.int64),
         "coefficients": coefficients,
         "noise": generator.standard_normal(image, dtype=np.float32),
-        "previous_x0": np.zeros(image, np.float32),
+        "history": np.zeros((count, 3 * image[1], *image[2:]), np.float32),
         "class_labels": np.full(count, seed % 3, np.int64),
         "guidance": np.ones(count, np.float32),
     }
@@ -121,7 +121,7 @@ def test_requests_may_be_concatenated(labels: Path, tmp_path: Path) -> None:
     plain, guided, other = rows(bundle, 1, 1), rows(bundle, 2, 2), rows(bundle, 1, 4)
     guided["sample"][1] = guided["sample"][0]
     guided["noise"][1] = guided["noise"][0]
-    guided["class_labels"][1] = bundle.model.null_label
+    guided["class_labels"][1] = bundle.pipeline.encoder.null_label
     guided["guidance"][:] = 2.5
     zero = np.zeros(1, np.int64)
     links = [

@@ -14,9 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, LabelTable, PipelineSpec
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.backends.openvino.session import OpenVinoSession
+from qdm_deploy.samplers.columns import COEFFICIENTS, LEARNED_VARIANCE_COEFFICIENTS
+from qdm_deploy.samplers.conditioning import Conditioning
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.samplers.schedule import NoiseSchedule
 from qdm_deploy.samplers.step import apply_step
 from qdm_deploy.samplers.table import StepTable, step_table
@@ -31,35 +35,42 @@ class Tiny:
     """A tiny model: its step graph on disk, its spec and its network in numpy."""
 
     graph: Path
-    spec: ModelSpec
+    spec: PipelineSpec
     weight: NDArray[np.float32]
     time_table: NDArray[np.float32]
     label_bias: NDArray[np.float32]
 
-    def network(self, sample: Any, timestep: int, labels: Any | None) -> Any:
-        output = np.einsum("oc,nchw->nohw", self.weight, sample) + self.time_table[timestep]
+    def network(self, sample: Any, timestep: float, labels: Any | None) -> Any:
+        output = np.einsum("oc,nchw->nohw", self.weight, sample) + self.time_table[int(timestep)]
         return output if labels is None else output + self.label_bias[labels][:, :, None, None]
 
     def run(
         self, table: StepTable, start: Any, noise: Callable[[int], Any], labels: Any = None, guidance: float = 1.0
     ) -> Any:
         """The whole loop in closed form: the network above through ``apply_step``."""
-        sample, previous = start, np.zeros_like(start)
+        sample, history = start, np.repeat(np.zeros_like(start), 3, axis=1)
         for step, timestep in enumerate(table.timesteps):
             output = self.network(sample, timestep, labels)
             if guidance != 1.0:
                 free = self.network(sample, timestep, np.full(len(start), NULL))
                 output = free + np.float32(guidance) * (output - free)
             rows = np.repeat(table.coefficients[step : step + 1], len(start), axis=0)
-            sample, previous = apply_step(rows, sample, output, previous, noise(step))
+            sample, _, history = apply_step(rows, sample, output, history, noise(step))
         return sample
+
+    def sampling(self, table: StepTable, seeds: Any, labels: Any = None, **options: Any) -> Sampling:
+        """What to make of the model, with the null label as its unconditional twin."""
+        if labels is None:
+            return Sampling(table, seeds, **options)
+        own, null = np.asarray(labels, np.int64), np.array([NULL], np.int64)
+        return Sampling(table, seeds, Conditioning({"class_labels": own}, {"class_labels": null}), **options)
 
 
 def write_tiny(path: Path, *, conditional: bool = False, learned: bool = False, arithmetic_time: bool = False) -> Tiny:
     """Write a step graph; ``arithmetic_time`` computes the time term from the timestep instead of looking it up."""
     rng = np.random.default_rng(5)
     outputs = CHANNELS * (2 if learned else 1)
-    width = 9 if learned else 7
+    width = len(LEARNED_VARIANCE_COEFFICIENTS if learned else COEFFICIENTS)
     weight = (0.3 * rng.standard_normal((outputs, CHANNELS))).astype(np.float32)
     time_table = np.linspace(-0.5, 0.5, TIMESTEPS, dtype=np.float32)
     label_bias = rng.standard_normal((CLASSES + 1, outputs)).astype(np.float32)
@@ -95,12 +106,13 @@ def write_tiny(path: Path, *, conditional: bool = False, learned: bool = False, 
         op("Mul", "strength direction", "guided")
         op("Add", "e_null guided", "e")
     op("Reshape", "coefficients column", "columns")
-    op("Split", "columns", "p q clip a b c d" + (" low high" if learned else ""), axis=1, num_outputs=width)
+    op("Split", "columns", " ".join(COEFFICIENTS) + (" low high" if learned else ""), axis=1, num_outputs=width)
+    op("Split", "history", "h0 h1 h2", axis=1, num_outputs=3)
     if learned:
-        op("Split", "e", "mean v", axis=1, num_outputs=2)
+        op("Split", "e", "mean spread", axis=1, num_outputs=2)
         for kind, inputs, output in [
-            ("Add", "v one", "v1"),
-            ("Mul", "v1 half", "share"),
+            ("Add", "spread one", "spread1"),
+            ("Mul", "spread1 half", "share"),
             ("Mul", "share high", "upper"),
             ("Sub", "one share", "rest"),
             ("Mul", "rest low", "lower"),
@@ -112,32 +124,42 @@ def write_tiny(path: Path, *, conditional: bool = False, learned: bool = False, 
             op(kind, inputs, output)
     for kind, inputs, output in [
         ("Mul", "p sample", "px"),
-        ("Mul", "q mean" if learned else "q e", "qe"),
+        ("Identity", "mean" if learned else "e", "output"),
+        ("Mul", "q output", "qe"),
         ("Add", "px qe", "raw"),
         ("Min", "raw clip", "below"),
         ("Neg", "clip", "floor"),
         ("Max", "below floor", "clean"),
         ("Mul", "a sample", "ax"),
         ("Mul", "b clean", "bx"),
-        ("Mul", "c previous_x0", "cx"),
+        ("Mul", "g output", "ge"),
+        ("Mul", "c0 h0", "ch0"),
+        ("Mul", "c1 h1", "ch1"),
+        ("Mul", "c2 h2", "ch2"),
         ("Mul", "d scaled_noise" if learned else "d noise", "dn"),
-        ("Sum", "ax bx cx dn", "next"),
+        ("Sum", "ax bx ge ch0 ch1 ch2 dn", "next"),
+        ("Mul", "u clean", "ux"),
+        ("Mul", "v output", "ve"),
+        ("Mul", "w h0", "wh"),
+        ("Sum", "ux ve wh", "push"),
     ]:
         op(kind, inputs, output)
-    for source, target in [("next", "next_sample"), ("clean", "x0")]:
+    op("Concat", "push h0 h1", "pushed", axis=1)
+    for source, target in [("next", "next_sample"), ("clean", "x0"), ("pushed", "next_history")]:
         if conditional:
             op("Gather", f"{source} owner_row", target)
         else:
             op("Identity", source, target)
 
     image: list[str | int | None] = ["batch", *SHAPE]
+    past: list[str | int | None] = ["batch", 3 * CHANNELS, SIDE, SIDE]
     floats, integers = TensorProto.FLOAT, TensorProto.INT64
     tensors: list[tuple[str, int, list[str | int | None]]] = [
         ("sample", floats, image),
         ("timestep", integers, ["batch"]),
         ("coefficients", floats, ["batch", width]),
     ]
-    tensors += [("noise", floats, image), ("previous_x0", floats, image)]
+    tensors += [("noise", floats, image), ("history", floats, past)]
     if conditional:
         tensors += [("class_labels", integers, ["batch"]), ("guidance", floats, ["batch"])]
         tensors += [("unconditional_row", integers, ["batch"]), ("owner_row", integers, ["batch"])]
@@ -146,21 +168,25 @@ def write_tiny(path: Path, *, conditional: bool = False, learned: bool = False, 
         nodes,
         "step",
         [helper.make_tensor_value_info(*item) for item in tensors],
-        [helper.make_tensor_value_info(name, floats, image) for name in ("next_sample", "x0")],
+        [
+            helper.make_tensor_value_info(name, floats, past if name == "next_history" else image)
+            for name in ("next_sample", "x0", "next_history")
+        ],
         [numpy_helper.from_array(value, name) for name, value in constants.items() if name in used],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    spec = ModelSpec(
-        name="tiny",
-        sample_shape=SHAPE,
+    labels = LabelTable(input="class_labels", num_classes=CLASSES, null_label=NULL)
+    denoiser = Denoiser(
+        interface=StepInterface.of(
+            SHAPE, [TensorSpec(name="class_labels", dtype="int64")] if conditional else (), coefficients=width
+        ),
         num_train_timesteps=TIMESTEPS,
-        conditioning=(ConditioningInput(name="class_labels", dtype="int64", shape=()),) if conditional else (),
-        num_classes=CLASSES if conditional else None,
-        null_label=NULL if conditional else None,
         learned_variance=learned,
+        limits={"class_labels": CLASSES + 1} if conditional else {},
     )
+    spec = PipelineSpec(name="tiny", components=(denoiser, labels) if conditional else (denoiser,))
     return Tiny(path, spec, weight, time_table, label_bias)
 
 
@@ -231,7 +257,7 @@ def make_table() -> Callable[..., StepTable]:
         }
     )
 
-    def make(sampler: str, steps: int, *, eta: float = 0.0, learned_variance: bool = False) -> StepTable:
+    def make(sampler: str, steps: int, *, eta: float | None = None, learned_variance: bool = False) -> StepTable:
         return step_table(
             learned if learned_variance else schedule, sampler, steps, eta=eta, learned_variance=learned_variance
         )

@@ -154,7 +154,7 @@ class Context:
         return True
 
     def infer_shapes(self) -> list[str]:
-        return [name for name in self.library.session.input_names if name not in self.shape]
+        return [name for name in self.library.session.interface.input_names if name not in self.shape]
 
     def execute_async_v3(self, stream: int) -> bool:
         if self.library.broken:
@@ -163,10 +163,10 @@ class Context:
         shape, library = dict(self.shape), self.library
 
         def compute() -> None:
-            types = {spec.name: spec.dtype for spec in library.session._specs}
+            types = {spec.name: spec.numpy_dtype for spec in library.session.interface}
             arrays = {name: array_at(self.address[name], types[name], shape[name]) for name in shape}
             result = library.session.run({name: array.copy() for name, array in arrays.items()})
-            for name in ("next_sample", "x0"):
+            for name in library.session.interface.output_names:
                 values = np.ascontiguousarray(getattr(result, name))
                 ctypes.memmove(self.address[name], values.ctypes.data, values.nbytes)
 
@@ -194,7 +194,9 @@ class Library:
         self.strategies: list[str] = []
         self.specializations: list[str | None] = []
         self.broken = False
-        self.names = [*self.session.input_names, "next_sample", "x0"]
+        interface = self.session.interface
+        self.specs = {spec.name: spec for spec in (*interface.inputs, *interface.outputs)}
+        self.names = list(self.specs)
         self.num_io_tensors = len(self.names)
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
@@ -216,15 +218,13 @@ class Library:
         return "device"
 
     def get_tensor_mode(self, name: str) -> str:
-        return "in" if name in self.session.input_names else "out"
+        return "in" if name in self.session.interface.input_names else "out"
 
     def get_tensor_dtype(self, name: str) -> Any:
-        types = {spec.name: spec.dtype for spec in self.session._specs}
-        return SimpleNamespace(name="INT64" if types.get(name) == np.int64 else "FLOAT")
+        return SimpleNamespace(name="INT64" if self.specs[name].dtype == "int64" else "FLOAT")
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        shapes = {spec.name: spec.shape for spec in self.session._specs}
-        return (-1, *shapes.get(name, shapes["sample"]))
+        return (-1, *self.specs[name].row_shape)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(size, 3, 4, 4) for size in (1, 4, 6)]

@@ -56,7 +56,7 @@ def bundle(labelled: Any, folder: Path) -> Bundle:
             shutil.copyfile(labelled.graph, writer.root / "unet" / f"{target}.onnx")
         writer.publish(
             name="tiny",
-            model=labelled.spec,
+            pipeline=labelled.spec,
             targets=["onnxruntime", "openvino"],
             compatibility=Compatibility(opset=21, min_runtime="0.1.0"),
             provenance={},

@@ -34,7 +34,7 @@ def _write(path: Path, model: Any, graphs: dict[str, Any]) -> Bundle:
             shutil.copyfile(tiny.graph, writer.root / "unet" / f"{target}.onnx")
         writer.publish(
             name="tiny",
-            model=model.spec,
+            pipeline=model.spec,
             targets=[target for target in graphs if target != "float"],
             compatibility=Compatibility(opset=21, min_runtime="0.1.0"),
             provenance={},

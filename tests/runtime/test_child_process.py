@@ -41,7 +41,7 @@ def test_arrays_keep_their_bits_and_are_the_readers_own() -> None:
         return found
 
     for header, (first, second) in (asyncio.run(body()), *received(data)):
-        assert header == {"kind": "done", "arrays": [[1, 3], [1, 2]], "request_id": "a"}
+        assert header == {"kind": "done", "arrays": [["<f4", [1, 3]], ["<f4", [1, 2]]], "request_id": "a"}
         assert first.tobytes() == values.tobytes()
         np.testing.assert_array_equal(second, values[:, ::2])
         first[0, 0] = 0

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
 from qdm_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from qdm_deploy.errors import CheckFailed, InputError
 from qdm_deploy.progress import Advance
-from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.denoise import denoise
 from qdm_deploy.runtime.session import StepOutput
+from qdm_deploy.samplers import column
+from qdm_deploy.samplers.conditioning import Conditioning
 from qdm_deploy.samplers.noise import initial_noise, step_noise
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.samplers.table import StepTable
 
 SEEDS = [11, 4, 2**63 - 1, 7, 7, 0, 123456789]
@@ -39,14 +41,14 @@ class OneRow(Recording):
     max_batch = 1
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m", "euler"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m", "dpmpp-2m-sde", "pndm", "unipc", "euler-a"])
 def test_whole_run_is_the_closed_form(open_on: Any, plain: Any, make_table: Any, sampler: str) -> None:
-    table = make_table(sampler, 6, eta=0.7 if sampler == "ddim" else 0.0)
+    table = make_table(sampler, 6, eta=0.7 if sampler == "ddim" else None)
     with open_on(plain.graph) as session:
-        result = denoise(session, table, SEEDS, plain.spec, batch_size=3)
+        result = denoise(session, plain.sampling(table, SEEDS), batch_size=3)
     expected = plain.run(
         table,
-        initial_noise(SEEDS, plain.spec.sample_shape),
+        initial_noise(SEEDS, plain.spec.sample_shape) * np.float32(table.initial_scale),
         lambda step: step_noise(SEEDS, step, plain.spec.sample_shape),
     )
     assert result.dtype == np.float32
@@ -56,9 +58,9 @@ def test_whole_run_is_the_closed_form(open_on: Any, plain: Any, make_table: Any,
 
 def test_learned_variance_is_the_closed_form(open_on: Any, learned: Any, make_table: Any) -> None:
     table = make_table("ddpm", 5, learned_variance=True)
-    assert table.coefficients.shape == (5, 9)
+    assert table.coefficients.shape == (5, 15)
     with open_on(learned.graph) as session:
-        result = denoise(session, table, SEEDS, learned.spec, batch_size=4)
+        result = denoise(session, learned.sampling(table, SEEDS), batch_size=4)
     shape = learned.spec.sample_shape
     expected = learned.run(table, initial_noise(SEEDS, shape), lambda step: step_noise(SEEDS, step, shape))
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-5)
@@ -68,9 +70,7 @@ def test_learned_variance_is_the_closed_form(open_on: Any, learned: Any, make_ta
 def test_labels_and_guidance_are_the_closed_form(open_on: Any, labelled: Any, make_table: Any, guidance: float) -> None:
     table = make_table("ddpm", 5)
     with open_on(labelled.graph) as session:
-        result = denoise(
-            session, table, SEEDS, labelled.spec, conditioning=Conditioning(LABELS), guidance=guidance, batch_size=3
-        )
+        result = denoise(session, labelled.sampling(table, SEEDS, LABELS, guidance=guidance), batch_size=3)
     shape = labelled.spec.sample_shape
     expected = labelled.run(
         table, initial_noise(SEEDS, shape), lambda step: step_noise(SEEDS, step, shape), LABELS, guidance
@@ -87,9 +87,9 @@ def test_guided_and_unguided_samples_share_a_batch(open_on: Any, labelled: Any) 
     inputs = {
         "sample": sample,
         "timestep": np.array([70, 70, 20]),
-        "coefficients": np.tile(np.array([0, 1, 3.0e38, 0, 1, 0, 0], np.float32), (3, 1)),
+        "coefficients": np.tile(np.array([0, 1, 3.0e38, 0, 1, *[0] * 8], np.float32), (3, 1)),
         "noise": np.zeros((3, *shape), np.float32),
-        "previous_x0": np.zeros((3, *shape), np.float32),
+        "history": np.zeros((3, 3 * shape[0], *shape[1:]), np.float32),
         "class_labels": np.array([2, 5, 4]),
         "guidance": np.array([3.0, 3.0, 1.0], np.float32),
         "unconditional_row": np.array([1, 1, 2]),
@@ -111,15 +111,9 @@ def test_a_sample_does_not_depend_on_its_batch(open_on: Any, labelled: Any, make
     order = np.random.default_rng(3).permutation(16)
 
     def run(chosen: Any, batch_size: int) -> Any:
-        return denoise(
-            session,
-            table,
-            [seeds[index] for index in chosen],
-            labelled.spec,
-            conditioning=Conditioning(labels[chosen]),
-            guidance=guidance,
-            batch_size=batch_size,
-        )
+        chosen_seeds = [seeds[index] for index in chosen]
+        sampling = labelled.sampling(table, chosen_seeds, labels[chosen], guidance=guidance)
+        return denoise(session, sampling, batch_size=batch_size)
 
     with open_on(labelled.graph) as session:
         together = run(np.arange(16), 16)
@@ -136,7 +130,7 @@ def test_a_sample_does_not_depend_on_its_batch(open_on: Any, labelled: Any, make
 
 def test_equal_seeds_give_equal_samples_and_others_differ(plain: Any, make_table: Any) -> None:
     with OnnxRuntimeSession(plain.graph) as session:
-        result = denoise(session, make_table("ddpm", 4), [7, 8, 7], plain.spec)
+        result = denoise(session, plain.sampling(make_table("ddpm", 4), [7, 8, 7]))
     np.testing.assert_array_equal(result[0], result[2])
     assert np.abs(result[0] - result[1]).max() > 0.1
 
@@ -144,15 +138,15 @@ def test_equal_seeds_give_equal_samples_and_others_differ(plain: Any, make_table
 def test_noise_is_made_only_for_steps_that_use_it(plain: Any, make_table: Any) -> None:
     for table in (make_table("ddim", 4), make_table("ddpm", 4)):
         with Recording(plain.graph) as session:
-            denoise(session, table, [1, 2], plain.spec)
+            denoise(session, plain.sampling(table, [1, 2]))
         for step, inputs in enumerate(session.seen):
-            if table.coefficients[step, 6] != 0:
+            if table.coefficients[step, column("d")] != 0:
                 np.testing.assert_array_equal(inputs["noise"], step_noise([1, 2], step, plain.spec.sample_shape))
             else:
                 before = session.seen[step - 1]["noise"] if step else np.zeros_like(inputs["noise"])
                 np.testing.assert_array_equal(inputs["noise"], before)
-    assert table.coefficients[0, 6] != 0
-    assert table.coefficients[-1, 6] == 0
+    assert table.coefficients[0, column("d")] != 0
+    assert table.coefficients[-1, column("d")] == 0
 
 
 def test_on_step_sees_all_samples_after_each_step(plain: Any, make_table: Any) -> None:
@@ -160,7 +154,7 @@ def test_on_step_sees_all_samples_after_each_step(plain: Any, make_table: Any) -
     seen: list[tuple[int, Any]] = []
     with OnnxRuntimeSession(plain.graph) as session:
         result = denoise(
-            session, table, SEEDS, plain.spec, batch_size=3, on_step=lambda step, x: seen.append((step, x))
+            session, plain.sampling(table, SEEDS), batch_size=3, on_step=lambda step, x: seen.append((step, x))
         )
     assert [step for step, _ in seen] == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(seen[-1][1], result)
@@ -176,11 +170,7 @@ def test_on_step_of_a_guided_run_sees_one_row_per_sample(labelled: Any, make_tab
     with Recording(labelled.graph) as session:
         result = denoise(
             session,
-            make_table("ddpm", 3),
-            SEEDS,
-            labelled.spec,
-            conditioning=Conditioning(LABELS),
-            guidance=2.0,
+            labelled.sampling(make_table("ddpm", 3), SEEDS, LABELS, guidance=2.0),
             batch_size=4,
             on_step=lambda _, x: seen.append(x),
         )
@@ -196,36 +186,8 @@ def test_on_step_of_a_guided_run_sees_one_row_per_sample(labelled: Any, make_tab
 def test_max_batch_of_the_session_limits_the_rows(labelled: Any, make_table: Any) -> None:
     for guidance, rows in ((1.0, [5, 2]), (2.0, [4, 4, 4, 2])):
         with FiveRows(labelled.graph) as session:
-            denoise(
-                session,
-                make_table("ddim", 1),
-                SEEDS,
-                labelled.spec,
-                conditioning=Conditioning(LABELS),
-                guidance=guidance,
-            )
+            denoise(session, labelled.sampling(make_table("ddim", 1), SEEDS, LABELS, guidance=guidance))
         assert [len(inputs["sample"]) for inputs in session.seen] == rows
-
-
-def test_text_states_get_their_twin(tmp_path: Path, labelled: Any) -> None:
-    from qdm_deploy.runtime.rows import conditioning_rows
-
-    spec = ModelSpec(
-        name="text",
-        sample_shape=(3, 4, 4),
-        num_train_timesteps=100,
-        conditioning=(ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(2, 3)),),
-    )
-    states = np.arange(12, dtype=np.float64).reshape(2, 2, 3)
-    null = np.full((2, 3), -1, np.float32)
-    given = Conditioning(encoder_hidden_states=states, null_hidden_states=null)  # type: ignore[arg-type]
-    guided = conditioning_rows(spec, given, 2, True)["encoder_hidden_states"]
-    assert guided.dtype == np.float32
-    np.testing.assert_array_equal(guided, np.stack([states[0], null, states[1], null]))
-    np.testing.assert_array_equal(conditioning_rows(spec, given, 2, False)["encoder_hidden_states"], states)
-    for wrong, shape in ((None, "None"), (np.zeros((1, 3), np.float32), r"\[1, 3\]")):
-        with pytest.raises(InputError, match=rf"of shape \[2, 3\]; given: {shape}"):
-            conditioning_rows(spec, Conditioning(None, given.encoder_hidden_states, None, wrong), 2, True)
 
 
 def test_progress_counts_runs(plain: Any, make_table: Any) -> None:
@@ -247,8 +209,11 @@ def test_progress_counts_runs(plain: Any, make_table: Any) -> None:
 
     counter = Counter()
     with OnnxRuntimeSession(plain.graph) as session:
-        denoise(session, make_table("ddim", 4), SEEDS, plain.spec, batch_size=3, progress=counter)
+        denoise(session, plain.sampling(make_table("ddim", 4), SEEDS), batch_size=3, progress=counter)
     assert (counter.total, counter.done) == (12, 12)
+
+
+ONE = {"class_labels": np.array([1])}
 
 
 @pytest.mark.parametrize(
@@ -258,82 +223,62 @@ def test_progress_counts_runs(plain: Any, make_table: Any) -> None:
         ({"seeds": [-1]}, "seed -1 is out of range"),
         ({"batch_size": 0}, "the batch size is 0"),
         ({"guidance": float("nan")}, "guidance scale is nan"),
-        ({"guidance": 2.0}, "'tiny' is unconditional, so a guidance scale of 2.0"),
-        ({"conditioning": Conditioning(np.array([1]))}, "'tiny' takes no class_labels; it takes no conditioning"),
+        ({"guidance": 2.0}, "the model is unconditional, so there is nothing to guide"),
+        ({"guidance_rescale": 0.5}, "guidance cannot be rescaled"),
+        ({"conditioning": Conditioning(ONE)}, "the model is conditioned on nothing; given: class_labels"),
+        ({"initial": np.zeros((1, 3, 4, 5), np.float32)}, r"initial has the shape \[1, 3, 4, 5\]"),
     ],
 )
 def test_wrong_arguments_are_refused(plain: Any, make_table: Any, change: dict[str, Any], message: str) -> None:
     arguments = {"seeds": [1], "batch_size": 4, **change}
+    size = arguments.pop("batch_size")
     with OnnxRuntimeSession(plain.graph) as session, pytest.raises(InputError, match=message):
-        denoise(session, make_table("ddim", 2), model=plain.spec, **arguments)
+        denoise(session, Sampling(make_table("ddim", 2), **arguments), batch_size=size)
 
 
 @pytest.mark.parametrize(
-    ("conditioning", "message"),
+    ("own", "message"),
     [
-        (None, "'tiny' needs class_labels for each of the 2 samples"),
-        (Conditioning(np.array([1])), r"class_labels has the shape \[1\]; 2 samples need \[2\]"),
-        (Conditioning(np.array([1.0, 2.0])), "class_labels are float64; give integers"),
-        (Conditioning(np.array([1, 6])), "class label 6 is unknown to the model 'tiny'; it knows 0 .. 4, or 5 for"),
-        (Conditioning(np.array([-1, 0])), "class label -1 is unknown"),
+        ({}, "the model is conditioned on class_labels; given: nothing"),
+        ({"class_labels": np.arange(3)}, r"class_labels is int64 \[3\]; 2 images need int64 \[2\], or one row"),
+        ({"class_labels": np.array([1.0, 2.0])}, r"class_labels is float64 \[2\]; 2 images need int64"),
     ],
 )
-def test_wrong_conditioning_is_refused(labelled: Any, make_table: Any, conditioning: Any, message: str) -> None:
+def test_wrong_conditioning_is_refused(labelled: Any, make_table: Any, own: Any, message: str) -> None:
+    sampling = Sampling(make_table("ddim", 2), [1, 2], Conditioning(own))
     with OnnxRuntimeSession(labelled.graph) as session, pytest.raises(InputError, match=message):
-        denoise(session, make_table("ddim", 2), [1, 2], labelled.spec, conditioning=conditioning)
+        denoise(session, sampling)
 
 
-def test_guidance_needs_a_null_label(labelled: Any, make_table: Any) -> None:
-    spec = labelled.spec.model_copy(update={"null_label": None})
-    run: Callable[[Conditioning], Any] = lambda given: denoise(  # noqa: E731
-        session, make_table("ddim", 2), [1], spec, conditioning=given, guidance=2.0
-    )
-    with OnnxRuntimeSession(labelled.graph) as session:
-        with pytest.raises(InputError, match="'tiny' has no label for 'no class'"):
-            run(Conditioning(np.array([1])))
-        given = run(Conditioning(np.array([1]), null_label=5))
-        known = denoise(
-            session,
-            make_table("ddim", 2),
-            [1],
-            labelled.spec,
-            conditioning=Conditioning(np.array([1])),
-            guidance=2.0,
-        )
-    np.testing.assert_array_equal(given, known)
+def test_guidance_needs_an_unconditional_twin(labelled: Any, make_table: Any) -> None:
+    sampling = Sampling(make_table("ddim", 2), [1], Conditioning(ONE), guidance=2.0)
+    message = "guidance needs what the model sees where nothing is asked for"
+    with OnnxRuntimeSession(labelled.graph) as session, pytest.raises(InputError, match=message):
+        denoise(session, sampling)
 
 
 def test_guidance_needs_two_rows(labelled: Any, make_table: Any) -> None:
     with OneRow(labelled.graph) as session, pytest.raises(InputError, match="runs one row at a time"):
-        denoise(
-            session,
-            make_table("ddim", 2),
-            [1],
-            labelled.spec,
-            conditioning=Conditioning(np.array([1])),
-            guidance=2.0,
-        )
+        denoise(session, labelled.sampling(make_table("ddim", 2), [1], [1], guidance=2.0))
 
 
-def test_table_and_session_must_be_the_models(plain: Any, labelled: Any, learned: Any, make_table: Any) -> None:
-    table = make_table("ddim", 2)
-    with OnnxRuntimeSession(plain.graph) as session:
-        with pytest.raises(
-            InputError, match=r"7 coefficients a step and the model 'tiny' takes 9.*learned_variance=True"
-        ):
-            denoise(session, table, [1], learned.spec)
-        short = plain.spec.model_copy(update={"num_train_timesteps": 40})
-        with pytest.raises(InputError, match=r"timesteps 0 \.\. 50; the model 'tiny' knows 0 \.\. 39"):
-            denoise(session, table, [1], short)
-        with pytest.raises(InputError, match=r"gives? .*class_labels.*the session is of another model"):
-            denoise(session, table, [1], labelled.spec, conditioning=Conditioning(np.array([1])))
+def test_the_table_must_be_the_sessions(plain: Any, learned: Any, make_table: Any) -> None:
+    with (
+        OnnxRuntimeSession(learned.graph) as session,
+        pytest.raises(InputError, match=r"13 coefficients a step and the step graph takes 15.*learned_variance=True"),
+    ):
+        denoise(session, learned.sampling(make_table("ddim", 2), [1]))
+    between = StepTable("between", np.array([50.5, 0.0]), make_table("ddim", 2).coefficients.copy())
+    message = "'between' has timesteps between whole ones"
+    with OnnxRuntimeSession(plain.graph) as session, pytest.raises(InputError, match=message):
+        denoise(session, plain.sampling(between, [1]))
 
 
 def test_broken_numbers_are_not_returned(plain: Any, make_table: Any) -> None:
     table = make_table("ddim", 2)
     coefficients = table.coefficients.copy()
-    coefficients[1, 3] = np.inf
+    coefficients[1, column("a")] = np.inf
     broken = StepTable("broken", table.timesteps, coefficients)
     message = r"2 of 2 samples became NaN or infinite \(first seed: 9\) on the backend onnxruntime"
     with OnnxRuntimeSession(plain.graph) as session, pytest.raises(CheckFailed, match=message):
-        denoise(session, broken, [9, 3], plain.spec)
+        denoise(session, plain.sampling(broken, [9, 3]))

@@ -1,11 +1,12 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, PipelineSpec
+from qdm_deploy.artifacts.step_interface import StepInterface
 from qdm_deploy.components.pictures import (
     ImageMetadata,
     comparison_strip,
@@ -29,8 +30,9 @@ METADATA = ImageMetadata(
 )
 
 
-def spec(channels: int = 1, kind: str = "pixels") -> ModelSpec:
-    return ModelSpec(name="tiny", sample_shape=(channels, 2, 2), sample_kind=kind, num_train_timesteps=10)
+def spec(channels: int = 1, kind: Literal["pixels", "latents"] = "pixels") -> PipelineSpec:
+    denoiser = Denoiser(interface=StepInterface.of((channels, 2, 2), coefficients=13), num_train_timesteps=10)
+    return PipelineSpec(name="tiny", components=(denoiser,), makes=kind)
 
 
 def test_values_become_pixels() -> None:
@@ -61,7 +63,7 @@ def test_three_channels_become_rgb() -> None:
         (np.array([[[[0, np.nan], [np.inf, 0]]]]), spec(), "2 of 4 values are NaN or infinite"),
     ],
 )
-def test_what_is_no_picture_is_refused(samples: Any, model: ModelSpec, message: str) -> None:
+def test_what_is_no_picture_is_refused(samples: Any, model: PipelineSpec, message: str) -> None:
     with pytest.raises(InputError, match=message):
         to_pictures(samples.astype(np.float32), model)
 

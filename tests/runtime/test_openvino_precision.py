@@ -15,7 +15,7 @@ from qdm_deploy.backends.openvino.precision import choose_precision, keep_float3
 from qdm_deploy.backends.openvino.session import OpenVinoSession
 from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.passes.bfloat16_kernels import Bfloat16Kernels
 from qdm_export.targets import FORMS, emit
 
@@ -53,7 +53,7 @@ def test_the_ends_and_the_statistics_of_norms_are_most_of_the_loss(tiny: Any, tm
     form = FORMS["openvino"].without(Bfloat16Kernels)
     graph = tmp_path / "graph.onnx"
     ir.save(emit(tiny.float_graph(name), floating, "openvino", form=form).model, graph)
-    inputs = random_inputs(tiny.checkpoint(name).spec, 16)
+    inputs = random_inputs(tiny.checkpoint(name).denoiser, 16)
     inputs["timestep"][:] = 0  # where the sample has to be known best
     exact, rounded, kept = (
         compiled(graph, inputs, precision, keep=keep)
@@ -79,7 +79,7 @@ def test_a_computed_time_embedding_tells_neighbours_apart(arithmetic: Any) -> No
     """Where the timestep becomes a number in the graph, 8 bits would make one of 96 to 99."""
     timesteps = np.arange(94, 100)
     shape = (len(timesteps), *arithmetic.spec.sample_shape)
-    inputs = random_inputs(arithmetic.spec, len(timesteps))
+    inputs = random_inputs(arithmetic.spec.denoiser, len(timesteps))
     inputs |= {"timestep": timesteps, "sample": np.zeros(shape, np.float32)}
     found = {}
     for precision in ("f32", "bf16"):

@@ -15,7 +15,7 @@ from qdm_deploy.backends.openvino.precision import keep_float32
 from qdm_deploy.backends.openvino.weights import has_no_positions, keep_weights_exact
 from qdm_deploy.metrics.error import sqnr_db
 from qdm_deploy.runtime.cpu import cpu_flags
-from qdm_deploy.runtime.random_inputs import random_inputs
+from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.targets import emit
 
 Build = Callable[[Any, Any], Any]
@@ -56,7 +56,7 @@ def weights(model: Any) -> dict[str, Any]:
 
 
 def test_float32_gives_what_it_gave(tiny: Any, graph: Path) -> None:
-    inputs = random_inputs(tiny.checkpoint("labels").spec, 3)
+    inputs = random_inputs(tiny.checkpoint("labels").denoiser, 3)
     before = run(read_graph(graph, frozenset()), inputs).get_tensor("next_sample").data
     after = run(exact(graph), inputs).get_tensor("next_sample").data
     assert sqnr_db(before, after) > 100
@@ -85,7 +85,7 @@ def test_embeddings_run_in_float32_and_shortcuts_in_bfloat16(tiny: Any, graph: P
     shortcuts = [name for name in weights(model) if f"{name}/rest" in weights(model)]
     embeddings = set(weights(model)).difference(shortcuts, [f"{name}/rest" for name in shortcuts])
     keep_float32(model)
-    request = run(model, random_inputs(tiny.checkpoint("labels").spec, 3), "bf16")
+    request = run(model, random_inputs(tiny.checkpoint("labels").denoiser, 3), "bf16")
     kernels = {item.node_name: item.exec_type for item in request.profiling_info}
     assert {kernels[name].rpartition("_")[2] for name in embeddings} == {"f32"}
     assert {kernels[name].rpartition("_")[2] for name in shortcuts} == {"bf16"}

@@ -15,6 +15,9 @@ from qdm_deploy.errors import BundleError, InputError
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model, saturates_int8
 from qdm_deploy.runtime.session import StepOutput
 
+# One of every column: p, q, clip, a, b, g, c0, c1, c2, d, u, v, w.
+STEP = (1.1, -0.5, 1, 0.3, 0.7, 0.1, 0.2, -0.1, 0.05, 0.1, 0.6, 0.3, 0.1)
+
 
 def inputs_for(rows: int, *, conditional: bool = False) -> dict[str, Any]:
     rng = np.random.default_rng(rows)
@@ -22,9 +25,9 @@ def inputs_for(rows: int, *, conditional: bool = False) -> dict[str, Any]:
     given: dict[str, Any] = {
         "sample": rng.standard_normal(image, dtype=np.float32),
         "timestep": np.arange(rows, dtype=np.int64),
-        "coefficients": np.tile(np.array([1.1, -0.5, 1, 0.3, 0.7, 0.2, 0.1], np.float32), (rows, 1)),
+        "coefficients": np.tile(np.array(STEP, np.float32), (rows, 1)),
         "noise": rng.standard_normal(image, dtype=np.float32),
-        "previous_x0": rng.standard_normal(image, dtype=np.float32),
+        "history": rng.standard_normal((image[0], 3 * image[1], *image[2:]), dtype=np.float32),
     }
     if conditional:
         given["class_labels"] = np.arange(rows, dtype=np.int64) % 5
@@ -35,12 +38,12 @@ def inputs_for(rows: int, *, conditional: bool = False) -> dict[str, Any]:
 
 def test_names_and_description(open_on: Any, labelled: Any) -> None:
     with open_on(labelled.graph) as session:
-        assert session.input_names == (
+        assert session.interface.input_names == (
             "sample",
             "timestep",
             "coefficients",
             "noise",
-            "previous_x0",
+            "history",
             "class_labels",
             "guidance",
             "unconditional_row",
@@ -63,6 +66,7 @@ def test_inputs_are_only_read_and_a_result_holds_until_the_next_run(open_on: Any
         assert isinstance(result, StepOutput)
         assert result.next_sample.dtype == result.x0.dtype == np.float32
         assert result.next_sample.shape == result.x0.shape == (4, 3, 4, 4)
+        assert result.next_history.shape == (4, 9, 4, 4)
         kept = result.next_sample.copy(), result.x0.copy()
         for name, value in given.items():
             np.testing.assert_array_equal(value, before[name])
@@ -170,9 +174,9 @@ def test_other_graphs_are_no_step_graphs(open_on: Any, plain: Any, labelled: Any
 
     with pytest.raises(BundleError, match=r"fixed\.onnx is not a step graph: sample has the shape \[2, 3, 4, 4\]"):
         open_on(changed("fixed.onnx", plain, fixed_batch))
-    with pytest.raises(BundleError, match="it has no x0"):
+    with pytest.raises(BundleError, match="a step graph has no next_history"):
         open_on(changed("half.onnx", plain, lambda graph: graph.output.pop()))
-    with pytest.raises(BundleError, match="it has no guidance; it has no unconditional_row"):
+    with pytest.raises(BundleError, match="a conditional step graph has no guidance, unconditional_row or owner_row"):
         open_on(changed("other.onnx", labelled, lambda graph: _unguided(graph)))
     with pytest.raises(BundleError, match="timestep is neither float32 nor int64"):
         open_on(changed("int32.onnx", plain, lambda graph: _set_type(graph, "timestep", onnx.TensorProto.INT32)))
@@ -242,7 +246,7 @@ def test_products_of_u8_and_s8_saturate_without_vnni(flags: set[str], saturates:
 
 def test_the_sampler_update_stays_float32_under_bf16(labelled: Any) -> None:
     given = inputs_for(3, conditional=True)
-    given["coefficients"] = np.tile(np.array([0, 1, 3.0e38, 1.2345678, 0, 0, 0], np.float32), (3, 1))
+    given["coefficients"] = np.tile(np.array([0, 1, 3.0e38, 1.2345678, *[0] * 9], np.float32), (3, 1))
     given["guidance"][:] = 1
     with OpenVinoSession(labelled.graph, precision="bf16") as session:
         result = session.run(given)

@@ -19,7 +19,7 @@ from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS
 from qdm_deploy.engines.gpu import installed_gpu
 from qdm_deploy.engines.request import BatchProfile
-from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.denoise import denoise
 
 
 @pytest.fixture(params=sorted(FLAVOURS))
@@ -41,13 +41,13 @@ def test_a_guided_loop_gives_the_samples_of_onnx_runtime(
     opened: TensorRtSession, labelled: Any, make_table: Any
 ) -> None:
     table, seeds = make_table("ddpm", 12), range(8)
-    how: dict[str, Any] = {"conditioning": Conditioning(np.arange(8) % 5), "guidance": 3.0, "batch_size": 3}
+    sampling, how = labelled.sampling(table, seeds, np.arange(8) % 5, guidance=3.0), {"batch_size": 3}
     with OnnxRuntimeSession(labelled.graph, threads=1) as reference:
-        expected = denoise(reference, table, seeds, labelled.spec, **how)
+        expected = denoise(reference, sampling, **how)
     for _ in range(2):  # the second run replays what the first recorded
-        found = denoise(opened, table, seeds, labelled.spec, **how)
+        found = denoise(opened, sampling, **how)
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
-    stepwise = denoise(opened, table, seeds, labelled.spec, on_step=lambda step, samples: None, **how)
+    stepwise = denoise(opened, sampling, on_step=lambda step, samples: None, **how)
     np.testing.assert_array_equal(stepwise, found)
 
 

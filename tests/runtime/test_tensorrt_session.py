@@ -18,7 +18,7 @@ from qdm_deploy.backends.tensorrt.session import TensorRtSession
 from qdm_deploy.engines.flavour import FLAVOURS, Flavour
 from qdm_deploy.engines.gpu import Gpu
 from qdm_deploy.errors import BundleError, EngineError, InputError, ResourceProblem
-from qdm_deploy.runtime.denoise import Conditioning, denoise
+from qdm_deploy.runtime.denoise import denoise
 from qdm_deploy.runtime.session import StepInputs, StepLoop
 from tests.runtime.late_device import Context, LateDevice, Library
 
@@ -58,9 +58,9 @@ def inputs_of(model: Any, rows: int, seed: int = 0) -> dict[str, NDArray[Any]]:
     return {
         "sample": rng.standard_normal(image).astype(np.float32),
         "timestep": rng.integers(0, 100, rows),
-        "coefficients": rng.standard_normal((rows, model.spec.num_coefficients)).astype(np.float32),
+        "coefficients": rng.standard_normal((rows, model.spec.interface.num_coefficients)).astype(np.float32),
         "noise": rng.standard_normal(image).astype(np.float32),
-        "previous_x0": rng.standard_normal(image).astype(np.float32),
+        "history": rng.standard_normal((rows, 3 * image[1], *image[2:])).astype(np.float32),
     }
 
 
@@ -112,15 +112,15 @@ def test_a_loop_on_the_device_gives_the_samples_of_the_loop_on_the_host(
     open_session: Open, labelled: Any, make_table: Any, sampler: str, device: LateDevice
 ) -> None:
     table, seeds = make_table(sampler, 9), range(8)
-    how: dict[str, Any] = {"conditioning": Conditioning(np.arange(8) % 5), "guidance": 3.0, "batch_size": 3}
+    sampling, how = labelled.sampling(table, seeds, np.arange(8) % 5, guidance=3.0), {"batch_size": 3}
     with open_session(labelled) as session, OnnxRuntimeSession(labelled.graph, threads=1) as reference:
         assert isinstance(session, StepLoop)
         assert not isinstance(reference, StepLoop)
-        expected = denoise(reference, table, seeds, labelled.spec, **how)
-        np.testing.assert_array_equal(denoise(session, table, seeds, labelled.spec, **how), expected)
+        expected = denoise(reference, sampling, **how)
+        np.testing.assert_array_equal(denoise(session, sampling, **how), expected)
         device.calls.clear()
         seen: list[int] = []
-        watched = denoise(session, table, seeds, labelled.spec, on_step=lambda step, _: seen.append(step), **how)
+        watched = denoise(session, sampling, on_step=lambda step, _: seen.append(step), **how)
         np.testing.assert_array_equal(watched, expected)
         assert seen == list(range(9))
 
@@ -130,13 +130,13 @@ def test_a_loop_waits_for_old_copies_only_and_fetches_once(
 ) -> None:
     table = make_table("ddim", 12)
     with open_session(plain) as session:
-        denoise(session, table, range(4), plain.spec)  # records the graph where the session does
+        denoise(session, plain.sampling(table, range(4)))  # records the graph where the session does
         device.calls.clear()
-        denoise(session, table, range(4), plain.spec)
+        denoise(session, plain.sampling(table, range(4)))
         calls = list(device.calls)
     # The host waits for the stream once, at the end; before, only for copies it queued four steps earlier.
     assert calls[-3:] == ["download", "download", "synchronize"]
-    assert (calls.count("download"), calls.count("synchronize"), calls.count("wait")) == (2, 1, 12)
+    assert (calls.count("download"), calls.count("synchronize"), calls.count("wait")) == (3, 1, 12)
     # DDIM uses no noise: each step sends timestep and coefficients.
     assert calls.count("upload") == len(inputs_of(plain, 1)) + 2 * 12
 
@@ -161,10 +161,10 @@ def test_arrays_of_a_step_may_be_filled_again_at_once(plain: Any, open_session: 
             state |= {name: values[name] for name in ("timestep", "noise")}
             state["coefficients"] = 0.1 * values["coefficients"]
             result = reference.run(state)
-            state |= {"sample": result.next_sample, "previous_x0": result.x0}
+            state |= {"sample": result.next_sample, "history": result.next_history}
         found = session.run_steps(inputs, steps())
         np.testing.assert_array_equal(found.next_sample, state["sample"])
-        np.testing.assert_array_equal(found.x0, state["previous_x0"])
+        np.testing.assert_array_equal(found.next_history, state["history"])
 
 
 def test_what_does_not_fit_is_refused(plain: Any, open_session: Open) -> None:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qdm_deploy.samplers import NoiseSchedule, StepTable, apply_step, initial_noise, step_noise, step_table
+from qdm_deploy.samplers import (
+    COEFFICIENTS,
+    HISTORY,
+    NoiseSchedule,
+    StepTable,
+    apply_step,
+    initial_noise,
+    step_noise,
+    step_table,
+)
 from qdm_deploy.samplers.schedule import TimestepSpacing, VarianceType
 
 Array = NDArray[np.float32]
@@ -44,12 +53,12 @@ def ideal_noise(sample: Array, level: float) -> Array:
     return np.asarray((1.0 - level) ** 0.5 * (sample - mean) / deviation**2, dtype=np.float32)
 
 
-def run(schedule: NoiseSchedule, table: StepTable, sample: Array, seeds: list[int], steps: int) -> Array:
-    previous_x0 = np.zeros_like(sample)
+def run(table: StepTable, sample: Array, seeds: list[int], steps: int) -> Array:
+    history = np.repeat(np.zeros_like(sample), HISTORY, axis=1)
     for step in range(steps):
-        output = ideal_noise(sample, schedule.alphas_cumprod[table.timesteps[step]])
+        output = ideal_noise(sample, table.signal[step] ** 2)
         rows = np.repeat(table.coefficients[step : step + 1], len(seeds), axis=0)
-        sample, previous_x0 = apply_step(rows, sample, output, previous_x0, step_noise(seeds, step, sample.shape[1:]))
+        sample, _, history = apply_step(rows, sample, output, history, step_noise(seeds, step, sample.shape[1:]))
     return sample
 
 
@@ -64,19 +73,30 @@ def error_before_the_final_step(sampler: str, intervals: int) -> float:
         table = step_table(schedule, sampler, intervals)
     else:
         schedule = smooth_schedule(total, "linspace")
-        # The multistep grid lays one point more than steps and leaves out the last; Euler's does not.
-        table = step_table(schedule, sampler, intervals + 1 if sampler == "euler" else intervals)
+        # The multistep grid lays one point more than steps and leaves out the last; that of Euler and LMS does not.
+        table = step_table(schedule, sampler, intervals + 1 if sampler in ("euler", "lms") else intervals)
     standard = np.linspace(-2.0, 2.0, 64, dtype=np.float32).reshape(1, 1, 8, 8)
-    first, last = (moments(schedule.alphas_cumprod[table.timesteps[end]]) for end in (0, -1))
-    end = run(schedule, table, np.asarray(first[0] + first[1] * standard, dtype=np.float32), [0], table.steps - 1)
+    first, last = (moments(table.signal[end] ** 2) for end in (0, -1))
+    end = run(table, np.asarray(first[0] + first[1] * standard, dtype=np.float32), [0], table.steps - 1)
     return float(np.abs(end - (last[0] + last[1] * standard)).max())
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("dpmpp-2m", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("euler", 1), ("dpmpp-2m", 2), ("deis", 2)])
 def test_observed_order_is_the_declared_order(sampler: str, order: int) -> None:
     errors = [error_before_the_final_step(sampler, intervals) for intervals in (15, 30, 60)]
     observed = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     np.testing.assert_allclose(observed, order, atol=0.25)
+
+
+def test_the_corrector_of_unipc_adds_an_order() -> None:
+    errors = [error_before_the_final_step("unipc", intervals) for intervals in (15, 30, 60)]
+    assert np.all(np.log2(np.array(errors[:-1]) / np.array(errors[1:])) > 2.75)
+
+
+@pytest.mark.parametrize(("better", "worse"), [("dpmpp-3m", "dpmpp-2m"), ("lms", "euler"), ("unipc", "dpmpp-2m")])
+def test_a_higher_order_is_nearer(better: str, worse: str) -> None:
+    # The first steps of dpmpp-3m and lms are of low order, so that their own order does not show.
+    assert error_before_the_final_step(better, 15) < 0.5 * error_before_the_final_step(worse, 15)
 
 
 def test_second_order_needs_fewer_steps() -> None:
@@ -87,9 +107,9 @@ def error_at_the_end(sampler: str, steps: int) -> float:
     schedule = linear_schedule()
     table = step_table(schedule, sampler, steps)
     noise = initial_noise([5], SHAPE)
-    mean, deviation = moments(schedule.alphas_cumprod[table.timesteps[0]])
+    mean, deviation = moments(table.signal[0] ** 2)
     exact = MEAN + DEVIATION * (noise - mean) / deviation
-    return float(np.abs(run(schedule, table, noise, [5], table.steps) - exact).max())
+    return float(np.abs(run(table, noise, [5], table.steps) - exact).max())
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
@@ -104,16 +124,16 @@ def test_the_multistep_sampler_reaches_the_end_of_the_ode_in_a_few_steps() -> No
     assert error_at_the_end("dpmpp-2m", 125) < 4e-4
 
 
-def mean_and_deviation(schedule: NoiseSchedule, table: StepTable) -> tuple[float, float]:
+def mean_and_deviation(table: StepTable) -> tuple[float, float]:
     """Exact moments at the end of a table: the ideal network is affine, so x stays Gaussian all the way."""
     mean, variance = 0.0, 1.0
-    for timestep, row in zip(table.timesteps, table.coefficients.astype(np.float64), strict=True):
-        p, q, _, a, b, _, d = row
-        level = schedule.alphas_cumprod[timestep]
-        mean_t, deviation_t = moments(level)
-        slope = (1.0 - level) ** 0.5 / deviation_t**2
-        gain = a + b * (p + q * slope)
-        mean, variance = gain * mean - b * q * slope * mean_t, gain**2 * variance + d**2
+    for signal, row in zip(table.signal, table.coefficients.astype(np.float64), strict=True):
+        p, q, a, b, g, d = (row[COEFFICIENTS.index(name)] for name in ("p", "q", "a", "b", "g", "d"))
+        mean_t, deviation_t = moments(signal**2)
+        slope = (1.0 - signal**2) ** 0.5 / deviation_t**2
+        of_output = b * q + g
+        gain = a + b * p + of_output * slope
+        mean, variance = gain * mean - of_output * slope * mean_t, gain**2 * variance + d**2
     return mean, variance**0.5
 
 
@@ -125,7 +145,7 @@ def test_stochastic_samplers_converge_to_the_data(sampler: str, variance_type: V
     schedule = linear_schedule("leading", variance_type)
     errors = []
     for steps in (250, 500, 1000):
-        mean, deviation = mean_and_deviation(schedule, step_table(schedule, sampler, steps, eta=eta))
+        mean, deviation = mean_and_deviation(step_table(schedule, sampler, steps, eta=eta))
         # A run starts at mean 0 instead of sqrt(level)*MEAN, which eta 0.5 does not quite forget.
         assert abs(mean - MEAN) < 2e-4
         errors.append(abs(deviation - DEVIATION))
@@ -139,8 +159,8 @@ def test_generated_pixels_have_the_moments_of_the_table(sampler: str, variance_t
     schedule = linear_schedule("leading", variance_type)
     table = step_table(schedule, sampler, 100, eta=eta)
     seeds = list(range(8))
-    pixels = run(schedule, table, initial_noise(seeds, SHAPE), seeds, table.steps).astype(np.float64)
-    mean, deviation = mean_and_deviation(schedule, table)
+    pixels = run(table, initial_noise(seeds, SHAPE), seeds, table.steps).astype(np.float64)
+    mean, deviation = mean_and_deviation(table)
     # Four standard errors at n = 32 768.
     assert abs(pixels.mean() - mean) < 4.0 * deviation / pixels.size**0.5
     assert abs(pixels.std() - deviation) < 4.0 * deviation / (2.0 * pixels.size) ** 0.5

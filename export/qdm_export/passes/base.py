@@ -49,6 +49,7 @@ __all__ = [
     "require_float_inputs",
     "require_integers",
     "values_of",
+    "whole_timestep",
 ]
 
 
@@ -264,6 +265,28 @@ def values_of(value: ir.Value) -> NDArray[Any]:
     if value.const_value is None:
         raise ExportError(f"{value.name} is not a constant of the graph")
     return value.const_value.numpy()
+
+
+def whole_timestep(model: ir.Model) -> ir.Value:
+    """The timestep of each row as an index of tables over T, [B] int64: rounded down where it lies between two.
+
+    Raises:
+        ExportError: the graph has no timestep.
+    """
+    timestep = next((value for value in model.graph.inputs if value.name == "timestep"), None)
+    if timestep is None:
+        raise ExportError("the graph has no timestep input to look anything up by")
+    if timestep.dtype == ir.DataType.INT64:
+        return timestep
+    known = next((node.outputs[0] for node in model.graph if node.name == "whole_timestep"), None)
+    if known is not None:
+        return known
+    output = ir.Value(name="whole_timestep", shape=timestep.shape, type=ir.TensorType(ir.DataType.INT64))
+    # Timesteps are not negative, so that a cast rounds down.
+    attributes = {"to": int(ir.DataType.INT64)}
+    node = ir.node("Cast", [timestep], attributes, outputs=[output], name="whole_timestep")
+    model.graph.insert_before(model.graph[0], node)
+    return output
 
 
 def constant(model: ir.Model, name: str, values: NDArray[Any] | np.generic) -> ir.Value:

@@ -7,9 +7,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import QuantizationPlan
-from qdm_deploy.errors import ExportError
 from qdm_export.metadata import MODULE_KEY
-from qdm_export.passes.base import GraphPass, Settings, constant, graph_of
+from qdm_export.passes.base import GraphPass, Settings, constant, graph_of, whole_timestep
 from qdm_export.rewrites import Found, Place
 
 __all__ = ["OutputCorrection"]
@@ -43,8 +42,7 @@ class OutputCorrection(GraphPass):
         last = [node for node in model.graph if MODULE_KEY in node.metadata_props][-1]
         output = last.outputs[0]
         inputs = {value.name: value for value in model.graph.inputs}
-        if "timestep" not in inputs:
-            raise ExportError("the graph has no timestep input to look the correction of the output up by")
+        timestep = whole_timestep(model)
         readers = list(output.uses())
         added: list[ir.Node] = []
 
@@ -57,7 +55,7 @@ class OutputCorrection(GraphPass):
 
         def at_timestep(values: NDArray[Any], name: str) -> ir.Value:
             table = constant(model, f"{name}_table", values[:, :, None, None].astype(np.float32))
-            row = add("Gather", [table, inputs["timestep"]], name, axis=0)
+            row = add("Gather", [table, timestep], name, axis=0)
             row.shape = None
             return row
 

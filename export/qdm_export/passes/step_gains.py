@@ -21,6 +21,7 @@ from qdm_export.passes.base import (
     layer_groups,
     require_float_inputs,
     values_of,
+    whole_timestep,
 )
 from qdm_export.topology import LayerNode
 
@@ -62,13 +63,15 @@ class StepGains(PlanPass):
 
     def _row_bin(self, model: ir.Model) -> ir.Value:
         """Gain bin of each row, [B] int64: one lookup by timestep for the whole graph."""
-        timestep = next((value for value in model.graph.inputs if value.name == "timestep"), None)
-        if timestep is None:
-            raise ExportError("step-aware gains need the graph's timestep input, and it has none")
+        timestep = whole_timestep(model)
         table = constant(model, "bin_of_timestep", self.plan.bin_of_timestep())
         output = ir.Value(name="step_bin", shape=timestep.shape, type=ir.TensorType(ir.DataType.INT64))
         node = ir.node("Gather", [table, timestep], {"axis": 0}, outputs=[output], name="step_bin")
-        model.graph.insert_before(model.graph[0], node)
+        producer = timestep.producer()
+        if producer is None:
+            model.graph.insert_before(model.graph[0], node)
+        else:
+            model.graph.insert_after(producer, node)
         return output
 
     def _gathered(

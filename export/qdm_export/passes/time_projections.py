@@ -31,6 +31,8 @@ class TimeProjections(GraphPass):
         """Replace those that read the table, if the table of their results is not much larger than their weights."""
         found = Found()
         lookup = next((node for node in model.graph if TIME_TABLE_KEY in node.metadata_props), None)
+        timestep = next((value for value in model.graph.inputs if value.name == "timestep"), None)
+        computed = timestep is not None and timestep.dtype == ir.DataType.FLOAT
         fitting = []
         for node in projections(model):
             name = place_of(node).name
@@ -38,7 +40,10 @@ class TimeProjections(GraphPass):
             if others:
                 found.left[name] = f"it depends on {', '.join(sorted(others))} too"
             elif lookup is None or lookup.inputs[0] is None:
-                found.missed[name] = "the graph has no table of the time embedding"
+                if computed:
+                    found.left[name] = "the time embedding is computed: timesteps may lie between two"
+                else:
+                    found.missed[name] = "the graph has no table of the time embedding"
             elif node.inputs[0] is not lookup.outputs[0]:
                 found.missed[name] = "something stands between it and the table of the time embedding"
             else:

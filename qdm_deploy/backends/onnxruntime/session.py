@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
+from qdm_deploy.artifacts.step_interface import DType
 from qdm_deploy.errors import BundleError, EnvironmentProblem
 from qdm_deploy.runtime.cpu import available_cores, saturates_int8
 from qdm_deploy.runtime.row_parts import part_of, row_parts
-from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
+from qdm_deploy.runtime.session import StepOutput, check_inputs, interface_of_graph
 
 __all__ = ["OnnxRuntimeSession", "session_options"]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
+_DTYPES: dict[str, DType] = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 _LOG_FATAL_ONLY = 4
 # Sessions with different numbers of threads, each of which holds the weights.
 _KEPT_SESSIONS = 2
@@ -67,37 +68,33 @@ class OnnxRuntimeSession:
         self._pool = ThreadPoolExecutor(self._cores, "onnxruntime-lane") if self._cores > 1 else None
         first = 1 if self._pool is not None else self._threads
         session = self._sessions[first] = self._opened(first)
-        self._specs = step_graph_inputs(
-            graph,
+        inputs, outputs = (
             [
                 (item.name, _DTYPES.get(item.type), [axis if isinstance(axis, int) else None for axis in item.shape])
-                for item in session.get_inputs()
-            ],
-            [item.name for item in session.get_outputs()],
+                for item in items
+            ]
+            for items in (session.get_inputs(), session.get_outputs())
         )
+        self.interface = interface_of_graph(graph, inputs, outputs)
+        self._outputs = list(StepOutput.__dataclass_fields__)
         self._graph_sha256 = sha256_of(graph)
         self._closed = False
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names that ``run`` wants, in the graph's order."""
-        return tuple(spec.name for spec in self._specs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """Run one step; ``StepSession.run`` says what it takes and raises. The result is in new arrays."""
         if self._closed:
             raise ValueError("this OnnxRuntimeSession is closed")
-        rows = check_inputs(self._specs, inputs, self.max_batch)
+        rows = check_inputs(self.interface, inputs, self.max_batch)
         parts = row_parts(inputs, rows, self._cores)
         if self._pool is None or len(parts) == 1:
-            return StepOutput(*self._session(self._threads).run(OUTPUTS, dict(inputs)))
+            return StepOutput(*self._session(self._threads).run(self._outputs, dict(inputs)))
         lanes = min(len(parts), self._cores)
         session = self._session(self._cores // lanes)
-        joined = [np.empty((rows, *inputs["sample"].shape[1:]), dtype=np.float32) for _ in OUTPUTS]
+        joined = [np.empty((rows, *self.interface[name].row_shape), np.float32) for name in self._outputs]
 
         def lane(own: Sequence[slice]) -> None:
             for part in own:
-                for place, values in zip(joined, session.run(OUTPUTS, part_of(inputs, part)), strict=True):
+                for place, values in zip(joined, session.run(self._outputs, part_of(inputs, part)), strict=True):
                     place[part] = values
 
         # All of them end before an error is raised: nothing may go on reading the inputs.

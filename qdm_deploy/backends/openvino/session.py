@@ -10,7 +10,7 @@ run beside each other on a share of the cores each and wait for each other once 
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.files import sha256_of
+from qdm_deploy.artifacts.step_interface import DType, StepInterface
 from qdm_deploy.backends.openvino.compiled_graphs import CompiledGraphs
 from qdm_deploy.backends.openvino.graph import (
     compile_graph,
@@ -32,11 +33,11 @@ from qdm_deploy.backends.openvino.weights import keep_weights_exact
 from qdm_deploy.errors import BundleError
 from qdm_deploy.runtime.cpu import available_cores, cpu_flags, cpu_model, saturates_int8
 from qdm_deploy.runtime.row_parts import SMALL, part_of, row_parts
-from qdm_deploy.runtime.session import OUTPUTS, StepOutput, check_inputs, step_graph_inputs
+from qdm_deploy.runtime.session import StepOutput, check_inputs, interface_of_graph
 
 __all__ = ["KEPT_BATCH_SIZES", "OpenVinoSession"]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
+_DTYPES: dict[str, DType] = {"f32": "float32", "i64": "int64"}
 KEPT_BATCH_SIZES = 4
 # A part may be this large in its largest activation (docs/adr/0014).
 _SMALL_BYTES = 8 * 2**20
@@ -85,18 +86,18 @@ class OpenVinoSession:
             self._model = read_graph(graph, cpu_flags())
         except Exception as error:  # the reader's errors share no base class
             raise self._load_error(error) from error
-        self._specs = step_graph_inputs(
-            graph,
+        inputs, outputs = (
             [
                 (
                     item.any_name,
                     _DTYPES.get(item.element_type.get_type_name()),
                     [axis.get_length() if axis.is_static else None for axis in item.partial_shape],
                 )
-                for item in self._model.inputs
-            ],
-            [item.any_name for item in self._model.outputs],
+                for item in items
+            ]
+            for items in (self._model.inputs, self._model.outputs)
         )
+        self.interface = interface_of_graph(graph, inputs, outputs)
         self._precision, self._reason = choose_precision(precision, cpu_flags())
         self._exact_weights = self._kept_float32 = 0
         if self._precision == "bf16":
@@ -125,11 +126,6 @@ class OpenVinoSession:
         self._compiled = None if identity is None else CompiledGraphs(self._compiled_identity(identity))
         self._closed = False
 
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names that ``run`` wants, in the graph's order."""
-        return tuple(spec.name for spec in self._specs)
-
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """Run one step; ``StepSession.run`` says what it takes and raises. The next step overwrites the result.
 
@@ -138,7 +134,7 @@ class OpenVinoSession:
         """
         if self._closed:
             raise ValueError("this OpenVinoSession is closed")
-        rows = check_inputs(self._specs, inputs, self.max_batch)
+        rows = check_inputs(self.interface, inputs, self.max_batch)
         parts = row_parts(inputs, rows, self._cores, self._small)
         return self._runner(rows, len(parts)).run(inputs, parts)
 
@@ -175,7 +171,7 @@ class OpenVinoSession:
             self._runners.move_to_end(key)
             return self._runners[key]
         try:
-            runner = _Runner(self._compiled_for(rows // parts, min(self._streams, parts)), self.input_names, parts)
+            runner = _Runner(self._compiled_for(rows // parts, min(self._streams, parts)), self.interface, parts)
         except Exception as error:
             raise self._load_error(error) from error
         if len(self._runners) == self._kept_batch_sizes:
@@ -191,7 +187,7 @@ class OpenVinoSession:
             with contextlib.suppress(RuntimeError):
                 return self._core.import_model(blob, "CPU", options)
         model = self._model.clone()
-        model.reshape({spec.name: [rows, *spec.shape] for spec in self._specs})
+        model.reshape({spec.name: [rows, *spec.row_shape] for spec in self.interface})
         compiled = compile_graph(self._core, model, options)
         if self._compiled:
             self._compiled.store(rows, streams, compiled.export_model().getvalue())
@@ -221,17 +217,17 @@ class _Runner:
     longer than copying them.
     """
 
-    def __init__(self, compiled: Any, names: Sequence[str], parts: int) -> None:
+    def __init__(self, compiled: Any, interface: StepInterface, parts: int) -> None:
         self._requests = [compiled.create_infer_request() for _ in range(parts)]
         self._inputs: list[dict[str, NDArray[Any]]] = []  # of each request
         self._results: dict[str, NDArray[np.float32]] = {}  # of all of them, side by side
         tensor = import_openvino().Tensor
         for request in self._requests:
-            own = {name: _array_of(compiled.input(name)) for name in names}
+            own = {spec.name: np.empty(list(compiled.input(spec.name).shape), spec.numpy_dtype) for spec in interface}
             for name, values in own.items():
                 request.set_tensor(name, tensor(values, shared_memory=True))
             self._inputs.append(own)
-        for name in OUTPUTS:
+        for name in StepOutput.__dataclass_fields__:
             rows, *shape = compiled.output(name).shape
             self._results[name] = np.empty((parts * rows, *shape), dtype=np.float32)
             for part, request in enumerate(self._requests):
@@ -246,8 +242,4 @@ class _Runner:
             request.start_async()
         for request in self._requests:
             request.wait()
-        return StepOutput(*(self._results[name] for name in OUTPUTS))
-
-
-def _array_of(port: Any) -> NDArray[Any]:
-    return np.empty(list(port.shape), dtype=_DTYPES[port.element_type.get_type_name()])
+        return StepOutput(**self._results)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qdm_deploy.artifacts.step_interface import TensorSpec
 from qdm_deploy.backends.tensorrt.cuda import CudaRuntime, array_at
-from qdm_deploy.runtime.session import TensorSpec
 
 __all__ = ["DeviceTensors", "Staging", "StagingRing", "row_bytes"]
 
@@ -22,7 +22,7 @@ _ALIGNMENT = 256  # what cudaMalloc gives; the tensors of one block keep it
 
 def row_bytes(spec: TensorSpec) -> int:
     """Bytes of one row of a tensor."""
-    return math.prod(spec.shape) * spec.dtype.itemsize
+    return math.prod(spec.row_shape) * spec.numpy_dtype.itemsize
 
 
 class DeviceTensors:
@@ -63,7 +63,9 @@ class Staging:
         block = cuda.allocate_pinned(size)
         stack.callback(cuda.free_pinned, block)
         self._address = {name: block + offset for name, offset in offsets.items()}
-        self._array = {spec.name: array_at(self._address[spec.name], spec.dtype, (rows, *spec.shape)) for spec in specs}
+        self._array = {
+            spec.name: array_at(self._address[spec.name], spec.numpy_dtype, (rows, *spec.row_shape)) for spec in specs
+        }
 
     def upload(self, values: Mapping[str, NDArray[Any]], device: DeviceTensors, stream: int) -> None:
         """Take the values over and queue their copies; the caller's arrays are free when this returns."""

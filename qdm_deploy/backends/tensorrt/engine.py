@@ -13,17 +13,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from qdm_deploy.artifacts.step_interface import DType, StepInterface
 from qdm_deploy.backends.tensorrt.cuda import CudaRuntime
 from qdm_deploy.engines.flavour import Flavour
 from qdm_deploy.engines.request import BatchProfile
 from qdm_deploy.errors import BundleError, EngineError, EngineRefused, ResourceProblem
-from qdm_deploy.runtime.session import OUTPUTS, TensorSpec, step_graph_inputs
+from qdm_deploy.runtime.session import interface_of_graph
 
 __all__ = ["StepEngine"]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"FLOAT": np.dtype(np.float32), "INT64": np.dtype(np.int64)}
+_DTYPES: dict[str, DType] = {"FLOAT": "float32", "INT64": "int64"}
 _PROFILE = 0
 _OUT_OF_MEMORY = re.compile(r"out of ?memory|MemoryAllocation", re.IGNORECASE)
 
@@ -62,7 +61,7 @@ class StepEngine:
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise self._refusal(f"load the engine {plan}", EngineRefused)
-        self.inputs, self.outputs, self.profile = self._described(plan)
+        self.interface, self.profile = self._described(plan)
 
     @property
     def version(self) -> str:
@@ -105,8 +104,8 @@ class StepEngine:
                 if not context.set_tensor_address(name, address):
                     raise self._refusal(f"take the address of {name}")
         self._rows.pop(key, None)  # set to nothing in particular until every input has its shape
-        for spec in self.inputs:
-            if not context.set_input_shape(spec.name, (rows, *spec.shape)):
+        for spec in self.interface:
+            if not context.set_input_shape(spec.name, (rows, *spec.row_shape)):
                 raise self._refusal(f"take {rows} rows of {spec.name}")
         try:
             missing = context.infer_shapes()
@@ -155,7 +154,7 @@ class StepEngine:
             "backends run the same bundle"
         )
 
-    def _described(self, plan: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], BatchProfile]:
+    def _described(self, plan: Path) -> tuple[StepInterface, BatchProfile]:
         engine, library = self._engine, self._library
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         on_host = [name for name in names if engine.get_tensor_location(name) != library.TensorLocation.DEVICE]
@@ -164,7 +163,7 @@ class StepEngine:
                 f"the engine {plan} reads {', '.join(on_host)} on the host, as a shape; a step graph has no such "
                 "input. Build the bundle again with this version."
             )
-        described: dict[str, tuple[str, np.dtype[Any] | None, list[int | None]]] = {
+        described: dict[str, tuple[str, DType | None, list[int | None]]] = {
             name: (
                 name,
                 _DTYPES.get(engine.get_tensor_dtype(name).name),
@@ -173,19 +172,13 @@ class StepEngine:
             for name in names
         }
         is_input = {name: engine.get_tensor_mode(name) == library.TensorIOMode.INPUT for name in names}
-        inputs = step_graph_inputs(
-            plan, [described[name] for name in names if is_input[name]], [n for n in names if not is_input[n]]
+        interface = interface_of_graph(
+            plan,
+            [described[name] for name in names if is_input[name]],
+            [described[name] for name in names if not is_input[name]],
         )
-        sample = next(spec for spec in inputs if spec.name == "sample")
-        wrong = [name for name in OUTPUTS if described[name][1] != sample.dtype]
-        if wrong:
-            raise BundleError(
-                f"the engine {plan} gives {', '.join(wrong)} in another type than float32. Build the bundle again with "
-                "this version."
-            )
-        outputs = tuple(TensorSpec(name, sample.dtype, sample.shape) for name in OUTPUTS)
         low, best, high = (int(shape[0]) for shape in engine.get_tensor_profile_shape("sample", _PROFILE))
-        return inputs, outputs, BatchProfile(low, best, high)
+        return interface, BatchProfile(low, best, high)
 
 
 def _logger(library: Any) -> Any:

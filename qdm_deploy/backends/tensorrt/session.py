@@ -1,7 +1,7 @@
 """The step graph on an NVIDIA GPU: TensorRT and TensorRT-RTX, one code path.
 
 One step is: the engine's kernels, then two copies on the device that make ``next_sample`` the next ``sample`` and
-``x0`` the next ``previous_x0``. A loop of steps therefore needs from the host only what the host makes (timestep,
+``next_history`` the next ``history``. A loop of steps therefore needs from the host only what the host makes (timestep,
 coefficients, noise), which goes ahead through a ring of page-locked buffers; the host waits once, at the end.
 """
 
@@ -25,12 +25,11 @@ from qdm_deploy.engines.gpu import Gpu, installed_gpu
 from qdm_deploy.engines.request import BatchProfile, BuildOptions
 from qdm_deploy.errors import BundleError, EngineRefused, InputError
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.runtime.session import StepInputs, StepOutput, check_inputs
+from qdm_deploy.runtime.session import StepInputs, StepOutput, check_inputs, check_tensor
 
 __all__ = ["KEPT_BATCH_SIZES", "TensorRtSession", "open_tensorrt"]
 
 KEPT_BATCH_SIZES = 4
-_FEEDBACK = (("next_sample", "sample"), ("x0", "previous_x0"))
 _EACH_STEP = ("timestep", "coefficients", "noise")
 
 
@@ -153,12 +152,12 @@ class TensorRtSession:
             stack.callback(cuda.destroy_stream, self._stream)
             self._engine = StepEngine(flavour, plan, cuda, cuda_graphs=cuda_graphs)
             stack.callback(self._engine.close)
-            specs, largest = self._engine.inputs, self._engine.profile.max
-            self._specs = {spec.name: spec for spec in specs}
-            each_step = [self._specs[name] for name in _EACH_STEP]
-            self._device = DeviceTensors(cuda, stack, (*specs, *self._engine.outputs), largest, self._stream)
+            self.interface, largest = self._engine.interface, self._engine.profile.max
+            specs, results = self.interface.inputs, self.interface.outputs
+            each_step = [self.interface[name] for name in _EACH_STEP]
+            self._device = DeviceTensors(cuda, stack, (*specs, *results), largest, self._stream)
             self._given = Staging(cuda, stack, specs, largest)
-            self._results = Staging(cuda, stack, self._engine.outputs, largest)
+            self._results = Staging(cuda, stack, results, largest)
             self._ring = StagingRing(cuda, stack, each_step, largest)
             self._graphs: StepGraphs | None = None
             if cuda_graphs and not flavour.records_graphs:
@@ -172,11 +171,6 @@ class TensorRtSession:
     def max_batch(self) -> int | None:
         """The largest batch of the engine's profile."""
         return self._engine.profile.max
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names that ``run`` wants, in the graph's order."""
-        return tuple(self._specs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> StepOutput:
         """Run one step; ``StepSession.run`` says what it takes and raises. The result is in the session's memory.
@@ -201,12 +195,7 @@ class TensorRtSession:
         for step in steps:
             values = {name: value for name in _EACH_STEP if (value := getattr(step, name)) is not None}
             for name, value in values.items():
-                spec = self._specs[name]
-                if value.dtype != spec.dtype or value.shape != (rows, *spec.shape):
-                    raise InputError(
-                        f"{name} of step {count} is {value.dtype} {list(value.shape)}; the step graph takes "
-                        f"{spec.dtype} {[rows, *spec.shape]}"
-                    )
+                check_tensor(self.interface[name], value, rows, f" of step {count}")
             self._ring.upload(values, self._device, self._stream)
             self._step(rows)
             count += 1
@@ -248,7 +237,7 @@ class TensorRtSession:
         if self._closed:
             raise ValueError("this TensorRtSession is closed")
         profile = self._engine.profile
-        rows = check_inputs(tuple(self._specs.values()), inputs, profile.max)
+        rows = check_inputs(self.interface, inputs, profile.max)
         if rows < profile.min:
             raise InputError(f"sample has {rows} rows; the engine was built for batches of {profile.min} or more")
         return rows
@@ -256,8 +245,8 @@ class TensorRtSession:
     def _step(self, rows: int) -> None:
         def queue() -> None:
             self._engine.queue(rows, self._device.address, self._stream)
-            for source, to in _FEEDBACK:
-                size = rows * row_bytes(self._specs[to])
+            for to, source in self.interface.feedback:
+                size = rows * row_bytes(self.interface[to])
                 self._cuda.copy(self._device.address[to], self._device.address[source], size, self._stream)
 
         if self._graphs is None:
@@ -269,4 +258,4 @@ class TensorRtSession:
     def _fetched(self, rows: int) -> StepOutput:
         results = self._results.download(self._device, rows, self._stream)
         self._cuda.synchronize(self._stream)
-        return StepOutput(results["next_sample"], results["x0"])
+        return StepOutput(**results)

@@ -18,7 +18,7 @@ from qdm_deploy.serving.contract import AdmissionRefused, Finished, Generation, 
 from qdm_deploy.serving.http.bodies import GenerationBody, ImageDocument, ImagesDocument
 from qdm_deploy.serving.http.errors import ApiError, ErrorDocument, error_response, of_bug, of_failure, of_refusal
 from qdm_deploy.serving.http.service import Service
-from qdm_deploy.serving.http.translate import Order, label_name, order_of, size_of
+from qdm_deploy.serving.http.translate import Order, order_of, size_of
 
 __all__ = ["images_router"]
 
@@ -112,13 +112,11 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _images(service: Service, order: Order, finished: Finished) -> list[ImageDocument]:
-    seeds, labels = order.request.seeds, order.request.class_labels
+    seeds = order.request.seeds
     pictures = await service.pictures(order, range(len(seeds)), finished.samples)
-    model = service.engine.model
-    names = [None] * len(seeds) if labels is None else [label_name(model, label) for label in labels]
     return [
         ImageDocument(b64_json=picture, seed=seed, class_label=name)
-        for picture, seed, name in zip(pictures, seeds, names, strict=True)
+        for picture, seed, name in zip(pictures, seeds, order.captions, strict=True)
     ]
 
 

@@ -7,7 +7,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from qdm_deploy.artifacts.pipeline_spec import LabelTable
 from qdm_deploy.artifacts.record import installed_version
+from qdm_deploy.components.encoders import open_encoder
 from qdm_deploy.samplers import SAMPLERS
 from qdm_deploy.serving.http.bodies import (
     EngineDocument,
@@ -161,15 +163,16 @@ def metadata_router(service: Service) -> APIRouter:
 
 def _model_document(service: Service) -> ModelDocument:
     model, settings = service.engine.model, service.settings
-    most = min(settings.max_steps, model.num_train_timesteps)
+    most = min(settings.max_steps, model.denoiser.num_train_timesteps)
+    labels = model.encoder if isinstance(model.encoder, LabelTable) else None
     return ModelDocument(
         id=model.name,
         created=service.created,
         bundle_id=settings.bundle_id,
         size=size_of(model),
-        num_classes=model.num_classes,
-        labels=None if model.labels is None else list(model.labels),
-        guidance=model.conditional and model.null_label is not None,
+        num_classes=None if labels is None else labels.num_classes,
+        labels=None if labels is None or labels.labels is None else list(labels.labels),
+        guidance=open_encoder(model).can_be_guided,
         samplers=list(SAMPLERS),
         default_steps=min(settings.default_steps, most),
         max_steps=most,

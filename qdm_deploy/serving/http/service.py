@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.components.pictures import ImageMetadata, encode_picture, made_by, to_pictures
-from qdm_deploy.serving.contract import Engine, GenerationRequest
+from qdm_deploy.serving.contract import Engine
 from qdm_deploy.serving.http.metrics import Metrics
 from qdm_deploy.serving.http.settings import HttpSettings
-from qdm_deploy.serving.http.translate import Order, label_name
+from qdm_deploy.serving.http.translate import Order
 
 __all__ = ["Service"]
 
@@ -61,13 +61,13 @@ class Service:
     def _encode(self, order: Order, images: Sequence[int], samples: NDArray[np.float32]) -> list[str]:
         encoded = []
         for image, picture in zip(images, to_pictures(samples, self.engine.model), strict=True):
-            metadata = self._metadata(order.request, image)
+            metadata = self._metadata(order, image)
             data = encode_picture(picture, order.output_format, quality=order.quality, metadata=metadata)
             encoded.append(base64.b64encode(data).decode("ascii"))
         return encoded
 
-    def _metadata(self, request: GenerationRequest, image: int) -> ImageMetadata:
-        labels = request.class_labels
+    def _metadata(self, order: Order, image: int) -> ImageMetadata:
+        request = order.request
         return ImageMetadata(
             version=installed_version() or "unknown",
             bundle_id=self.settings.bundle_id,
@@ -76,6 +76,6 @@ class Service:
             steps=request.steps,
             eta=request.eta,
             guidance=request.guidance,
-            label=None if labels is None else label_name(self.engine.model, labels[image]),
+            label=order.captions[image],
             backend=made_by(self.engine.state.backend, self.settings.precision),
         )

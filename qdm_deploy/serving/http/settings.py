@@ -5,7 +5,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import PipelineSpec, StatesFile
 from qdm_deploy.errors import InputError
 
 __all__ = ["HttpSettings", "check_servable", "is_loopback"]
@@ -99,21 +99,21 @@ class HttpSettings:
         return self.api_key is not None and hmac.compare_digest(given.encode(), self.api_key.encode())
 
 
-def check_servable(model: ModelSpec) -> None:
+def check_servable(model: PipelineSpec) -> None:
     """Refuse a model whose pictures the HTTP side cannot make.
 
     Raises:
         InputError: it makes latents, or is conditioned on text states.
     """
-    if model.sample_kind == "latents":
+    if model.makes == "latents":
         raise InputError(
             f"{model.name} makes latents, and this version has no decoder to turn them into pictures; "
             "serve a pixel model"
         )
-    if any(item.name == "encoder_hidden_states" for item in model.conditioning):
+    if isinstance(model.encoder, StatesFile):
         raise InputError(
-            f"{model.name} is conditioned on text states, and this version has no text encoder; serve an unconditional "
-            "or class-conditional model, or use `qdm-deploy generate --conditioning`"
+            f"{model.name} is conditioned on {', '.join(model.encoder.inputs)}, and this version has no encoder that "
+            "makes them; serve an unconditional or class-conditional model, or use `qdm-deploy generate --conditioning`"
         )
     if model.sample_shape[0] not in (1, 3):
         raise InputError(f"{model.name} makes {model.sample_shape[0]} channels; pictures have 1 or 3")

@@ -3,13 +3,15 @@
 import secrets
 from dataclasses import dataclass
 
-from qdm_deploy.artifacts.model_spec import ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import LabelTable, PipelineSpec
+from qdm_deploy.components.encoders import open_encoder
+from qdm_deploy.errors import InputError
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.http.bodies import MAX_SEED, GenerationBody
 from qdm_deploy.serving.http.errors import ApiError
 from qdm_deploy.serving.http.settings import HttpSettings
 
-__all__ = ["Order", "label_name", "order_of", "size_of"]
+__all__ = ["Order", "order_of", "size_of"]
 
 # Random seeds stay exact in JavaScript, whose numbers end at 2**53.
 _RANDOM_SEEDS = 2**32
@@ -22,29 +24,26 @@ class Order:
 
     Attributes:
         request: for the engine.
+        captions: what each image shows; None where there is nothing to say.
         output_format: png, webp or jpeg.
         quality: of webp and jpeg, 0 .. 100.
         stream: as server-sent events.
     """
 
     request: GenerationRequest
+    captions: tuple[str | None, ...]
     output_format: str
     quality: int
     stream: bool
 
 
-def size_of(model: ModelSpec) -> str:
+def size_of(model: PipelineSpec) -> str:
     """WIDTHxHEIGHT of the model's pictures."""
     _, height, width = model.sample_shape
     return f"{width}x{height}"
 
 
-def label_name(model: ModelSpec, label: int) -> str:
-    """A label's name, or its number where the model names none."""
-    return model.labels[label] if model.labels else str(label)
-
-
-def order_of(body: GenerationBody, model: ModelSpec, settings: HttpSettings, request_id: str) -> Order:
+def order_of(body: GenerationBody, model: PipelineSpec, settings: HttpSettings, request_id: str) -> Order:
     """Check a body against the model and the limits.
 
     Raises:
@@ -61,7 +60,7 @@ def order_of(body: GenerationBody, model: ModelSpec, settings: HttpSettings, req
     if images > settings.max_images:
         raise _unusable("n", f"{images} images are too many for one request; ask for 1 to {settings.max_images}")
     steps = body.num_inference_steps
-    most = min(settings.max_steps, model.num_train_timesteps)
+    most = min(settings.max_steps, model.denoiser.num_train_timesteps)
     if steps is not None and steps > most:
         raise _unusable("num_inference_steps", f"{steps} steps are too many; ask for 1 to {most}")
     first = body.seed if body.seed is not None else secrets.randbelow(_RANDOM_SEEDS)
@@ -69,15 +68,23 @@ def order_of(body: GenerationBody, model: ModelSpec, settings: HttpSettings, req
         raise _unusable("seed", f"seed {first} leaves no room for {images} images; the last seed is {MAX_SEED}")
     seeds = tuple(range(first, first + images))
     _check_delivery(body, model)
-    _check_text(body, model, settings)
+    prompt = _prompt(body, model, settings)
+    encoder = open_encoder(model)
     guidance = float(body.guidance_scale) if body.guidance_scale is not None else 1.0
-    if guidance != 1.0 and (not model.conditional or model.null_label is None):
+    if guidance != 1.0 and not encoder.can_be_guided:
         raise _unusable("guidance_scale", f"{model.name} cannot be guided; leave guidance_scale out, or set it to 1")
     sampler = body.sampler or "ddim"
     eta = float(body.eta) if body.eta is not None else 0.0
     if eta != 0.0 and sampler != "ddim":
         raise _unusable("eta", f"eta {eta} means nothing to the sampler {sampler}; leave it out, or ask for ddim")
     stream = bool(body.stream)
+    prompts = [prompt] * images
+    try:
+        # Without a wish it follows from the seed, so that a seed alone says what image it makes.
+        conditioning = encoder.encode(prompts, first=first)
+        captions = encoder.captions(prompts, first=first)
+    except InputError as error:
+        raise _unusable("prompt", str(error)) from error
     request = GenerationRequest(
         request_id=request_id,
         seeds=seeds,
@@ -85,19 +92,19 @@ def order_of(body: GenerationBody, model: ModelSpec, settings: HttpSettings, req
         steps=steps if steps is not None else min(settings.default_steps, most),
         eta=eta,
         guidance=guidance,
-        class_labels=_labels(body, model, seeds),
+        conditioning=conditioning,
         deadline=settings.request_timeout,
         previews=(body.partial_images or 0) if stream else 0,
     )
     quality = body.output_compression if body.output_compression is not None else 100
-    return Order(request, body.output_format or "png", quality, stream)
+    return Order(request, tuple(captions), body.output_format or "png", quality, stream)
 
 
 def _unusable(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-def _check_delivery(body: GenerationBody, model: ModelSpec) -> None:
+def _check_delivery(body: GenerationBody, model: PipelineSpec) -> None:
     size = size_of(model)
     if body.size not in (None, "auto", size):
         raise _unusable("size", f"the size {body.size!a} is not made here; {model.name} makes {size} (or say auto)")
@@ -111,50 +118,38 @@ def _check_delivery(body: GenerationBody, model: ModelSpec) -> None:
         raise _unusable("partial_images", "partial images come in a stream only; set stream to true")
 
 
-def _check_text(body: GenerationBody, model: ModelSpec, settings: HttpSettings) -> None:
+def _prompt(body: GenerationBody, model: PipelineSpec, settings: HttpSettings) -> str | None:
+    """What the encoder is asked for: the prompt, or the class label, which is a number or a name of its own."""
     if body.negative_prompt:
         raise _unusable("negative_prompt", f"{model.name} takes no text; leave negative_prompt out")
     if len(body.prompt) > settings.max_prompt:
         raise _unusable("prompt", f"the prompt has {len(body.prompt)} characters; allowed are {settings.max_prompt}")
-    if model.num_classes is None and body.prompt.strip():
-        raise _unusable("prompt", f"{model.name} is unconditional and takes no prompt; send an empty one")
-    if model.num_classes is None and body.class_label is not None:
-        raise _unusable("class_label", f"{model.name} has no classes; leave class_label out")
-
-
-def _labels(body: GenerationBody, model: ModelSpec, seeds: tuple[int, ...]) -> tuple[int, ...] | None:
-    """One label per image. Without a wish it follows from the seed, so a seed alone says what image it makes."""
-    if model.num_classes is None:
+    prompt, labels = body.prompt.strip() or None, model.encoder
+    if not isinstance(labels, LabelTable):
+        if prompt is not None:
+            raise _unusable("prompt", f"{model.name} is unconditional and takes no prompt; send an empty one")
+        if body.class_label is not None:
+            raise _unusable("class_label", f"{model.name} has no classes; leave class_label out")
         return None
-    prompt = body.prompt.strip()
-    wished = None if body.class_label is None else _number(body.class_label, model, "class_label")
-    if prompt:
-        named = _number(prompt, model, "prompt")
-        if wished is not None and wished != named:
-            raise _unusable(
-                "class_label",
-                f"class_label says {label_name(model, wished)!a} and the prompt {label_name(model, named)!a}; "
-                "give one of them",
-            )
-        wished = named
-    if wished is not None:
-        return (wished,) * len(seeds)
-    return tuple(seed % model.num_classes for seed in seeds)
+    named = None if prompt is None else _label(prompt, labels, model.name, "prompt")
+    wished = None if body.class_label is None else _label(body.class_label, labels, model.name, "class_label")
+    if named is not None and wished is not None and named != wished:
+        raise _unusable("class_label", f"class_label says {wished!a} and the prompt {named!a}; give one of them")
+    return wished if named is None else named
 
 
-def _number(given: str | int, model: ModelSpec, param: str) -> int:
-    count = model.num_classes or 0
-    text = str(given)
+def _label(given: str | int, labels: LabelTable, model: str, param: str) -> str:
+    """A label by its name, or by its number where it has none."""
+    names, text = labels.labels or (), str(given).strip()
     # Of a text names come first: a label may be called "7". A JSON number is a number.
-    for number, name in enumerate(model.labels or ()):
-        if isinstance(given, str) and name.casefold() == text.strip().casefold():
-            return number
-    digits = text.strip()
-    if digits.isascii() and digits.isdecimal() and len(digits) < 10 and int(digits) < count:
-        return int(digits)
-    names = ", ".join((model.labels or ())[:_MANY_LABELS])
-    if len(model.labels or ()) > _MANY_LABELS:
-        names += ", ..."
-    shown = text if len(text) <= 60 else text[:60] + "..."
-    allowed = f"one of {names}, or 0 to {count - 1}" if names else f"a number from 0 to {count - 1}"
-    raise _unusable(param, f"{shown!a} is no label of {model.name}; ask for {allowed}")
+    if isinstance(given, str):
+        for name in names:
+            if name.casefold() == text.casefold():
+                return name
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < labels.num_classes:
+        return names[int(text)] if names else str(int(text))
+    shown = ", ".join(names[:_MANY_LABELS]) + (", ..." if len(names) > _MANY_LABELS else "")
+    short = text if len(text) <= 60 else text[:60] + "..."
+    last = labels.num_classes - 1
+    allowed = f"one of {shown}, or 0 to {last}" if names else f"a number from 0 to {last}"
+    raise _unusable(param, f"{short!a} is no label of {model}; ask for {allowed}")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from qdm_deploy.artifacts.bundle import Bundle, BundleWriter
 from qdm_deploy.artifacts.manifest import Compatibility
-from qdm_deploy.runtime import Conditioning, StepSession, denoise
-from qdm_deploy.samplers import NoiseSchedule, step_table
+from qdm_deploy.components.sampling import table_for
+from qdm_deploy.runtime import StepSession, denoise
+from qdm_deploy.samplers import NoiseSchedule
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.serving.contract import GenerationRequest
 from tests.runtime.conftest import write_tiny
 
@@ -33,7 +36,7 @@ def _seal(writer: BundleWriter, model: Any, scheduler: dict[str, Any]) -> None:
     (writer.root / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     compatibility = Compatibility(opset=21, min_runtime="0.1.0")
     writer.publish(
-        name=model.name, model=model, targets=TARGETS, compatibility=compatibility, provenance={}, recipe={},
+        name=model.name, pipeline=model, targets=TARGETS, compatibility=compatibility, provenance={}, recipe={},
     )  # fmt: skip
 
 
@@ -76,20 +79,15 @@ def alone() -> Callable[..., Any]:
 
     def run(bundle: Path, session: StepSession, request: GenerationRequest, copies: int = 1) -> Any:
         opened = Bundle.open(bundle, check="sizes")
-        model = opened.model
         schedule = NoiseSchedule.from_config(opened.scheduler_config())
-        table = step_table(
-            schedule, request.sampler, request.steps, eta=request.eta, learned_variance=model.learned_variance
-        )
+        table = table_for(opened.pipeline.denoiser, schedule, request.sampler, request.steps, request.eta)
+        sampling = Sampling(table, request.seeds, request.conditioning, request.guidance, request.guidance_rescale)
         images = []
-        for index, seed in enumerate(request.seeds):
-            labels = None if request.class_labels is None else np.full(copies, request.class_labels[index])
-            images.append(
-                denoise(
-                    session, table, [seed] * copies, model, conditioning=Conditioning(labels) if model.conditional else
-                    None, guidance=request.guidance, batch_size=copies,
-                )[0]
-            )  # fmt: skip
+        for index in range(len(sampling)):
+            one = sampling.take(slice(index, index + 1))
+            same = {name: np.repeat(values, copies, axis=0) for name, values in one.conditioning.own.items()}
+            filled = replace(one, seeds=list(one.seeds) * copies, conditioning=replace(one.conditioning, own=same))
+            images.append(denoise(session, filled, batch_size=copies)[0])
         return np.stack(images)
 
     return run

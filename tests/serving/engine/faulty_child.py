@@ -27,7 +27,7 @@ class Faulty(OnnxRuntimeSession):
         # A step of a real model takes longer than one of this.
         time.sleep(float(os.environ.get("STEP_SECONDS", "0.01")))
         result = super().run(inputs)
-        result.x0[labels == NOT_A_NUMBER] = np.nan
+        result.next_sample[labels == NOT_A_NUMBER] = np.nan
         return result
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from qdm_deploy.serving import ProcessEngine, RestartPolicy
 from qdm_deploy.serving.contract import GenerationFailed, GenerationRequest
+from tests.runtime.conftest import NULL as LINEAR_NULL
+from tests.serving.engine.fake import labels
 
 FAULTY = (str(Path(__file__).with_name("faulty_child.py")),)
 
@@ -60,7 +62,9 @@ async def started(
 
 
 def request(name: str, images: int = 1, label: int = 0, **fields: Any) -> GenerationRequest:
-    return GenerationRequest(name, tuple(range(images)), class_labels=(label,) * images, **{"steps": 5, **fields})
+    return GenerationRequest(
+        name, tuple(range(images)), conditioning=labels((label,) * images, LINEAR_NULL), **{"steps": 5, **fields}
+    )
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

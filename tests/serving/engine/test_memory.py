@@ -7,6 +7,8 @@ import pytest
 
 from qdm_deploy.serving import ProcessEngine
 from qdm_deploy.serving.contract import AdmissionRefused, GenerationFailed, GenerationRequest
+from tests.runtime.conftest import NULL
+from tests.serving.engine.fake import labels
 
 
 def resident_mib(pid: int | str) -> float:
@@ -30,7 +32,7 @@ def test_memory_is_flat_over_many_requests_and_an_overload(linear: Path) -> None
 
         async def one(name: str, index: int) -> None:
             request = GenerationRequest(
-                name, (index, index), "ddpm", 4, class_labels=(0, 1), previews=2,
+                name, (index, index), "ddpm", 4, conditioning=labels((0, 1), NULL), previews=2,
                 guidance=1.0 + index % 2, deadline=0.002 if index % 11 == 0 else None,
             )  # fmt: skip
             try:

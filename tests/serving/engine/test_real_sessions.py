@@ -20,24 +20,28 @@ from qdm_deploy.serving.loading import load, open_bundle_session
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.settings import Settings
 from qdm_deploy.serving.stepper import Done, Stepper
+from tests.serving.engine.fake import labels
 
 BACKENDS = ("onnxruntime", "openvino")
 ROWS = 6
+NULL = 3  # of the tiny U-Net
 # Signal to noise of an image in a shared batch, against the image alone in a batch of one. Integer sums are exact, so
 # what differs is the order of float sums (norms, attention), and where that moves a value over the border between two
 # codes. Measured: see the page on step-level batching in docs/adr.
 TOLERANCE_DB = {"onnxruntime": 60.0, "openvino": 30.0}
 
-TARGET = GenerationRequest("target", (7, 8), sampler="dpmpp-2m", steps=8, class_labels=(0, 2), guidance=2.0)
+TARGET = GenerationRequest(
+    "target", (7, 8), sampler="dpmpp-2m", steps=8, conditioning=labels((0, 2), NULL), guidance=2.0
+)
 NEIGHBOURS = [
-    GenerationRequest("a", (1, 2, 3), sampler="ddpm", steps=11, class_labels=(0, 1, 2)),
-    GenerationRequest("b", (4,), sampler="ddim", steps=3, class_labels=(1,), guidance=5.0),
-    GenerationRequest("c", (5, 6), sampler="euler", steps=6, class_labels=(2, 2)),
+    GenerationRequest("a", (1, 2, 3), sampler="ddpm", steps=11, conditioning=labels((0, 1, 2), NULL)),
+    GenerationRequest("b", (4,), sampler="ddim", steps=3, conditioning=labels((1,), NULL), guidance=5.0),
+    GenerationRequest("c", (5, 6), sampler="euler", steps=6, conditioning=labels((2, 2), NULL)),
 ]
 # As far out as a request can be: what is not clipped overflows to infinity or NaN.
 EXTREME = [
-    GenerationRequest("far", (1, 2), sampler="ddpm", steps=20, class_labels=(0, 1), guidance=3e38),
-    GenerationRequest("far too", (3,), sampler="ddim", steps=20, class_labels=(2,), guidance=-3e38),
+    GenerationRequest("far", (1, 2), sampler="ddpm", steps=20, conditioning=labels((0, 1), NULL), guidance=3e38),
+    GenerationRequest("far too", (3,), sampler="ddim", steps=20, conditioning=labels((2,), NULL), guidance=-3e38),
 ]
 
 
@@ -46,12 +50,12 @@ def engine(bundle: Path, backend: str, *, deterministic: bool, threads: int = 2)
     """Runs the engine without its process: what each request ended with, when they come every other step."""
     opened = Bundle.open(bundle, check="sizes")
     settings = Settings(str(bundle), backend, threads=threads, max_rows=ROWS, deterministic=deterministic)
-    maker = JobMaker(opened.model, NoiseSchedule.from_config(opened.scheduler_config()), ROWS)
+    maker = JobMaker(opened.pipeline, NoiseSchedule.from_config(opened.scheduler_config()), ROWS)
     with ExitStack() as sessions:
         loaded = load(opened, settings, open_bundle_session, sessions)
 
         def run(requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-            stepper = Stepper(Scheduler(ROWS, opened.model.sample_shape), loaded.runner)
+            stepper = Stepper(Scheduler(ROWS, opened.pipeline.interface), loaded.runner)
             waiting, done, step = list(requests), {}, 0
             while waiting or stepper.scheduler.alive:
                 if waiting and step % 2 == 0:

@@ -6,13 +6,15 @@ import pytest
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker, preview_steps
 from qdm_deploy.serving.scheduler import Scheduler
-from tests.serving.engine.fake import MODEL, SCHEDULE, SHAPE
+from tests.serving.engine.fake import INTERFACE, MODEL, SCHEDULE, SHAPE, labels
 
 MAKER = JobMaker(MODEL, SCHEDULE, 8)
 
 
 def job(name: str, images: int = 1, *, guidance: float = 1.0, deadline: float | None = None, steps: int = 3) -> Any:
-    request = GenerationRequest(name, tuple(range(images)), steps=steps, guidance=guidance, class_labels=(0,) * images)
+    request = GenerationRequest(
+        name, tuple(range(images)), steps=steps, guidance=guidance, conditioning=labels((0,) * images)
+    )
     return MAKER.job(request, deadline)
 
 
@@ -21,7 +23,7 @@ def started(scheduler: Scheduler) -> list[str]:
 
 
 def test_requests_take_turns_image_by_image() -> None:
-    scheduler = Scheduler(4, SHAPE)
+    scheduler = Scheduler(4, INTERFACE)
     scheduler.submit(job("large", 6))
     assert started(scheduler) == ["large0", "large1", "large2", "large3"]
     scheduler.submit(job("small", 1))
@@ -39,7 +41,7 @@ def test_requests_take_turns_image_by_image() -> None:
 
 
 def test_a_guided_image_waits_for_two_rows_and_is_not_passed_over() -> None:
-    scheduler = Scheduler(3, SHAPE)
+    scheduler = Scheduler(3, INTERFACE)
     scheduler.submit(job("a", 2))
     assert started(scheduler) == ["a0", "a1"]
     scheduler.submit(job("guided", 1, guidance=2.0))
@@ -52,7 +54,7 @@ def test_a_guided_image_waits_for_two_rows_and_is_not_passed_over() -> None:
 
 
 def test_ending_a_request_gives_all_its_rows_back() -> None:
-    scheduler = Scheduler(4, SHAPE)
+    scheduler = Scheduler(4, INTERFACE)
     scheduler.submit(job("guided", 2, guidance=3.0))
     assert started(scheduler) == ["guided0", "guided1"]
     scheduler.submit(job("next", 3))
@@ -65,7 +67,7 @@ def test_ending_a_request_gives_all_its_rows_back() -> None:
 
 
 def test_deadlines_end_waiting_and_running_requests() -> None:
-    scheduler = Scheduler(1, SHAPE)
+    scheduler = Scheduler(1, INTERFACE)
     scheduler.submit(job("runs", deadline=5.0))
     scheduler.submit(job("waits", deadline=4.0))
     scheduler.submit(job("patient"))
@@ -77,11 +79,11 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
 
 
 def test_samples_come_back_in_the_order_of_the_seeds() -> None:
-    scheduler = Scheduler(8, SHAPE)
+    scheduler = Scheduler(8, INTERFACE)
     scheduler.submit(job("a", 3))
     images = scheduler.fill()
     for image, value in zip(images, (10.0, 20.0, 30.0), strict=True):
-        image.sample[...] = value
+        image.state["sample"][...] = value
     images[2].step = images[0].step = 3
     assert scheduler.collect() == []
     assert scheduler.running_rows == 1
@@ -93,7 +95,7 @@ def test_samples_come_back_in_the_order_of_the_seeds() -> None:
 
 
 def test_wrong_use_is_refused() -> None:
-    scheduler = Scheduler(1, SHAPE)
+    scheduler = Scheduler(1, INTERFACE)
     scheduler.submit(job("a"))
     with pytest.raises(ValueError, match="a is alive already"):
         scheduler.submit(job("a"))
@@ -112,6 +114,6 @@ def test_previews_are_spread_evenly_and_are_never_the_image(previews: int, steps
 def test_initial_state_is_the_noise_of_the_seed() -> None:
     from qdm_deploy.samplers import initial_noise
 
-    scheduler = Scheduler(2, SHAPE)
+    scheduler = Scheduler(2, INTERFACE)
     scheduler.submit(job("a", 2))
-    np.testing.assert_array_equal([image.sample for image in scheduler.fill()], initial_noise([0, 1], SHAPE))
+    np.testing.assert_array_equal([image.state["sample"] for image in scheduler.fill()], initial_noise([0, 1], SHAPE))

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from qdm_deploy.runtime import Conditioning, denoise
-from qdm_deploy.samplers import step_table
+from qdm_deploy.components.sampling import table_for
+from qdm_deploy.runtime import denoise
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.serving.batch import BatchRunner
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.generation import LiveGeneration
@@ -20,7 +21,7 @@ from qdm_deploy.serving.lanes import Lanes, lane_rows
 from qdm_deploy.serving.ledger import Ledger
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Stepper
-from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
+from tests.serving.engine.fake import INTERFACE, MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, FakeSession, labels
 
 MAX_ROWS, MAX_WAITING = 5, 12
 MAKER = JobMaker(MODEL, SCHEDULE, MAX_ROWS)
@@ -37,9 +38,8 @@ kinds = st.tuples(
 
 @cache
 def alone(images: int, sampler: str, steps: int, guidance: float, label: int) -> Any:
-    conditioning = Conditioning(np.full(images, label))
-    table = step_table(SCHEDULE, sampler, steps)
-    return denoise(FakeSession(), table, range(images), MODEL, conditioning=conditioning, guidance=guidance)
+    table = table_for(MODEL.denoiser, SCHEDULE, sampler, steps)
+    return denoise(FakeSession(), Sampling(table, range(images), labels((label,) * images), guidance))
 
 
 class Schedules(RuleBasedStateMachine):
@@ -47,8 +47,8 @@ class Schedules(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        runners = [BatchRunner(FakeSession(), MODEL, lane_rows(MAX_ROWS, 2), None) for _ in range(2)]
-        self.engine = Stepper(Scheduler(MAX_ROWS, SHAPE), Lanes(runners, None))
+        runners = [BatchRunner(FakeSession(), lane_rows(MAX_ROWS, 2), None) for _ in range(2)]
+        self.engine = Stepper(Scheduler(MAX_ROWS, INTERFACE), Lanes(runners, None))
         self.ledger = Ledger(MAX_ROWS, MAX_WAITING)  # admits as the parent process does
         self.loop = asyncio.new_event_loop()
         self.now = 0.0
@@ -64,7 +64,7 @@ class Schedules(RuleBasedStateMachine):
         for images, sampler, steps, guidance, label, deadline in arrivals:
             name = f"r{len(self.wanted)}"
             request = GenerationRequest(
-                name, tuple(range(images)), sampler, steps, guidance=guidance, class_labels=(label,) * images
+                name, tuple(range(images)), sampler, steps, guidance=guidance, conditioning=labels((label,) * images)
             )
             job = MAKER.job(request, None if deadline is None else self.now + deadline)
             self.wanted[name] = (images, sampler, steps, guidance, label)

@@ -6,28 +6,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdm_deploy.runtime import Conditioning, denoise
-from qdm_deploy.samplers import step_table
+from qdm_deploy.components.sampling import table_for
+from qdm_deploy.runtime import denoise
+from qdm_deploy.samplers.sampling import Sampling
 from qdm_deploy.serving.batch import BatchRunner, batch_sizes
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.jobs import JobMaker
 from qdm_deploy.serving.lanes import Lanes, lane_rows, split
 from qdm_deploy.serving.scheduler import Scheduler
 from qdm_deploy.serving.stepper import Done, EngineBroken, Failed, Shown, Stepped, Stepper
-from tests.serving.engine.fake import MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession
+from tests.serving.engine.fake import INTERFACE, MODEL, NOT_A_NUMBER, RAISES, SCHEDULE, SHAPE, FakeSession, labels
 
 MAKER = JobMaker(MODEL, SCHEDULE, 8)
 MIXED = [
-    GenerationRequest("ddim", (1, 2), sampler="ddim", steps=5, class_labels=(0, 1), previews=2),
-    GenerationRequest("guided", (2,), sampler="ddpm", steps=3, class_labels=(1,), guidance=4.0),
-    GenerationRequest("eta", (3,), sampler="ddim", eta=0.8, steps=7, class_labels=(0,)),
-    GenerationRequest("multistep", (4, 4, 5), sampler="dpmpp-2m", steps=4, class_labels=(0, 0, 1)),
-    GenerationRequest("euler", (6,), sampler="euler", steps=6, class_labels=(1,), guidance=0.0),
+    GenerationRequest("ddim", (1, 2), sampler="ddim", steps=5, conditioning=labels((0, 1)), previews=2),
+    GenerationRequest("guided", (2,), sampler="ddpm", steps=3, conditioning=labels((1,)), guidance=4.0),
+    GenerationRequest("eta", (3,), sampler="ddim", eta=0.8, steps=7, conditioning=labels((0,))),
+    GenerationRequest("multistep", (4, 4, 5), sampler="dpmpp-2m", steps=4, conditioning=labels((0, 0, 1))),
+    GenerationRequest("euler", (6,), sampler="euler", steps=6, conditioning=labels((1,)), guidance=0.0),
 ]
 
 
 def stepper(session: Any = None, max_rows: int = 4, sizes: Sequence[int] | None = None) -> Stepper:
-    return Stepper(Scheduler(max_rows, SHAPE), BatchRunner(session or FakeSession(), MODEL, max_rows, sizes))
+    return Stepper(Scheduler(max_rows, INTERFACE), BatchRunner(session or FakeSession(), max_rows, sizes))
 
 
 def run(engine: Stepper, requests: Sequence[GenerationRequest], every: int = 1) -> Iterator[Any]:
@@ -44,9 +45,8 @@ def run(engine: Stepper, requests: Sequence[GenerationRequest], every: int = 1) 
 
 def solo(request: GenerationRequest) -> Any:
     """The same images from ``denoise`` on a fake session."""
-    table = step_table(SCHEDULE, request.sampler, request.steps, eta=request.eta)
-    conditioning = Conditioning(np.array(request.class_labels))
-    return denoise(FakeSession(), table, request.seeds, MODEL, conditioning=conditioning, guidance=request.guidance)
+    table = table_for(MODEL.denoiser, SCHEDULE, request.sampler, request.steps, request.eta)
+    return denoise(FakeSession(), Sampling(table, request.seeds, request.conditioning, request.guidance))
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -73,7 +73,7 @@ def test_previews_are_the_predicted_images_of_their_steps() -> None:
 
 
 def test_nan_fails_its_request_alone() -> None:
-    poison = GenerationRequest("poison", (9, 9), steps=6, class_labels=(0, NOT_A_NUMBER))
+    poison = GenerationRequest("poison", (9, 9), steps=6, conditioning=labels((0, NOT_A_NUMBER)))
     happened = list(run(stepper(max_rows=6), [MIXED[0], poison, MIXED[2]]))
     (failed,) = [item for item in happened if isinstance(item, Failed)]
     assert (failed.request_id, failed.reason) == ("poison", "not_finite")
@@ -86,7 +86,7 @@ def test_nan_fails_its_request_alone() -> None:
 
 @pytest.mark.parametrize("sizes", [None, (4,)])
 def test_a_request_that_the_session_refuses_fails_alone(sizes: Any) -> None:
-    poison = GenerationRequest("poison", (9,), steps=6, class_labels=(RAISES,))
+    poison = GenerationRequest("poison", (9,), steps=6, conditioning=labels((RAISES,)))
     happened = list(run(stepper(sizes=sizes), [MIXED[0], poison, MIXED[2]]))
     (failed,) = [item for item in happened if isinstance(item, Failed)]
     assert (failed.request_id, failed.reason, failed.message) == (
@@ -99,7 +99,7 @@ def test_a_request_that_the_session_refuses_fails_alone(sizes: Any) -> None:
 
 def test_a_session_that_fails_whatever_it_is_given_is_given_up() -> None:
     engine = stepper()
-    poison = [GenerationRequest(str(index), (9,), steps=6, class_labels=(RAISES,)) for index in range(3)]
+    poison = [GenerationRequest(str(index), (9,), steps=6, conditioning=labels((RAISES,))) for index in range(3)]
     happened = []
     with pytest.raises(EngineBroken, match="3 steps after each other failed"):
         happened.extend(run(engine, poison))
@@ -115,7 +115,7 @@ def test_a_session_that_only_runs_single_requests_is_given_up_but_one_bad_batch_
                 raise RuntimeError("std::bad_alloc")
             return super().run(inputs)
 
-    singles = [GenerationRequest(str(index), (index,), steps=6, class_labels=(0,)) for index in range(2)]
+    singles = [GenerationRequest(str(index), (index,), steps=6, conditioning=labels((0,))) for index in range(2)]
     done = [item for item in run(stepper(Small()), singles) if isinstance(item, Done)]
     assert len(done) == 2
     session = Small()
@@ -137,7 +137,7 @@ def test_cancelled_and_late_requests_free_their_rows_for_the_next_step() -> None
     session = FakeSession()
     engine = stepper(session, max_rows=2)
     for name, deadline in (("cancelled", None), ("late", 3.0), ("next", None), ("last", None)):
-        request = GenerationRequest(name, (1,), steps=50, class_labels=(0,))
+        request = GenerationRequest(name, (1,), steps=50, conditioning=labels((0,)))
         engine.scheduler.submit(MAKER.job(request, deadline))
     for now in (0.0, 1.0):
         engine.begin(now)
@@ -157,8 +157,8 @@ def test_padding_is_zeros_that_point_to_themselves() -> None:
     session = FakeSession()
     engine = stepper(session, max_rows=8, sizes=(8,))
     # First a full batch, so that the rows below hold somebody's values.
-    list(run(engine, [GenerationRequest("full", tuple(range(8)), "ddpm", 2, class_labels=(1,) * 8)]))
-    list(run(engine, [GenerationRequest("guided", (1,), "ddpm", 2, class_labels=(1,), guidance=2.0)]))
+    list(run(engine, [GenerationRequest("full", tuple(range(8)), "ddpm", 2, conditioning=labels((1,) * 8))]))
+    list(run(engine, [GenerationRequest("guided", (1,), "ddpm", 2, conditioning=labels((1,)), guidance=2.0)]))
     for name, values in session.seen.items():
         if name in ("owner_row", "unconditional_row"):
             assert values[2:].tolist() == [2, 3, 4, 5, 6, 7]
@@ -173,17 +173,17 @@ def test_padding_is_zeros_that_point_to_themselves() -> None:
 def test_no_noise_of_an_earlier_image_reaches_a_later_one() -> None:
     session = FakeSession()
     engine = stepper(session, max_rows=1)
-    list(run(engine, [GenerationRequest("noisy", (1,), "ddpm", 3, class_labels=(1,))]))
-    list(run(engine, [GenerationRequest("quiet", (1,), "ddim", 3, class_labels=(1,))]))
+    list(run(engine, [GenerationRequest("noisy", (1,), "ddpm", 3, conditioning=labels((1,)))]))
+    list(run(engine, [GenerationRequest("quiet", (1,), "ddim", 3, conditioning=labels((1,)))]))
     assert not session.seen["noise"].any()
 
 
 def lanes(count: int, max_rows: int, sizes: Any = None, *, alone: bool = True) -> tuple[Stepper, list[FakeSession]]:
     sessions = [FakeSession() for _ in range(count + 1)]
     rows = lane_rows(max_rows, count)
-    runners = [BatchRunner(session, MODEL, rows, sizes) for session in sessions[:-1]]
-    single = BatchRunner(sessions[-1], MODEL, 2, None) if alone else None
-    return Stepper(Scheduler(max_rows, SHAPE), Lanes(runners, single)), sessions
+    runners = [BatchRunner(session, rows, sizes) for session in sessions[:-1]]
+    single = BatchRunner(sessions[-1], 2, None) if alone else None
+    return Stepper(Scheduler(max_rows, INTERFACE), Lanes(runners, single)), sessions
 
 
 @pytest.mark.parametrize(("count", "max_rows"), [(2, 8), (2, 5), (3, 6), (4, 4)])
@@ -199,7 +199,7 @@ def test_lanes_give_the_same_images(count: int, max_rows: int) -> None:
 
 def test_an_error_in_one_lane_leaves_the_others_where_they_are() -> None:
     engine, _ = lanes(2, 4)
-    poison = GenerationRequest("poison", (9,), steps=6, class_labels=(RAISES,))
+    poison = GenerationRequest("poison", (9,), steps=6, conditioning=labels((RAISES,)))
     happened = list(run(engine, [MIXED[0], poison, MIXED[2]]))
     assert [item.request_id for item in happened if isinstance(item, Failed)] == ["poison"]
     done = {item.request_id: item.samples for item in happened if isinstance(item, Done)}
@@ -213,9 +213,11 @@ def test_no_mix_of_images_overflows_a_lane(lanes_: int) -> None:
         for guided in range(max_rows // 2 + 1):
             for plain in range(max_rows - 2 * guided + 1):
                 names = [("g", 2.0)] * guided + [("p", 1.0)] * plain
-                scheduler = Scheduler(max_rows, SHAPE)
+                scheduler = Scheduler(max_rows, INTERFACE)
                 for index, (name, guidance) in enumerate(names):
-                    request = GenerationRequest(f"{name}{index}", (0,), steps=1, guidance=guidance, class_labels=(0,))
+                    request = GenerationRequest(
+                        f"{name}{index}", (0,), steps=1, guidance=guidance, conditioning=labels((0,))
+                    )
                     scheduler.submit(MAKER.job(request))
                 parts = split(scheduler.fill(), lanes_)
                 assert sum(map(len, parts)) == len(names)

@@ -212,7 +212,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("served")
     tiny = write_tiny(folder / "step.onnx", conditional=True)
-    model = tiny.spec.model_copy(update={"name": "served", "labels": ("shirt", "bag", "boot", "coat", "dress")})
+    labels = tiny.spec.encoder.model_copy(update={"labels": ("shirt", "bag", "boot", "coat", "dress")})
+    model = tiny.spec.model_copy(update={"name": "served", "components": (tiny.spec.denoiser, labels)})
     scheduler = {"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2}
     with BundleWriter(folder / "served.qdm") as writer:
         for name in ("unet", "scheduler"):
@@ -220,7 +221,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfile(tiny.graph, writer.root / "unet/onnxruntime.onnx")
         (writer.root / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
         writer.publish(
-            name="served", model=model, targets=("onnxruntime",), provenance={}, recipe={},
+            name="served", pipeline=model, targets=("onnxruntime",), provenance={}, recipe={},
             compatibility=Compatibility(opset=21, min_runtime="0.1.0"),
         )  # fmt: skip
     return folder / "served.qdm"

@@ -69,7 +69,9 @@ def test_a_label_by_name_or_number(served: Any, wish: dict[str, Any], label: str
 
 
 def test_a_label_that_is_called_like_the_number_of_another(serve: Any, toy: Any) -> None:
-    server = serve(toy.ToyEngine(toy.LABELLED.model_copy(update={"labels": ("2", "1", "0")})))
+    table = toy.LABELLED.encoder.model_copy(update={"labels": ("2", "1", "0")})
+    model = toy.LABELLED.model_copy(update={"components": (toy.LABELLED.denoiser, table)})
+    server = serve(toy.ToyEngine(model))
     for given, name in ((0, "2"), ("0", "0"), (1, "1"), (2, "0")):
         answer = server.generate({"class_label": given, "num_inference_steps": 1}).json()
         assert answer["data"][0]["class_label"] == name

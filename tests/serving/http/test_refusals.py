@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, PipelineSpec, StatesFile
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.errors import InputError
 from qdm_deploy.serving.http.errors import ErrorDocument
 from qdm_deploy.serving.http.settings import HttpSettings, check_servable
@@ -263,14 +264,17 @@ def test_settings_that_would_be_unsafe_or_cannot_work(settings: dict[str, Any], 
 
 
 def test_models_without_pictures_are_refused_at_the_start(toy: Any) -> None:
-    shape = {"sample_shape": (4, 8, 8), "num_train_timesteps": 10}
+    def of(name: str, *conditions: TensorSpec, **given: Any) -> PipelineSpec:
+        denoiser = Denoiser(interface=StepInterface.of((4, 8, 8), conditions, coefficients=13), num_train_timesteps=10)
+        encoders = [StatesFile(inputs=tuple(spec.name for spec in conditions))] if conditions else []
+        return PipelineSpec(name=name, components=(denoiser, *encoders), **given)
+
     with pytest.raises(InputError, match="deep makes latents"):
-        check_servable(ModelSpec(name="deep", sample_kind="latents", **shape))
-    states = ConditioningInput(name="encoder_hidden_states", dtype="float32", shape=(77, 16))
-    with pytest.raises(InputError, match="wordy is conditioned on text states"):
-        check_servable(ModelSpec(name="wordy", conditioning=(states,), **shape))
+        check_servable(of("deep", makes="latents"))
+    with pytest.raises(InputError, match="wordy is conditioned on encoder_hidden_states"):
+        check_servable(of("wordy", TensorSpec(name="encoder_hidden_states", row_shape=(77, 16))))
     with pytest.raises(InputError, match="4 channels"):
-        check_servable(ModelSpec(name="wide", **shape))
+        check_servable(of("wide"))
     check_servable(toy.LABELLED)
 
 

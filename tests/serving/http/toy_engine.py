@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from qdm_deploy.artifacts.model_spec import ConditioningInput, ModelSpec
+from qdm_deploy.artifacts.pipeline_spec import Denoiser, LabelTable, PipelineSpec
+from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
+from qdm_deploy.components.sampling import table_for
 from qdm_deploy.errors import InputError
-from qdm_deploy.samplers import NoiseSchedule, apply_step, initial_noise, step_noise, step_table
+from qdm_deploy.samplers import NoiseSchedule, apply_step, initial_noise, step_noise
+from qdm_deploy.samplers.columns import COEFFICIENTS, HISTORY
 from qdm_deploy.serving.contract import (
     AdmissionRefused,
     EngineState,
@@ -30,16 +33,25 @@ from qdm_deploy.serving.contract import (
 )
 
 SHAPE = (1, 8, 10)
-LABELLED = ModelSpec(
+LABELLED = PipelineSpec(
     name="toy",
-    sample_shape=SHAPE,
-    num_train_timesteps=100,
-    conditioning=(ConditioningInput(name="class_labels", dtype="int64", shape=()),),
-    num_classes=3,
-    labels=("shirt", "bag", "boot"),
-    null_label=3,
+    components=(
+        Denoiser(
+            interface=StepInterface.of(
+                SHAPE, [TensorSpec(name="class_labels", dtype="int64")], coefficients=len(COEFFICIENTS)
+            ),
+            num_train_timesteps=100,
+            limits={"class_labels": 4},
+        ),
+        LabelTable(input="class_labels", num_classes=3, labels=("shirt", "bag", "boot"), null_label=3),
+    ),
 )
-PLAIN = ModelSpec(name="plain", sample_shape=(3, 8, 8), num_train_timesteps=100)
+PLAIN = PipelineSpec(
+    name="plain",
+    components=(
+        Denoiser(interface=StepInterface.of((3, 8, 8), coefficients=len(COEFFICIENTS)), num_train_timesteps=100),
+    ),
+)
 SCHEDULE = NoiseSchedule.from_config(
     {
         "_class_name": "DDPMScheduler",
@@ -58,6 +70,7 @@ class Image:
     index: int
     sample: Any
     x0: Any
+    history: Any
     step: int = 0
 
 
@@ -101,7 +114,7 @@ class ToyEngine:
 
     def __init__(
         self,
-        model: ModelSpec = LABELLED,
+        model: PipelineSpec = LABELLED,
         *,
         max_rows: int = 8,
         max_waiting: int = 16,
@@ -155,8 +168,9 @@ class ToyEngine:
                 observer.refused(reason)  # type: ignore[arg-type]
             raise AdmissionRefused(reason, f"refused: {reason}", 1.5)  # type: ignore[arg-type]
         start = initial_noise(request.seeds, self.model.sample_shape)
-        table = step_table(SCHEDULE, request.sampler, request.steps, eta=request.eta)
-        images = [Image(i, start[i : i + 1], np.zeros_like(start[:1])) for i in range(len(start))]
+        table = table_for(self.model.denoiser, SCHEDULE, request.sampler, request.steps, request.eta)
+        empty = np.zeros_like(start[:1])
+        images = [Image(i, start[i : i + 1], empty, np.repeat(empty, HISTORY, axis=1)) for i in range(len(start))]
         run = Run(request, self, table, images)
         self.queue.append(run)
         return run
@@ -219,11 +233,12 @@ class ToyEngine:
     def _advance(self, run: Run) -> None:
         request = run.request
         for image in run.images:
-            seed, label = request.seeds[image.index], (request.class_labels or [0] * 99)[image.index]
+            labels = request.conditioning.own.get("class_labels", np.zeros(99))
+            seed, label = request.seeds[image.index], float(labels[image.index])
             noise = step_noise([seed], image.step, self.model.sample_shape)
-            output = 0.3 * image.sample + 0.2 * (label - 1)
+            output = (0.3 * image.sample + 0.2 * (label - 1)).astype(np.float32)
             row = run.table.coefficients[image.step : image.step + 1]
-            image.sample, image.x0 = apply_step(row, image.sample, output, image.x0, noise)
+            image.sample, image.x0, image.history = apply_step(row, image.sample, output, image.history, noise)
             image.step += 1
             self.steps_run += 1
             wanted = {round(k * request.steps / (request.previews + 1)) for k in range(1, request.previews + 1)}
