@@ -49,7 +49,9 @@ def measured(name: str, target: Target, lab: Laboratory) -> dict[str, float]:
     model = lab.model
     plan = lab.shared(f"built {name}", lambda: lab.case().built(**VARIANTS[name]))
     with TemporaryDirectory() as folder, session_for(lab.case(), plan, target, Path(folder)) as session:
-        row, _ = compare_with(model.reference, session, makes=model.spec.makes, target=target, backend=target)
+        row, _ = compare_with(
+            model.reference, session, shown=model.reference.states[-1], decoder=None, target=target, backend=target
+        )
     counts = {
         key: float(plan.summary()[count])
         for key, count in (("float", "float"), ("z", "zero_offset"), ("k", "branch_factors"), ("r", "step_gains"))

@@ -12,7 +12,7 @@ from lib.random_models import random_model
 from lib.results import say
 
 from qdm_calibration.collect import collect_calibration_set
-from qdm_calibration.importance import StepImportance, importance_table, measure_importance
+from qdm_calibration.importance import MOST_STEPS, StepImportance, measure_importance
 from qdm_calibration.plan import PlanOptions, make_plan
 from qdm_calibration.simulate import simulate
 from qdm_calibration.statistics import collect_statistics
@@ -28,7 +28,7 @@ from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.planning import planned
 from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.components.encoders import open_encoder
-from qdm_deploy.components.sampling import table_for
+from qdm_deploy.components.sampling import run_settings, table_for
 from qdm_deploy.runtime import StepSession
 from qdm_deploy.samplers import NoiseSchedule, StepTable
 from qdm_deploy.samplers.conditioning import Conditioning
@@ -79,8 +79,9 @@ class Case:
         )
 
         def importance() -> StepImportance:
-            learned = self.checkpoint.denoiser.learned_variance
-            table = importance_table(self.schedule, given.sampler, given.steps, learned_variance=learned)
+            run = run_settings(given, self.checkpoint.spec, self.checkpoint.scheduler_config)
+            steps = min(run.steps, MOST_STEPS)
+            table = table_for(self.checkpoint.denoiser, self.schedule, run.sampler, steps)
             return measure_importance(self.checkpoint.unet, self.checkpoint.denoiser, self.sampling(table))
 
         return planned(

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.pipeline_spec import Denoiser
 from qdm_deploy.errors import CheckFailed
 from qdm_deploy.progress import SILENT, Progress
-from qdm_deploy.samplers import NoiseSchedule, StepTable, apply_step, step_noise, step_table
+from qdm_deploy.samplers import apply_step, step_noise
 from qdm_deploy.samplers.sampling import Sampling
 
 if TYPE_CHECKING:
     from qdm_calibration.collect import Network
 
-__all__ = ["SEEDS", "StepImportance", "disturbance", "importance_table", "measure_importance"]
+__all__ = ["MOST_STEPS", "SEEDS", "StepImportance", "disturbance", "measure_importance"]
 
 # Trajectories that are enough to average over.
 SEEDS = 4
-_MOST_STEPS = 25
+MOST_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,6 @@ def measure_importance(
     timesteps = np.floor(table.timesteps[steps]).astype(np.int64)
     rising = np.argsort(timesteps)
     return StepImportance(timesteps[rising], mean[rising], power.mean(axis=1)[rising])
-
-
-def importance_table(schedule: NoiseSchedule, sampler: str, steps: int, *, learned_variance: bool) -> StepTable:
-    """The steps that importance is measured over: it is smooth in the timestep, so 25 at most say it."""
-    return step_table(schedule, sampler, min(steps, _MOST_STEPS), learned_variance=learned_variance)
 
 
 def disturbance(seed: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -20,9 +21,11 @@ from qdm_deploy.samplers.random_inputs import random_inputs
 from qdm_export.metadata import MODULE_KEY
 from qdm_export.passes.time_table import TimeTable
 from qdm_export.step_graph import StepGraph
-from qdm_export.unet import Checkpoint
 
-__all__ = ["OPSET", "example_inputs", "export_float_graph", "save_graph"]
+if TYPE_CHECKING:
+    from qdm_export.unet import Checkpoint
+
+__all__ = ["OPSET", "example_inputs", "export_float_graph", "quiet_exporter", "save_graph"]
 
 # TensorRT 10.2+ and TensorRT-RTX read opset 21, which has the float16 QuantizeLinear and GroupNormalization we need.
 OPSET = 21
@@ -31,13 +34,13 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _EXTERNAL_THRESHOLD_BYTES = 1024
 
 
-def example_inputs(checkpoint: Checkpoint, batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def example_inputs(checkpoint: "Checkpoint", batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Random but valid inputs for the step graph, in its input order."""
     inputs = random_inputs(checkpoint.denoiser, batch, seed)
     return tuple(torch.from_numpy(inputs[spec.name]) for spec in checkpoint.denoiser.interface)
 
 
-def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
+def export_float_graph(checkpoint: "Checkpoint") -> ir.Model:
     """Export the step graph of ``checkpoint`` in float32 with a dynamic batch.
 
     Raises:
@@ -50,7 +53,7 @@ def export_float_graph(checkpoint: Checkpoint) -> ir.Model:
     # Batch 2: torch.export specialises an example size of 1 to a constant.
     inputs = example_inputs(checkpoint, batch=2)
     try:
-        with _quiet():
+        with quiet_exporter():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -98,7 +101,7 @@ def save_graph(model: ir.Model, path: Path, *, weights: str | None = None) -> No
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's progress lines and notes about packages we do not use off the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

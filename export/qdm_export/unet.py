@@ -5,17 +5,14 @@ and a bare U-Net folder (``config.json`` and its weights, with ``scheduler_confi
 """
 
 import hashlib
-import inspect
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdm_deploy.artifacts.manifest import first_problem
@@ -23,16 +20,16 @@ from qdm_deploy.artifacts.pipeline_spec import Denoiser, Encoder, LabelTable, Pi
 from qdm_deploy.artifacts.step_interface import StepInterface, TensorSpec
 from qdm_deploy.errors import ModelError
 from qdm_deploy.samplers.columns import COEFFICIENTS, LEARNED_VARIANCE_COEFFICIENTS
-from qdm_export.families import family_of
+from qdm_export.component_folder import build_module, load_weights, parse_json, read_json, weight_files
+from qdm_export.decoder import DecoderNet, load_decoder
+from qdm_export.families import Family, family_of
+from qdm_export.text_encoder import TextModel, load_text_encoder
 
 __all__ = ["Checkpoint", "UNet", "load_checkpoint"]
 
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 # What a repository may hold beside the weights that are wanted.
 _VARIANTS = ["*.fp16*", "*.bf16*", "*non_ema*"]
 _NOT_USED = ["safety_checker/*", "feature_extractor/*", "image_encoder/*"]
-_MAX_CONFIG_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # The blocks that read a skip by torch.cat and keep the resolution of `sample_size`; the FIR "Skip" and the "K" blocks
@@ -83,6 +80,8 @@ class Checkpoint:
     model_index: Mapping[str, Any]
     weights_sha256: str
     source: str
+    texts: tuple[TextModel, ...] = ()
+    decoder: DecoderNet | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -98,19 +97,20 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
     """
     folder = _local_folder(str(source))
     unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _read_json(unet_dir / "config.json", "a diffusers U-Net folder has one")
+    config = read_json(unet_dir / "config.json", "a diffusers U-Net folder has one")
     model_class = _model_class(config, unet_dir / "config.json")
     scheduler = _read_first(
         [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"],
         "the sampler's noise schedule is read from it",
     )
-    model_index = _read_json(folder / "model_index.json", "") if (folder / "model_index.json").is_file() else {}
+    model_index = read_json(folder / "model_index.json", "") if (folder / "model_index.json").is_file() else {}
     family = family_of(model_index)
     config, scheduler = family.unet_config(config), family.scheduler_config(scheduler)
-    files = _weight_files(unet_dir)
-    module = _build(model_class, config, unet_dir)
-    _load_weights(module, files, unet_dir)
-    spec = _pipeline_spec(folder, module, config, scheduler, model_index)
+    files = weight_files(unet_dir)
+    module = build_module(model_class, config, unet_dir)
+    load_weights(module, files, unet_dir)
+    texts, decoder = _text_models(folder, family, config), load_decoder(folder, model_index)
+    spec = _pipeline_spec(folder, module, config, scheduler, model_index, texts, decoder)
     return Checkpoint(
         unet=UNet(module).eval().requires_grad_(False),
         spec=spec,
@@ -118,7 +118,18 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         model_index=model_index,
         weights_sha256=_sha256(files),
         source=str(source),
+        texts=texts,
+        decoder=decoder,
     )
+
+
+def _text_models(folder: Path, family: Family, config: Mapping[str, Any]) -> tuple[TextModel, ...]:
+    """The text encoders of a pipeline whose U-Net takes their states and nothing else."""
+    added = ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim")
+    whole = family.text and (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()
+    if not whole or any(config.get(name) is not None for name in added) or config.get("in_channels") == 9:
+        return ()
+    return (load_text_encoder(folder),)
 
 
 def _local_folder(source: str) -> Path:
@@ -154,28 +165,10 @@ def _local_folder(source: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path, why: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path} is missing: {why}")
-    value = _parse_json(path)
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}; a configuration is a JSON object")
-    return value
-
-
-def _parse_json(path: Path) -> Any:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ModelError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {_MAX_CONFIG_BYTES}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); copy the model again") from error
-
-
 def _read_first(paths: list[Path], why: str) -> dict[str, Any]:
     for path in paths:
         if path.is_file():
-            return _read_json(path, why)
+            return read_json(path, why)
     raise ModelError(f"{paths[0]} is missing: {why}")
 
 
@@ -198,96 +191,19 @@ def _model_class(config: Mapping[str, Any], path: Path) -> str:
     return str(name)
 
 
-def _weight_files(unet_dir: Path) -> list[Path]:
-    for name in _WEIGHTS:
-        if (unet_dir / name).is_file():
-            return [unet_dir / name]
-    if (unet_dir / _INDEX).is_file():
-        weight_map = _read_json(unet_dir / _INDEX, "").get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
-            raise ModelError(f"{unet_dir / _INDEX} has no weight_map from tensor to shard; copy the model again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name or not (unet_dir / name).is_file():
-                raise ModelError(f"{unet_dir / _INDEX} names a shard {name!r} that is not a file of that folder")
-        return [unet_dir / name for name in names]
-    pickled = sorted(p.name for p in unet_dir.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickled:
-        raise ModelError(
-            f"{unet_dir} has only pickled weights ({', '.join(pickled)}), which can run code when loaded; convert "
-            "them once, in an environment you trust, with diffusers: "
-            "pipeline.save_pretrained(FOLDER, safe_serialization=True)"
-        )
-    raise ModelError(f"{unet_dir} has no {_WEIGHTS[0]}; copy the model again")
-
-
-def _build(model_class: str, config: Mapping[str, Any], unet_dir: Path) -> nn.Module:
-    import diffusers
-
-    kind = getattr(diffusers, model_class)
-    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
-        raise ModelError(
-            f"{unet_dir / 'config.json'} has options that {model_class} does not know: {', '.join(unknown)}"
-        )
-    try:
-        with torch.device("meta"):
-            module: nn.Module = kind(**arguments)
-    except (TypeError, ValueError, KeyError, IndexError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"{unet_dir / 'config.json'} does not describe a working {model_class}: {error}") from error
-    return module
-
-
-def _load_weights(module: nn.Module, files: list[Path], unet_dir: Path) -> None:
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                    state[name] = tensors.get_tensor(name).to(torch.float32)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} cannot be read as safetensors ({error}); it may be truncated: copy it again"
-            ) from error
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    if missing or extra:
-        raise ModelError(
-            f"the weights in {unet_dir} do not fit its config.json: {len(missing)} missing (first: {missing[:1]}), "
-            f"{len(extra)} unexpected (first: {extra[:1]})"
-        )
-    for name, value in state.items():
-        if tuple(value.shape) != expected[name]:
-            raise ModelError(
-                f"{name} in {unet_dir} has shape {tuple(value.shape)}; its config.json asks for {expected[name]}"
-            )
-        if not torch.isfinite(value).all():
-            raise ModelError(f"{name} in {unet_dir} holds NaN or infinite values; the checkpoint is broken")
-    module.load_state_dict(state, assign=True)
-    # Parameters came from the file; anything still on "meta" is a buffer that the class computes (none of ours has
-    # one).
-    left = [name for name, value in [*module.named_parameters(), *module.named_buffers()] if value.is_meta]
-    if left:
-        raise ModelError(f"{unet_dir}: {len(left)} tensors were not initialised by the weights (first: {left[0]})")
-
-
 def _pipeline_spec(
     folder: Path,
     module: nn.Module,
     config: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     model_index: Mapping[str, Any],
+    texts: Sequence[TextModel],
+    decoder: DecoderNet | None,
 ) -> PipelineSpec:
     height, width = _sample_size(folder, config)
     channels, beside = _channels(config, height, width)
     is_conditional = config["_class_name"] == "UNet2DConditionModel"
-    conditions = [*(_states(config, model_index) if is_conditional else ()), *beside]
+    conditions = [*(_states(config, model_index, texts) if is_conditional else ()), *beside]
     learned = int(config["out_channels"]) == 2 * channels
     states = StatesFile(inputs=tuple(spec.name for spec in conditions)) if conditions else None
     encoder: Encoder | None = states
@@ -320,11 +236,15 @@ def _pipeline_spec(
         learned_variance=learned,
         limits=limits,
     )
-    return PipelineSpec(
-        name=re.sub(r"[\x00-\x1f\x7f-\x9f<>]", "_", folder.resolve().name)[:200] or "model",
-        components=(denoiser, *(() if encoder is None else (encoder,))),
-        makes="latents" if "vae" in model_index or "vqvae" in model_index else "pixels",
-    )
+    encoders: list[Encoder] = [model.spec for model in texts] or ([] if encoder is None else [encoder])
+    try:
+        return PipelineSpec(
+            name=re.sub(r"[\x00-\x1f\x7f-\x9f<>]", "_", folder.resolve().name)[:200] or "model",
+            components=(denoiser, *encoders, *(() if decoder is None else (decoder.spec,))),
+            makes="latents" if "vae" in model_index or "vqvae" in model_index else "pixels",
+        )
+    except ValidationError as error:
+        raise ModelError(f"the parts of {folder} do not fit together: {first_problem(error)}") from error
 
 
 def _channels(config: Mapping[str, Any], height: int, width: int) -> tuple[int, list[TensorSpec]]:
@@ -341,13 +261,14 @@ def _channels(config: Mapping[str, Any], height: int, width: int) -> tuple[int, 
     )
 
 
-def _states(config: Mapping[str, Any], model_index: Mapping[str, Any]) -> list[TensorSpec]:
+def _states(config: Mapping[str, Any], model_index: Mapping[str, Any], texts: Sequence[TextModel]) -> list[TensorSpec]:
     """What a text-conditional U-Net wants to know of a prompt."""
     for name, allowed in _TEXT_OPTIONS.items():
         if config.get(name) not in allowed:
             raise ModelError(f"{name} {config[name]!r} is not supported; supported are {', '.join(map(repr, allowed))}")
     width = int(config.get("cross_attention_dim") or 1280)
-    states = [TensorSpec(name="encoder_hidden_states", row_shape=(_TEXT_TOKENS, width))]
+    tokens = texts[0].spec.max_length if texts else _TEXT_TOKENS
+    states = [TensorSpec(name="encoder_hidden_states", row_shape=(tokens, width))]
     if config.get("addition_embed_type") == "text_time":
         # Sizes and crops as six numbers, or five where an aesthetic score stands for the target size (SDXL's refiner).
         ids = 5 if model_index.get("requires_aesthetics_score") else 6
@@ -394,7 +315,7 @@ def _label_table(folder: Path, name: str, embeddings: int) -> LabelTable:
     path = folder / "labels.json"
     if not path.is_file():
         return LabelTable(input=name, num_classes=embeddings)
-    names = _parse_json(path)
+    names = parse_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{path} must hold a JSON list of label names")
     if len(names) not in (embeddings, embeddings - 1):

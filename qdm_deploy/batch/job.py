@@ -22,6 +22,7 @@ from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.options import BatchOptions, Format
 from qdm_deploy.batch.staging import publish, staged
 from qdm_deploy.components.encoders import Encoder
+from qdm_deploy.components.sampling import run_settings
 from qdm_deploy.errors import InputError
 from qdm_deploy.runtime.cpu import available_cores
 
@@ -118,6 +119,7 @@ def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object], 
     """
     versions = {"qdm-deploy": installed_version() or "unknown", "numpy": np.__version__, "pillow": PIL.__version__}
     conditioning = options.conditioning_file
+    run = run_settings(options, bundle.pipeline, bundle.scheduler_config())
     encoder.encode([options.label])  # refuses what the model does not know
     return Job(
         bundle_id=bundle.id,
@@ -126,10 +128,10 @@ def job_of(options: BatchOptions, bundle: Bundle, engine: Mapping[str, object], 
         shard_size=options.shard_size,
         format=options.format,
         seed=options.seed,
-        sampler=options.sampler,
-        steps=options.steps,
+        sampler=run.sampler,
+        steps=run.steps,
         eta=options.eta,
-        guidance=options.guidance,
+        guidance=run.guidance,
         guidance_rescale=options.guidance_rescale,
         label=None if options.label is None else encoder.captions([options.label])[0],
         conditioning_sha256=None if conditioning is None else sha256_of(conditioning),

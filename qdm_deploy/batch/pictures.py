@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.record import installed_version
 from qdm_deploy.batch.job import Job, Shard
+from qdm_deploy.components.decoder import open_decoder
 from qdm_deploy.components.encoders import Encoder, LabelEncoder
 from qdm_deploy.components.pictures import ImageMetadata, made_by, to_pictures
 from qdm_deploy.components.sampling import SamplingMaker, SamplingOptions
@@ -36,12 +37,15 @@ class PictureSource:
         bundle: the opened bundle of the session.
         job: what is made.
         encoder: makes the conditions.
+        threads: of a decoder of latents.
 
     Raises:
         InputError: the model, its sampler or its conditions cannot do what the job asks for.
     """
 
-    def __init__(self, session: StepSession, bundle: Bundle, job: Job, encoder: Encoder) -> None:
+    def __init__(
+        self, session: StepSession, bundle: Bundle, job: Job, encoder: Encoder, *, threads: int | None = None
+    ) -> None:
         self._session = session
         self._model = bundle.pipeline
         self._job = job
@@ -57,12 +61,13 @@ class PictureSource:
         self._version = installed_version() or "unknown"
         # All that the first batch would be refused for: a job that is written down can be made.
         check_denoising(session, self._maker.make([job.seed], [job.label]), job.batch_size)
-        to_pictures(np.zeros((1, *self._model.sample_shape), np.float32), self._model)  # refuses latents
+        self._decoder = open_decoder(bundle, str(session.describe()["backend"]), threads=threads)
+        to_pictures(np.zeros((1, *self.shape), np.float32), self._model)  # refuses what no picture can hold
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of a sample."""
-        return self._model.sample_shape
+        """[C, H, W] of a picture."""
+        return self._model.picture_shape or self._model.sample_shape
 
     def batches(self, shard: Shard, made: Callable[[int], None]) -> Iterator[list[Picture]]:
         """The pictures of a shard in order, in lists as they were made; ``made`` hears how many are new.
@@ -84,13 +89,16 @@ class PictureSource:
         samples = denoise(self._session, self._maker.make(seeds, prompts, first=first), batch_size=size)
         encoder = self._maker.encoder
         captions = encoder.captions(prompts, first=first)
+        negatives = encoder.negatives(prompts, first=first)
         labels = encoder.numbers(prompts, first=first).tolist() if isinstance(encoder, LabelEncoder) else [None] * size
         return [
-            self._picture(first + row, pixels, labels[row], captions[row])
-            for row, pixels in enumerate(to_pictures(samples, self._model))
+            self._picture(first + row, pixels, labels[row], captions[row], negatives[row])
+            for row, pixels in enumerate(to_pictures(self._decoder.decode(samples), self._model))
         ]
 
-    def _picture(self, index: int, pixels: NDArray[np.uint8], label: int | None, caption: str | None) -> Picture:
+    def _picture(
+        self, index: int, pixels: NDArray[np.uint8], label: int | None, caption: str | None, negative: str | None
+    ) -> Picture:
         metadata = ImageMetadata(
             version=self._version,
             bundle_id=self._job.bundle_id,
@@ -99,7 +107,9 @@ class PictureSource:
             steps=self._job.steps,
             eta=self._job.eta,
             guidance=self._job.guidance,
+            guidance_rescale=self._job.guidance_rescale,
             label=caption,
+            negative_prompt=negative,
             backend=self._backend,
         )
         return Picture(index, pixels, label, metadata)

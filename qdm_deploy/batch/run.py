@@ -83,14 +83,14 @@ class _Tally:
 
 def _run(options: BatchOptions, place: Place, stopping: Stopping, tally: _Tally, progress: Progress) -> PlaceResult:
     bundle = Bundle.open(options.bundle)
-    encoder = open_encoder(bundle.pipeline, options.conditioning_file)
+    encoder = open_encoder(bundle.pipeline, options.conditioning_file, root=bundle.path)
     threads = threads_for(options, 1)
     # Not the one that is timed as the fastest: all workers must take the same one, on every machine.
     backend = automatic_backend(bundle.manifest.targets) if options.backend == "auto" else options.backend
     with open_session(bundle, backend, precision=options.precision, threads=threads, mode="throughput") as session:
         engine = dict(session.describe())
         job = job_of(options, bundle, engine, encoder)
-        source = PictureSource(session, bundle, job, encoder)
+        source = PictureSource(session, bundle, job, encoder, threads=threads)
         with disk_problems(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
         for path in sweep(options.out):

@@ -20,10 +20,12 @@ from qdm_deploy.building.engine_audit import audit_row
 from qdm_deploy.building.measure import measure
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.publish import BuildResult, publish
+from qdm_deploy.components.encoders import open_encoder
+from qdm_deploy.components.prompt_lists import read_prompts
 from qdm_deploy.components.sampling import SamplingMaker, SamplingOptions
 from qdm_deploy.engines.cache import EngineCache
 from qdm_deploy.engines.flavour import FLAVOURS, target_of
-from qdm_deploy.errors import EnvironmentProblem
+from qdm_deploy.errors import EnvironmentProblem, InputError
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import EngineRow, RewriteRow
 
@@ -64,7 +66,9 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     stages = Stages()
     with BundleWriter(options.out, force=options.force) as writer, ExitStack() as cleanup:
         scratch = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="qdm-deploy-")))
-        checkpoint, maker = _load(options, stages, progress)
+        checkpoint, maker = _load(options, writer.root, stages, progress)
+        run = maker.run
+        options = replace(options, sampler=run.sampler, steps=run.steps, guidance=run.guidance)  # for the record
         given = calibration_given(options, checkpoint, maker)
         with stages.stage("export"):
             progress.say(f"Exporting {checkpoint.spec.name} to ONNX")
@@ -76,6 +80,11 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
                 from qdm_export.split_concat import split_checkpoint
 
                 checkpoint, float_graph = split_checkpoint(checkpoint, float_graph, progress)
+            if checkpoint.decoder is not None:
+                from qdm_export.decoder import save_decoder
+
+                progress.say("Exporting its decoder")
+                save_decoder(checkpoint.decoder, writer.root / checkpoint.decoder.spec.name)
         calibrated = calibrated_plan(options, checkpoint, maker, given, float_graph, stages.stage, progress)
         plan = calibrated.plan
         rewrites = _emit(options, plan, float_graph, whole, writer.root / "unet", stages, progress)
@@ -87,7 +96,11 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
 
 
 def _require_build_extra() -> None:
-    missing = [name for name in ("torch", "diffusers", "onnx", "onnx_ir", "onnxscript") if find_spec(name) is None]
+    missing = [
+        name
+        for name in ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript")
+        if find_spec(name) is None
+    ]
     if missing:
         raise EnvironmentProblem(
             f"building needs {', '.join(missing)}, which this environment lacks; install them with "
@@ -114,7 +127,7 @@ def _engines(options: BuildOptions, progress: Progress) -> tuple[str, ...]:
     return wanted
 
 
-def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["Checkpoint", SamplingMaker]:
+def _load(options: BuildOptions, root: Path, stages: Stages, progress: Progress) -> tuple["Checkpoint", SamplingMaker]:
     with stages.stage("load"):
         progress.say("Loading the model")
         import torch
@@ -130,7 +143,20 @@ def _load(options: BuildOptions, stages: Stages, progress: Progress) -> tuple["C
             guidance=options.guidance,
             conditioning_file=options.conditioning_file,
         )
-    return checkpoint, SamplingMaker(checkpoint.spec, checkpoint.scheduler_config, asked)
+    measuring = None
+    if checkpoint.texts:
+        from qdm_export.text_encoder import export_text_encoder
+
+        if options.prompts_file is not None:
+            measuring = read_prompts(options.prompts_file).every_second(1)
+        with stages.stage("text"):
+            for model in checkpoint.texts:
+                progress.say(f"Exporting {model.spec.name}")
+                export_text_encoder(model, root)
+    elif options.prompts_file is not None:
+        raise InputError(f"{checkpoint.spec.name} takes no prompts; leave the file {options.prompts_file} out")
+    encoder = open_encoder(checkpoint.spec, options.conditioning_file, root=root, prompts=measuring)
+    return checkpoint, SamplingMaker(checkpoint.spec, checkpoint.scheduler_config, asked, encoder)
 
 
 def _emit(

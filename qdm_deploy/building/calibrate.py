@@ -15,10 +15,13 @@ from qdm_deploy.building.layer_times import LayerTimer
 from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.planning import check_modelopt, check_step_bins, planned
 from qdm_deploy.building.sensitivity import Budgeted, check_keep_fp
+from qdm_deploy.components.prompt_lists import packaged_prompts, read_prompts
 from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.errors import InputError
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.ranges import InputRanges, input_ranges
+from qdm_deploy.samplers import StepTable
+from qdm_deploy.samplers.sampling import Sampling
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,6 +77,19 @@ def calibration_given(options: BuildOptions, checkpoint: "Checkpoint", maker: Sa
     return given
 
 
+def calibration_sampling(
+    options: BuildOptions, maker: SamplingMaker, count: int, *, table: StepTable | None = None
+) -> Sampling:
+    """Samplings of the calibration: its seeds and, for a model that takes prompts, its prompts."""
+    prompts, negatives = None, None
+    if maker.pipeline.text_encoders:
+        listed = packaged_prompts("calibration")
+        if options.prompts_file is not None:
+            listed = read_prompts(options.prompts_file).every_second(0)
+        prompts, negatives = listed.in_turn(count)
+    return maker.make(range(options.seed, options.seed + count), prompts, negatives, table=table)
+
+
 def calibrated_plan(
     options: BuildOptions,
     checkpoint: "Checkpoint",
@@ -95,7 +111,7 @@ def calibrated_plan(
         calibration = given or collect_calibration_set(
             checkpoint.unet,
             denoiser,
-            maker.make(range(options.seed, options.seed + options.calibration_samples)),
+            calibration_sampling(options, maker, options.calibration_samples),
             _plan_of(options),
             provenance={"model": checkpoint.spec.name, "weights_sha256": checkpoint.weights_sha256},
             progress=progress,
@@ -123,11 +139,10 @@ def _importance(
     options: BuildOptions, checkpoint: "Checkpoint", maker: SamplingMaker, progress: Progress
 ) -> "StepImportance":
     """Over the sampler that the bundle is built for, on seeds of the calibration."""
-    from qdm_calibration.importance import SEEDS, importance_table, measure_importance
+    from qdm_calibration.importance import MOST_STEPS, SEEDS, measure_importance
 
-    learned = checkpoint.denoiser.learned_variance
-    table = importance_table(maker.schedule, options.sampler, options.steps, learned_variance=learned)
-    sampling = maker.make(range(options.seed, options.seed + SEEDS), table=table)
+    table = maker.table_of(maker.run.sampler, min(maker.run.steps, MOST_STEPS))
+    sampling = calibration_sampling(options, maker, SEEDS, table=table)
     return measure_importance(checkpoint.unet, checkpoint.denoiser, sampling, progress=progress)
 
 

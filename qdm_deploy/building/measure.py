@@ -25,6 +25,7 @@ from qdm_deploy.building.options import BuildOptions
 from qdm_deploy.building.quality import ReferenceRun, compare_with, reference_run
 from qdm_deploy.building.simulation import TorchSession
 from qdm_deploy.building.speed import measure_speed, speedup_of
+from qdm_deploy.components.decoder import decoder_in
 from qdm_deploy.components.sampling import SamplingMaker
 from qdm_deploy.progress import Progress
 from qdm_deploy.report.model import CheckRow, QualityRow, SpeedRow
@@ -60,7 +61,8 @@ class Measured:
 
     Attributes:
         reference: the float run.
-        samples: finished samples per target, [N, C, H, W].
+        shown: pictures of its samples, [N, C, H, W]; None where nothing makes pictures of them.
+        pictures: the same of each target.
         backend: what a user of this machine would get by default.
         speedup: float over INT8 on it, at the smallest measured batch.
     """
@@ -71,7 +73,8 @@ class Measured:
     speedup: float | None
     backend: str
     reference: ReferenceRun
-    samples: Mapping[Target, NDArray[np.float32]]
+    shown: NDArray[np.float32] | None
+    pictures: Mapping[Target, NDArray[np.float32]]
 
 
 def unseen_seeds(options: BuildOptions) -> range:
@@ -99,20 +102,24 @@ def measure(
     spec = checkpoint.spec
     opened = _Sessions(options, folder)
     default = automatic_backend(tuple(options.targets))
-    verify_table = maker.table_of(options.sampler, options.verify_steps)
+    verify_table = maker.table_of(maker.run.sampler, options.verify_steps)
     with stage("compare"):
         progress.say("Comparing INT8 with float on unseen seeds")
         with opened("onnxruntime", "float") as session:
             sampling = maker.make(unseen_seeds(options), table=verify_table)
             reference = reference_run(session, sampling, progress=progress)
-        quality, samples = [], {}
+        decoder = decoder_in(spec, folder.parent, default, threads=options.threads)
+        shown = None if decoder is None else decoder.decode(reference.states[-1], progress=progress)
+        quality, pictures = [], {}
         for target in options.targets:
             judge = target if opened.has(target) else "simulation"
             with opened(target, "int8") if opened.has(target) else simulation_of(checkpoint, plan, target) as session:
-                row, samples[target] = compare_with(
-                    reference, session, makes=spec.makes, target=target, backend=judge, progress=progress
+                row, pictures[target] = compare_with(
+                    reference, session, shown=shown, decoder=decoder, target=target, backend=judge, progress=progress
                 )
             quality.append(row)
+        if decoder is not None:
+            decoder.close()
     row_bytes = max(bytes_per_row(float_graph, plan), 1)
     with stage("check"):
         inputs = trajectory_inputs(spec.denoiser, reference, min(max(_CHECK_BYTES // row_bytes, 1), _CHECK_ROWS))
@@ -125,7 +132,7 @@ def measure(
                 timed = {key: sessions.enter_context(opened(*key)) for key in group}
                 speed += measure_speed(timed, spec.denoiser, batches, progress=progress)
     speedup = speedup_of(speed, default, batches[0])
-    return Measured(checks, tuple(quality), speed, speedup, default, reference, samples)
+    return Measured(checks, tuple(quality), speed, speedup, default, reference, shown, pictures)
 
 
 class _Sessions:

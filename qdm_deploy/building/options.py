@@ -6,13 +6,13 @@ from typing import Literal
 
 from qdm_deploy.artifacts.plan import TARGETS, Target
 from qdm_deploy.choices import one_of, within
+from qdm_deploy.components.sampling import MAX_STEPS
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers import SAMPLERS
 
 __all__ = ["BuildOptions"]
 
 _MAX_IMAGES = 100_000
-_MAX_STEPS = 10_000
 # Leaves room behind it for the seeds of the calibration and of the verdict.
 _MAX_BUILD_SEED = 2**62
 
@@ -25,7 +25,10 @@ class BuildOptions:
         out: the bundle's folder.
         model: a diffusers folder or a Hugging Face id; None is the embedded Fashion-MNIST model.
         targets: graphs to emit.
-        sampler, steps, guidance: what the model is calibrated for and judged with.
+        sampler, steps, guidance: what the model is calibrated for and judged with; None: as the model's own files say
+            (``qdm_deploy.components.sampling.run_settings``).
+        prompts_file: prompts of a text-conditional model, one a line, a negative one behind a tab; every second line
+            calibrates, the others judge. None: the two packaged hundreds.
         strategy, calibration_samples, calibration_steps, ndtc_*: how calibration rows are drawn (``SamplingPlan``).
         calibration_file: use this calibration set instead of sampling one.
         save_calibration: keep the calibration set in this file, for ``calibration_file`` of a later build.
@@ -59,7 +62,8 @@ class BuildOptions:
             installed, () builds none.
         float_graph: keep the unquantized step graph in the bundle.
         verify_samples, verify_steps: size of the paired comparison.
-        min_psnr_db, min_eps_sqnr_db, min_speedup: thresholds of the verdict.
+        min_psnr_db, min_eps_sqnr_db, min_speedup: thresholds of the verdict. min_psnr_db None is 30 dB, and for a
+            latent model 0, which asks for none.
         force: replace an existing bundle.
         threads: CPU threads for the measurements; None: all.
         command: the command line, for the record.
@@ -68,9 +72,10 @@ class BuildOptions:
     out: Path
     model: str | None = None
     targets: tuple[Target, ...] = TARGETS
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 1.0
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    prompts_file: Path | None = None
     strategy: Literal["uniform", "ndtc"] = "uniform"
     calibration_samples: int = 16
     calibration_steps: int = 20
@@ -99,7 +104,7 @@ class BuildOptions:
     float_graph: bool = True
     verify_samples: int = 16
     verify_steps: int = 20
-    min_psnr_db: float = 30.0
+    min_psnr_db: float | None = None
     min_eps_sqnr_db: float = 25.0
     min_speedup: float = 1.0
     force: bool = False
@@ -121,14 +126,13 @@ class BuildOptions:
             )
         if "onnxruntime" not in self.targets:
             raise InputError("the target onnxruntime is part of every bundle (the CPU fallback); add it to the targets")
-        one_of("sampler", self.sampler, SAMPLERS)
+        self._check_sampling()
         one_of("calibration strategy", self.strategy, ("uniform", "ndtc"))
         one_of("range method", self.ranges, ("minmax", "percentile", "mse", "lp"))
         one_of("concat scales", self.concat_scales, ("none", "branch", "split"))
         one_of("channel scales", self.channel_scales, ("none", "free", "auto"))
-        within("steps", self.steps, 1, _MAX_STEPS)
         within("calibration samples", self.calibration_samples, 1, _MAX_IMAGES)
-        within("calibration steps", self.calibration_steps, 1, _MAX_STEPS)
+        within("calibration steps", self.calibration_steps, 1, MAX_STEPS)
         within("ndtc count", self.ndtc_count, 1, _MAX_IMAGES)
         within("ndtc mean", self.ndtc_mean, 0, 1)
         within("ndtc spread", self.ndtc_spread, 0.001, 1)
@@ -145,11 +149,11 @@ class BuildOptions:
                 "a bf16 rest was asked for, which only the target tensorrt has, and it is not among the targets "
                 f"{', '.join(self.targets)}; add it, or leave the rest at fp16"
             )
-        within("guidance", self.guidance, 0, 100)
         within("seed", self.seed, 0, _MAX_BUILD_SEED)
         within("verify samples", self.verify_samples, 1, 4096)
-        within("verify steps", self.verify_steps, 1, _MAX_STEPS)
-        within("the PSNR threshold", self.min_psnr_db, 0, 1000)
+        within("verify steps", self.verify_steps, 1, MAX_STEPS)
+        if self.min_psnr_db is not None:
+            within("the PSNR threshold", self.min_psnr_db, 0, 1000)
         within("the SQNR threshold", self.min_eps_sqnr_db, 0, 1000)
         within("the speed-up threshold", self.min_speedup, 0, 1000)
         if self.threads is not None:
@@ -168,6 +172,14 @@ class BuildOptions:
     def corrected_output(self) -> str:
         """``output_correction``, or what stands for None."""
         return self.output_correction or ("auto" if self.from_modelopt is None else "none")
+
+    def _check_sampling(self) -> None:
+        if self.sampler is not None:
+            one_of("sampler", self.sampler, SAMPLERS)
+        if self.steps is not None:
+            within("steps", self.steps, 1, MAX_STEPS)
+        if self.guidance is not None:
+            within("guidance", self.guidance, 0, 100)
 
     def _check_step_bins(self) -> None:
         if isinstance(self.step_bins, str):

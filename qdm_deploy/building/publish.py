@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildResult", "publish"]
 
+_LEAST_PSNR_DB = 30.0
 # Versions before this one do not know this bundle layout.
 _MIN_RUNTIME = "0.1.0"
 _SATURATES = (
@@ -119,7 +120,9 @@ def _report(
     recipe: dict[str, Any],
 ) -> Report:
     thresholds = Thresholds(
-        min_psnr_db=options.min_psnr_db, min_eps_sqnr_db=options.min_eps_sqnr_db, min_speedup=options.min_speedup
+        min_psnr_db=_needed_psnr(options, checkpoint),
+        min_eps_sqnr_db=options.min_eps_sqnr_db,
+        min_speedup=options.min_speedup,
     )
     plan, budgeted = calibrated.plan, calibrated.budgeted
     unet = root / "unet"
@@ -159,6 +162,13 @@ def _report(
     )
 
 
+def _needed_psnr(options: BuildOptions, checkpoint: "Checkpoint") -> float:
+    """Of latent models none by default: guided trajectories part, and a picture may be another and as good."""
+    if options.min_psnr_db is not None:
+        return options.min_psnr_db
+    return _LEAST_PSNR_DB if checkpoint.spec.makes == "pixels" else 0.0
+
+
 def _seeds(calibration: CalibrationSet, measured: Measured) -> dict[str, tuple[int, int]]:
     """First and last seed of what was calibrated with and of what was judged."""
     verdict = measured.reference.sampling.seeds
@@ -185,13 +195,14 @@ def _write_selftest(root: Path, checkpoint: "Checkpoint", measured: Measured) ->
 
 
 def _pictures(checkpoint: "Checkpoint", measured: Measured) -> ReportPictures | None:
-    if checkpoint.spec.makes == "latents" or checkpoint.spec.sample_shape[0] not in (1, 3):
+    shape = checkpoint.spec.picture_shape
+    if measured.shown is None or shape is None or shape[0] not in (1, 3):
         return None
     shown = next((row for row in measured.quality if row.backend == measured.backend), measured.quality[0])
     seeds = measured.reference.sampling.seeds
     return ReportPictures.from_arrays(
-        to_pictures(measured.reference.states[-1], checkpoint.spec),
-        to_pictures(measured.samples[shown.target], checkpoint.spec),
+        to_pictures(measured.shown, checkpoint.spec),
+        to_pictures(measured.pictures[shown.target], checkpoint.spec),
         [f"seed {seed} · {value:.1f} dB" for seed, value in zip(seeds, shown.psnr_db, strict=True)],
         quantized_name=shown.label,
     )

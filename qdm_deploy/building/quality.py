@@ -5,12 +5,12 @@ each follows its own trajectory from the same noise, which shows what accumulate
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdm_deploy.artifacts.plan import Target
+from qdm_deploy.components.decoder import SampleDecoder
 from qdm_deploy.metrics.error import max_abs_difference, psnr_per_image_db, sqnr_per_step_db
 from qdm_deploy.progress import SILENT, Progress
 from qdm_deploy.report.model import QualityRow
@@ -56,13 +56,28 @@ def compare_with(
     reference: ReferenceRun,
     session: StepSession,
     *,
-    makes: Literal["pixels", "latents"],
+    shown: NDArray[np.float32] | None,
+    decoder: SampleDecoder | None,
     target: Target,
     backend: str,
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> tuple[QualityRow, NDArray[np.float32]]:
-    """The same seeds through ``session``; returns the measurements and its finished samples [N, C, H, W]."""
+    """The same seeds through ``session``.
+
+    Args:
+        reference: the float run.
+        session: what is compared with it.
+        shown: pictures of the float run's samples, [N, C, H, W] in [-1, 1]; None where nothing makes pictures of them.
+        decoder: makes them of this session's samples.
+        target: whose graph it runs.
+        backend: what runs it.
+        batch_size: samples per step of the network.
+        progress: of the runs.
+
+    Returns:
+        The measurements, and pictures of the finished samples; the samples themselves where there is no decoder.
+    """
     sampling = reference.sampling
     table = sampling.table
     name = target if target == backend else f"{target} ({backend})"
@@ -71,6 +86,7 @@ def compare_with(
         session, sampling, batch_size=batch_size, description=f"{name}: denoising",
         on_step=lambda step, sample: states.append(sample), progress=progress,
     )  # fmt: skip
+    pictures = samples if decoder is None else decoder.decode(samples)
     row = QualityRow(
         target=target,
         backend=backend,
@@ -83,10 +99,10 @@ def compare_with(
             reference, session, batch_size=batch_size, description=f"{name}: its output at each step", progress=progress
         ),
         state_sqnr_db=sqnr_per_step_db(reference.states, states),
-        psnr_db=() if makes == "latents" else psnr_per_image_db(reference.states[-1], samples),
+        psnr_db=() if shown is None else psnr_per_image_db(shown, pictures),
         max_abs=max_abs_difference(reference.states[-1], samples),
     )
-    return row, samples
+    return row, pictures
 
 
 def output_sqnr_db(

@@ -132,7 +132,7 @@ class _Batch(Verb):
 )
 @option("--shard-size", type=int, default=1000, metavar="S", help="Images of one shard, which is what can get lost.")
 @option("--seed", type=int, default=0, help="Seed of the first image; the others count up from it.")
-@option("--label", metavar="NAME|NUMBER", help="Class to generate.  [default: all classes in turn]")
+@option("--prompt", "--label", "label", metavar="TEXT", help="What to show: text, or a class.  [default: all in turn]")
 @sampling_options()
 @option("--workers", type=int, default=1, metavar="W", section="Where", help="Processes here; they share the cores.")
 @option("--rank", type=int, metavar="R", section="Where", help="Make every shard whose number modulo WORLD is R.")

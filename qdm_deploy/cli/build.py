@@ -8,7 +8,7 @@ import click
 
 from qdm_deploy.cli.output import Output
 from qdm_deploy.cli.progress import duration
-from qdm_deploy.cli.sampling import SAMPLER_NAMES
+from qdm_deploy.cli.sampling import DEFAULTS, SAMPLER_NAMES
 from qdm_deploy.cli.tables import db, print_engines, print_table, size
 from qdm_deploy.cli.verb import CommaList, CountOrAuto, Verb, option
 from qdm_deploy.errors import CheckFailed, InputError
@@ -47,9 +47,15 @@ _FILE = click.Path(path_type=Path)
 @option("--int8", is_flag=True, help="Precision of the bundle; required, and the only one today.")
 @option("--out", type=_FILE, help="Where the bundle goes.  [default: ./<model name>.qdm]")
 @option("--force", is_flag=True, help="Replace the output if it is a bundle.")
-@option("--sampler", default="ddim", metavar="NAME", help=f"Sampler the bundle is tuned for: {SAMPLER_NAMES}")
-@option("--steps", type=int, default=50, help="Its denoising steps.")
-@option("--guidance", type=float, default=1.0, help="Weight of classifier-free guidance; 1 is none.")
+@option("--sampler", metavar="NAME", help=f"Sampler the bundle is tuned for: {SAMPLER_NAMES}  {DEFAULTS['sampler']}")
+@option("--steps", type=int, help=f"Its denoising steps.  {DEFAULTS['steps']}")
+@option("--guidance", type=float, help=f"Scale of classifier-free guidance; 1 is none.  {DEFAULTS['guidance']}")
+@option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help="Text file, a prompt (and a tab and a negative one) a line: half calibrate, half judge.  [default: ours]",
+)
 @option("--seed", type=int, default=0, help="Seed of everything random in the build.")
 @option("--threads", type=int, help="CPU threads.  [default: all cores]")
 @option(
@@ -230,7 +236,13 @@ _FILE = click.Path(path_type=Path)
 )
 @option("--verify-samples", type=int, default=16, section=_VERIFICATION, help="Samples for the comparison with float.")
 @option("--verify-steps", type=int, default=20, section=_VERIFICATION, help="Steps of each of them.")
-@option("--min-psnr", "min_psnr_db", type=float, default=30.0, section=_VERIFICATION, help="Mean PSNR to ship, in dB.")
+@option(
+    "--min-psnr",
+    "min_psnr_db",
+    type=float,
+    section=_VERIFICATION,
+    help="Mean PSNR of the images to ship, in dB.  [default: 30; of latent models none]",
+)
 @option(
     "--min-sqnr",
     "min_eps_sqnr_db",

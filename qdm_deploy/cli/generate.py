@@ -22,6 +22,7 @@ __all__ = ["generate"]
     short_help="Generate images with a bundle.",
     examples=(
         "qdm-deploy generate fashion.qdm -n 16 --out images",
+        'qdm-deploy generate sd15.qdm -n 4 --prompt "a red fox in snow" --negative-prompt blurry --out foxes',
         "qdm-deploy generate fashion.qdm -n 4 --label sneaker --steps 20 --sampler dpmpp-2m --out sneakers",
         "qdm-deploy generate fashion.qdm --precision float --seed 7 --out reference",
     ),
@@ -35,7 +36,28 @@ __all__ = ["generate"]
 )
 @option("-n", "--count", type=int, default=16, help="How many images.")
 @option("--seed", type=int, default=0, help="Seed of the first image; the others count up from it.")
-@option("--label", metavar="NAME|NUMBER", help="Class to generate.  [default: all classes in turn]")
+@option(
+    "--prompt",
+    "--label",
+    "prompt",
+    metavar="TEXT",
+    help="What to show: text, or a class by name or number.  [default: prompts of ours or all classes, in turn]",
+)
+@option("--negative-prompt", metavar="TEXT", help="What not to show; text models only.")
+@option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help="Text file of prompts to take in turn, one a line, a negative one behind a tab.",
+)
+@option("--clip-skip", type=int, help="Layers of the text encoder to leave out at its end: 0 or 1.")
+@option("--weighting", is_flag=True, help="Read (word:1.2), (word) and [word] in prompts as weights.")
+@option(
+    "--output",
+    type=click.Choice(["images", "latents"]),
+    default="images",
+    help="Pictures, or the finished samples in a safetensors file.",
+)
 @option("--force", is_flag=True, help="Replace images of an earlier run.")
 @sampling_options()
 @option(
@@ -67,7 +89,10 @@ def generate(output: Output, /, **options: Any) -> None:
     made = run(chosen, output.progress)
 
     def text(console: "Console") -> None:
-        console.print(f"{len(made.images)} images in {chosen.out}, on one sheet: {made.sheet}")
+        if made.images:
+            console.print(f"{len(made.images)} images in {chosen.out}, on one sheet: {made.sheet}")
+        else:
+            console.print(f"{len(made.seeds)} samples in {made.sheet}")
         speed = f"{duration(made.seconds)}, {made.images_per_second:.2f} images per second"
         console.print(f"{speed} on {made.backend['backend']}, {made.precision}")
 
@@ -82,5 +107,5 @@ def generate(output: Output, /, **options: Any) -> None:
             "precision": made.precision,
         },
         text,
-        made.images,
+        made.images or (made.sheet,),
     )

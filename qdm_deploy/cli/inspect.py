@@ -90,7 +90,7 @@ def inspect(output: Output, bundle: Path, verbose: bool) -> None:
 
 
 def _model_line(model: "PipelineSpec") -> str:
-    from qdm_deploy.artifacts.pipeline_spec import LabelTable
+    from qdm_deploy.artifacts.pipeline_spec import LabelTable, TextEncoder
 
     channels, height, width = model.sample_shape
     parts = [
@@ -100,6 +100,8 @@ def _model_line(model: "PipelineSpec") -> str:
     if isinstance(encoder, LabelTable):
         names = f" ({', '.join(encoder.labels)})" if encoder.labels else ""
         parts.append(f"{encoder.num_classes} classes{names}")
+    elif isinstance(encoder, TextEncoder):
+        parts.append("prompts")
     elif encoder is not None:
         parts.append(f"conditioned on {', '.join(encoder.inputs)}")
     return ", ".join(parts)

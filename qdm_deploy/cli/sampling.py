@@ -8,7 +8,7 @@ import click
 
 from qdm_deploy.cli.verb import option
 
-__all__ = ["SAMPLER_NAMES", "sampling_options"]
+__all__ = ["DEFAULTS", "SAMPLER_NAMES", "sampling_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,16 +16,29 @@ SAMPLER_NAMES = (
     "ddim, ddpm, pndm, lms, euler, euler-a, dpmpp-2m, dpmpp-2m-sde, dpmpp-3m, dpmpp-3m-sde, unipc, deis, lcm or tcd."
 )
 
+# What ``qdm_deploy.components.sampling.run_settings`` chooses.
+DEFAULTS = {
+    "sampler": "[default: ddim; of latents the scheduler file's]",
+    "steps": "[default: 50; lcm and tcd 4]",
+    "guidance": "[default: 1; of prompts 7.5]",
+}
 
-def sampling_options(*, steps: int = 50) -> Callable[[F], F]:
+
+def sampling_options(*, steps: int | None = None) -> Callable[[F], F]:
     """Adds what ``qdm_deploy.components.sampling.SamplingOptions`` holds.
 
     Args:
-        steps: default number of denoising steps.
+        steps: default number of denoising steps; None leaves it to the sampler.
     """
     added = [
-        option("--sampler", default="ddim", metavar="NAME", section="Sampling", help=SAMPLER_NAMES),
-        option("--steps", type=int, default=steps, section="Sampling", help="Denoising steps."),
+        option("--sampler", metavar="NAME", section="Sampling", help=f"{SAMPLER_NAMES}  {DEFAULTS['sampler']}"),
+        option(
+            "--steps",
+            type=int,
+            default=steps,
+            section="Sampling",
+            help="Denoising steps." if steps else f"Denoising steps.  {DEFAULTS['steps']}",
+        ),
         option(
             "--eta",
             type=float,
@@ -36,9 +49,8 @@ def sampling_options(*, steps: int = 50) -> Callable[[F], F]:
         option(
             "--guidance",
             type=float,
-            default=1.0,
             section="Sampling",
-            help="Scale of classifier-free guidance; 1 is none.",
+            help=f"Scale of classifier-free guidance; 1 is none.  {DEFAULTS['guidance']}",
         ),
         option(
             "--guidance-rescale",

@@ -4,6 +4,7 @@
 text (a label's name or number, a prompt), and what it should not.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from qdm_deploy.artifacts.pipeline_spec import LabelTable, PipelineSpec, StatesFile
+from qdm_deploy.artifacts.pipeline_spec import LabelTable, PipelineSpec, StatesFile, TextEncoder
 from qdm_deploy.choices import one_of
+from qdm_deploy.components.prompt_lists import PromptList, packaged_prompts
+from qdm_deploy.components.prompts import PromptOptions
+from qdm_deploy.components.text_states import TextStates
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers.conditioning import Conditioning
 
-__all__ = ["Encoder", "LabelEncoder", "NoEncoder", "StatesEncoder", "label_number", "open_encoder"]
+__all__ = ["Encoder", "LabelEncoder", "NoEncoder", "PromptEncoder", "StatesEncoder", "label_number", "open_encoder"]
 
 _UNCONDITIONAL = "unconditional_"
 
@@ -54,6 +58,12 @@ class Encoder(ABC):
     def captions(self, prompts: Sequence[str | None], *, first: int = 0) -> list[str | None]:
         """What each image shows, for people to read; None where there is nothing to say."""
         return list(prompts)
+
+    def negatives(
+        self, prompts: Sequence[str | None], negative_prompts: Sequence[str | None] | None = None, *, first: int = 0
+    ) -> list[str | None]:
+        """What each image does not show; None where nobody said it."""
+        return [None] * len(prompts) if negative_prompts is None else list(negative_prompts)
 
 
 class NoEncoder(Encoder):
@@ -149,7 +159,7 @@ class StatesEncoder(Encoder):
             own = values.pop(name, None)
             if own is None or own.shape[1:] != shape or len(own) == 0:
                 given = "nothing" if own is None else list(own.shape)
-                raise InputError(f"{path} has {given} as {name}; {self._name} takes {['N', *shape]}")
+                raise InputError(f"{path} has {given} as {name}; {self._name} takes [N, {', '.join(map(str, shape))}]")
             self._own[name] = np.ascontiguousarray(own, np.float32)
             if twin is not None:
                 null = values.pop(twin)
@@ -186,17 +196,123 @@ class StatesEncoder(Encoder):
         return Conditioning(own, self._unconditional if self.can_be_guided else None)
 
 
-def open_encoder(pipeline: PipelineSpec, conditioning_file: Path | None = None) -> Encoder:
+class PromptEncoder(Encoder):
+    """Prompts, by the text encoders of a bundle: one or more, whose states of a token stand beside each other.
+
+    Where nobody says what an image should show, prompts of a list are taken in turn, by the image's index, with their
+    negative ones. The text encoders are opened when the first prompt comes.
+
+    Args:
+        pipeline: the model.
+        root: its bundle's folder; None where only questions are asked of it.
+        options: how prompts are read.
+        prompts: what is taken in turn; None: the packaged list.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineSpec,
+        root: Path | None,
+        options: PromptOptions | None = None,
+        prompts: PromptList | None = None,
+    ) -> None:
+        self._pipeline, self._root = pipeline, root
+        self._listed = prompts or packaged_prompts("measuring")
+        self.options = options or PromptOptions()
+        # A list, which encoders with other options share.
+        self._opened: list[TextStates] = []
+        self._lock = threading.Lock()
+
+    @property
+    def can_be_guided(self) -> bool:
+        """An empty prompt is always there."""
+        return True
+
+    def with_options(self, options: PromptOptions) -> "PromptEncoder":
+        """The same text encoders, and what they keep, for prompts that are read in another way."""
+        other = PromptEncoder(self._pipeline, self._root, options, self._listed)
+        other._opened, other._lock = self._opened, self._lock
+        return other
+
+    def encode(
+        self,
+        prompts: Sequence[str | None],
+        negative_prompts: Sequence[str | None] | None = None,
+        *,
+        first: int = 0,
+    ) -> Conditioning:
+        """States [N, tokens, width] float32; the unconditional ones have one row where all images share it."""
+        if negative_prompts is not None and len(negative_prompts) not in (1, len(prompts)):
+            raise InputError(
+                f"{len(negative_prompts)} negative prompts were given for {len(prompts)} images; give one for each, or "
+                "one for all"
+            )
+        own = [text or "" for text in self.captions(prompts, first=first)]
+        negative = [text or "" for text in self.negatives(prompts, negative_prompts, first=first)]
+        shared = negative[:1] if len(set(negative)) == 1 else negative
+        return Conditioning(self._rows(own), self._rows(shared))
+
+    def captions(self, prompts: Sequence[str | None], *, first: int = 0) -> list[str | None]:
+        """The prompts."""
+        listed, _ = self._listed.in_turn(len(prompts), first)
+        return [known if prompt is None else prompt for prompt, known in zip(prompts, listed, strict=True)]
+
+    def negatives(
+        self, prompts: Sequence[str | None], negative_prompts: Sequence[str | None] | None = None, *, first: int = 0
+    ) -> list[str | None]:
+        """Those that were given, or those of the prompts that were taken in turn."""
+        if negative_prompts is not None:
+            return list(negative_prompts)
+        _, listed = self._listed.in_turn(len(prompts), first)
+        return [known if prompt is None else None for prompt, known in zip(prompts, listed, strict=True)]
+
+    def _rows(self, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+        parts: dict[str, list[NDArray[np.float32]]] = {}
+        for encoder in self._encoders():
+            shape = (len(texts), *self._pipeline.interface[encoder.spec.input].row_shape[:1], encoder.spec.width)
+            states = np.empty(shape, np.float32)
+            for row, text in zip(states, texts, strict=True):
+                row[:] = encoder.of(text, self.options)
+            parts.setdefault(encoder.spec.input, []).append(states)
+        return {name: found[0] if len(found) == 1 else np.concatenate(found, axis=-1) for name, found in parts.items()}
+
+    def _encoders(self) -> list[TextStates]:
+        with self._lock:
+            if not self._opened:
+                if self._root is None:
+                    raise InputError(f"the text encoders of {self._pipeline.name} are in its bundle; give its folder")
+                interface = self._pipeline.interface
+                self._opened += [
+                    TextStates(self._root, spec, interface[spec.input].row_shape[0] // spec.max_length)
+                    for spec in self._pipeline.text_encoders
+                ]
+            return self._opened
+
+
+def open_encoder(
+    pipeline: PipelineSpec,
+    conditioning_file: Path | None = None,
+    *,
+    root: Path | None = None,
+    options: PromptOptions | None = None,
+    prompts: PromptList | None = None,
+) -> Encoder:
     """The encoder of a pipeline.
 
     Args:
         pipeline: of an opened bundle, or of a checkpoint.
         conditioning_file: states for a model whose encoder is not in the bundle.
+        root: the bundle's folder, which text encoders are read from when the first prompt comes.
+        options: how prompts are read; text encoders only.
+        prompts: what a text-conditional model shows where nobody says it; None: the packaged list.
 
     Raises:
-        InputError: it needs a file and none was given, or the other way round, or the file does not fit.
+        InputError: it needs a file and none was given, or the other way round, or the file does not fit, or it reads no
+            prompts and options were given.
     """
     spec = pipeline.encoder
+    if options is not None and not isinstance(spec, TextEncoder):
+        raise InputError(f"{pipeline.name} has no text encoder in its bundle; leave clip_skip and weighting out")
     if isinstance(spec, StatesFile):
         if conditioning_file is None:
             shapes = ", ".join(
@@ -209,6 +325,8 @@ def open_encoder(pipeline: PipelineSpec, conditioning_file: Path | None = None) 
         return StatesEncoder(spec, pipeline, conditioning_file)
     if conditioning_file is not None:
         raise InputError(f"{pipeline.name} takes no states; leave the conditioning file {conditioning_file} out")
+    if isinstance(spec, TextEncoder):
+        return PromptEncoder(pipeline, root, options, prompts)
     return NoEncoder(pipeline.name) if spec is None else LabelEncoder(spec, pipeline.name)
 
 

@@ -38,7 +38,10 @@ Picture = NDArray[np.uint8]
 
 
 class ImageMetadata(BaseModel):
-    """How a picture was made; with the bundle it is enough to make it again."""
+    """How a picture was made; with the bundle it is enough to make it again.
+
+    ``label`` is what it shows: a class, or the prompt.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,12 +52,16 @@ class ImageMetadata(BaseModel):
     steps: int
     eta: float = 0.0
     guidance: float = 1.0
+    guidance_rescale: float = 0.0
     label: str | None = None
+    negative_prompt: str | None = None
+    clip_skip: int | None = None
+    weighting: bool = False
     backend: str
 
 
 def to_pictures(samples: NDArray[np.float32], model: PipelineSpec) -> Picture:
-    """Samples in [-1, 1] as pictures; what lies outside is clipped.
+    """Samples or decoded latents in [-1, 1] as pictures; what lies outside is clipped.
 
     Args:
         samples: [N, C, H, W] float32.
@@ -66,15 +73,16 @@ def to_pictures(samples: NDArray[np.float32], model: PipelineSpec) -> Picture:
     Raises:
         InputError: samples are latents, are not those of the model, are not grey or RGB, or hold NaN or infinity.
     """
-    if model.makes == "latents":
+    shape = model.picture_shape
+    if shape is None:
         raise InputError(
-            f"the samples of the model {model.name!r} are latents, and this version has no decoder to make pictures of "
-            "them; save them as arrays"
+            f"the samples of the model {model.name!r} are latents, and it has no decoder to make pictures of them; "
+            "save them as arrays"
         )
-    if samples.ndim != 4 or samples.shape[1:] != model.sample_shape or samples.shape[1] not in (1, 3):
+    if samples.ndim != 4 or samples.shape[1:] != shape or samples.shape[1] not in (1, 3):
         raise InputError(
             f"samples of shape {list(samples.shape)} cannot become pictures; the model {model.name!r} makes "
-            f"[N, {', '.join(map(str, model.sample_shape))}], and pictures have 1 or 3 channels"
+            f"[N, {', '.join(map(str, shape))}], and pictures have 1 or 3 channels"
         )
     if not np.isfinite(samples).all():
         raise InputError(f"{np.count_nonzero(~np.isfinite(samples))} of {samples.size} values are NaN or infinite")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.pipeline_spec import Denoiser, PipelineSpec
@@ -12,10 +12,22 @@ from qdm_deploy.components.encoders import Encoder, open_encoder
 from qdm_deploy.errors import InputError
 from qdm_deploy.samplers import SAMPLERS, NoiseSchedule, StepTable, step_table
 from qdm_deploy.samplers.sampling import Sampling
+from qdm_deploy.samplers.scheduler_config import default_sampler
 
-__all__ = ["MAX_STEPS", "SamplingMaker", "SamplingOptions", "refuse_other_model", "table_for"]
+__all__ = [
+    "MAX_STEPS",
+    "RunSettings",
+    "SamplingMaker",
+    "SamplingOptions",
+    "refuse_other_model",
+    "run_settings",
+    "table_for",
+]
 
 MAX_STEPS = 10_000
+_STEPS, _FEW_STEPS = 50, 4
+_FEW_STEP_SAMPLERS = ("lcm", "tcd")
+_TEXT_GUIDANCE = 7.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +35,76 @@ class SamplingOptions:
     """How samples are made; every verb that makes some has these options.
 
     Attributes:
-        sampler: one of ``qdm_deploy.samplers.SAMPLERS``.
-        steps: denoising steps.
+        sampler, steps: one of ``qdm_deploy.samplers.SAMPLERS``, and denoising steps; None: ``run_settings`` chooses.
         eta: share of fresh noise, 0 to 1, for samplers that have one.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale; 1 is none; None: ``run_settings`` chooses.
         guidance_rescale: how far guided outputs take back the spread of unguided ones, 0 to 1; text models only.
         conditioning_file: safetensors with states, for models without an encoder in their bundle: each condition
             [N, ...] by name and, for guidance, ``unconditional_`` + its name [...].
     """
 
-    sampler: str = "ddim"
-    steps: int = 50
+    sampler: str | None = None
+    steps: int | None = None
     eta: float = 0.0
-    guidance: float = 1.0
+    guidance: float | None = None
     guidance_rescale: float = 0.0
     conditioning_file: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no model can do."""
-        one_of("sampler", self.sampler, SAMPLERS)
-        within("steps", self.steps, 1, MAX_STEPS)
+        if self.sampler is not None:
+            one_of("sampler", self.sampler, SAMPLERS)
+        if self.steps is not None:
+            within("steps", self.steps, 1, MAX_STEPS)
         within("eta", self.eta, 0, 1)
-        within("guidance", self.guidance, 0, 100)
+        if self.guidance is not None:
+            within("guidance", self.guidance, 0, 100)
         within("guidance rescale", self.guidance_rescale, 0, 1)
+
+
+class Wishes(Protocol):
+    """What a user may leave open, on any verb."""
+
+    @property
+    def sampler(self) -> str | None:
+        """One of ``qdm_deploy.samplers.SAMPLERS``."""
+        ...
+
+    @property
+    def steps(self) -> int | None:
+        """Denoising steps."""
+        ...
+
+    @property
+    def guidance(self) -> float | None:
+        """Classifier-free guidance scale."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Sampler, denoising steps and guidance scale of a run, nothing left open."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+
+def run_settings(wishes: Wishes, pipeline: PipelineSpec, scheduler_config: Mapping[str, Any]) -> RunSettings:
+    """What the user asked for, and the rest as the model's own files say it.
+
+    A latent model runs the sampler that its scheduler file names, a text-conditional one with a guidance of 7.5, as
+    diffusers does. A pixel model runs DDIM, because DDPM, which such files name, takes all of the timesteps. LCM and
+    TCD take 4 steps, any other sampler 50.
+
+    Raises:
+        InputError: the scheduler file is not understood.
+    """
+    sampler = wishes.sampler or ("ddim" if pipeline.makes == "pixels" else default_sampler(scheduler_config))
+    guidance = wishes.guidance
+    if guidance is None:
+        guidance = _TEXT_GUIDANCE if pipeline.text_encoders else 1.0
+    return RunSettings(sampler, wishes.steps or (_FEW_STEPS if sampler in _FEW_STEP_SAMPLERS else _STEPS), guidance)
 
 
 def table_for(denoiser: Denoiser, schedule: NoiseSchedule, sampler: str, steps: int, eta: float = 0.0) -> StepTable:
@@ -85,9 +144,10 @@ class SamplingMaker:
         encoder: Encoder | None = None,
     ) -> None:
         self.pipeline, self.options = pipeline, options
+        self.run = run_settings(options, pipeline, scheduler_config)
         self.encoder = encoder or open_encoder(pipeline, options.conditioning_file)
         self.schedule = NoiseSchedule.from_config(scheduler_config)
-        self.table = self.table_of(options.sampler, options.steps, options.eta)
+        self.table = self.table_of(self.run.sampler, self.run.steps, options.eta)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle, options: SamplingOptions) -> "SamplingMaker":
@@ -96,7 +156,8 @@ class SamplingMaker:
         Raises:
             InputError, BundleError: as above, or the bundle has no scheduler.
         """
-        return cls(bundle.pipeline, bundle.scheduler_config(), options)
+        encoder = open_encoder(bundle.pipeline, options.conditioning_file, root=bundle.path)
+        return cls(bundle.pipeline, bundle.scheduler_config(), options, encoder)
 
     def table_of(self, sampler: str, steps: int, eta: float = 0.0) -> StepTable:
         """The table of a sampler for this model."""
@@ -128,7 +189,7 @@ class SamplingMaker:
             table=self.table if table is None else table,
             seeds=seeds,
             conditioning=self.encoder.encode(wanted, negative_prompts, first=first),
-            guidance=self.options.guidance,
+            guidance=self.run.guidance,
             guidance_rescale=self.options.guidance_rescale,
         )
         sampling.check(self.pipeline.interface)

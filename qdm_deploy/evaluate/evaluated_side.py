@@ -14,7 +14,7 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.pipeline_spec import PipelineSpec
 from qdm_deploy.backends import open_session
 from qdm_deploy.components.pictures import to_pictures
-from qdm_deploy.components.sampling import SamplingMaker
+from qdm_deploy.components.sampling import SamplingMaker, run_settings
 from qdm_deploy.evaluate import sample_cache
 from qdm_deploy.evaluate.feature_classifier import FeatureClassifier, Features
 from qdm_deploy.evaluate.options import EvaluateOptions
@@ -92,6 +92,7 @@ def open_side(
     )
     backend = dict(session.describe())
     states = options.conditioning_file
+    run = run_settings(options, bundle.pipeline, bundle.scheduler_config())
     identity: dict[str, object] = {
         "content": _content(bundle, precision, str(backend["backend"])),
         "model": bundle.pipeline.denoiser.model_dump(mode="json"),
@@ -99,15 +100,26 @@ def open_side(
         "precision": precision,
         # As little as the batch size do threads and mode decide what is computed.
         "backend": {key: str(value) for key, value in backend.items() if key not in ("threads", "mode")},
-        "sampler": options.sampler,
-        "steps": options.steps,
+        "sampler": run.sampler,
+        "steps": run.steps,
         "seed": options.seed,
-        "guidance": options.guidance,
+        "eta": options.eta,
+        "guidance": run.guidance,
+        "guidance rescale": options.guidance_rescale,
+        "texts": _texts(bundle),
         "conditioning": None if states is None else hashlib.sha256(states.read_bytes()).hexdigest(),
     }
     card = Side(bundle=bundle.path.name, bundle_id=bundle.id, precision=precision, backend=backend)
     name = f"{name} ({backend['backend']} {precision})"
     return EvaluatedSide(name, session, identity, SampleCache(identity, options.cache), card)
+
+
+def _texts(bundle: Bundle) -> dict[str, str]:
+    """Hashes of what reads prompts, which decides the conditions."""
+    folders = {name for each in bundle.pipeline.text_encoders for name in (each.name, each.tokenizer)}
+    return {
+        entry.path: entry.sha256 for entry in bundle.manifest.files if PurePosixPath(entry.path).parts[0] in folders
+    }
 
 
 def _content(bundle: Bundle, precision: Literal["int8", "float"], backend: str) -> dict[str, str]:

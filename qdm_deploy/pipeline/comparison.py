@@ -8,6 +8,7 @@ from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.plan import Target
 from qdm_deploy.backends import open_session
 from qdm_deploy.building.quality import compare_with, reference_run
+from qdm_deploy.components.decoder import decoder_in, refuse_latents
 from qdm_deploy.components.pictures import comparison_strip, save_png, to_pictures
 from qdm_deploy.components.sampling import SamplingMaker, refuse_other_model
 from qdm_deploy.pipeline.options import CompareOptions
@@ -42,6 +43,8 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
     first, second = Bundle.open(options.a), Bundle.open(options.b)
     refuse_other_model(first, second)
     model = first.pipeline
+    if options.out is not None:
+        refuse_latents(model)
     sampling = SamplingMaker.of_bundle(first, options).make(range(options.seed, options.seed + options.samples))
     with (
         open_session(
@@ -55,14 +58,19 @@ def compare(options: CompareOptions, progress: Progress = SILENT) -> Comparison:
         # A row is filed under the target whose graph runs; every other backend has one of its own name.
         backend = str(b.describe()["backend"])
         target = cast(Target, "tensorrt" if backend == "tensorrt-rtx" else backend)
-        row, samples = compare_with(reference, b, makes=model.makes, target=target, backend=backend, progress=progress)
         described = dict(a.describe()), dict(b.describe())
-    if options.out is not None:
+        # One decoder for both: what is compared is the denoiser.
+        decoder = decoder_in(model, first.path, str(described[0]["backend"]), threads=options.threads)
+        shown = None if decoder is None else decoder.decode(reference.states[-1], progress=progress)
+        row, pictures = compare_with(
+            reference, b, shown=shown, decoder=decoder, target=target, backend=backend, progress=progress
+        )
+    if options.out is not None and shown is not None:
         names = (
             f"A {described[0]['backend']} {options.precision_a}",
             f"B {described[1]['backend']} {options.precision_b}",
         )
-        strip = comparison_strip(to_pictures(reference.states[-1], model), to_pictures(samples, model), names=names)
+        strip = comparison_strip(to_pictures(shown, model), to_pictures(pictures, model), names=names)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         save_png(options.out, strip)
     return Comparison(row, *described, options.out)

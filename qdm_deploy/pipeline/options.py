@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qdm_deploy.choices import within
+from qdm_deploy.choices import one_of, within
 from qdm_deploy.components.sampling import SamplingOptions
 from qdm_deploy.errors import InputError
 
@@ -23,7 +23,12 @@ class GenerateOptions(SamplingOptions):
         bundle: the bundle's folder.
         out: folder of the pictures; must not exist, unless ``force``.
         count: how many pictures; picture i has seed ``seed`` + i.
-        label: name or number of a class; None: all classes in turn.
+        prompt: what every picture shows: text, or name or number of a class; None: packaged prompts or all classes in
+            turn.
+        negative_prompt: what none of them shows; None: nothing, or what belongs to a prompt that was taken in turn.
+        prompts_file: prompts to take in turn, one a line, a negative one behind a tab.
+        clip_skip, weighting: how prompts are read (``qdm_deploy.components.prompts.PromptOptions``).
+        output: "images", or "latents": the finished samples, as one safetensors file.
         backend, precision, threads: what runs it; "auto" is the fastest here, timed once.
         batch_size: samples per step of the network.
         force: replace pictures of an earlier run.
@@ -33,7 +38,12 @@ class GenerateOptions(SamplingOptions):
     out: Path
     count: int = 16
     seed: int = 0
-    label: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    prompts_file: Path | None = None
+    clip_skip: int | None = None
+    weighting: bool = False
+    output: Literal["images", "latents"] = "images"
     backend: str = "auto"
     precision: Literal["auto", "int8", "float"] = "auto"
     batch_size: int = 16
@@ -43,6 +53,9 @@ class GenerateOptions(SamplingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
         super().__post_init__()
+        one_of("output", self.output, ("images", "latents"))
+        if self.prompts_file is not None and (self.prompt, self.negative_prompt) != (None, None):
+            raise InputError("a prompt and a file of prompts were given; give one of them")
         within("the number of images", self.count, 1, _MAX_IMAGES)
         within("batch size", self.batch_size, 1, _MAX_BATCH)
         within("seed", self.seed, 0, _MAX_SEED - self.count)

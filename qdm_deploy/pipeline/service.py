@@ -96,6 +96,8 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
     """
     try:
         from qdm_deploy.serving.http.server import run_server
+        from qdm_deploy.serving.http.settings import check_servable
+        from qdm_deploy.serving.http.translate import Makers
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(
             f"serving over HTTP needs the module {error.name!r}; install the extra: pip install 'qdm-deploy[serve]'"
@@ -104,7 +106,9 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
 
     # Before the port is open: a damaged bundle must not look like a server that is still loading.
     bundle = Bundle.open(options.bundle)
+    check_servable(bundle.pipeline)
     settings = _http_settings(options, bundle.id)
+    makers = Makers.of_bundle(bundle, threads=options.threads)
     engine = ProcessEngine(
         bundle.path,
         backend=options.backend,
@@ -122,7 +126,7 @@ def serve(options: ServeOptions, on_listening: Callable[[str, str, str], None] |
         if on_listening is not None:
             on_listening(url, bundle.pipeline.name, bundle.id)
 
-    return run_server(engine, settings, on_listening=listening, quiet=options.quiet)
+    return run_server(engine, settings, makers=makers, on_listening=listening, quiet=options.quiet)
 
 
 def _http_settings(options: ServeOptions, bundle_id: str) -> "HttpSettings":

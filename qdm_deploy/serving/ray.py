@@ -69,9 +69,11 @@ def application(
 
         async def __init__(self) -> None:  # type: ignore[misc]  # Ray awaits it
             from qdm_deploy.artifacts.bundle import Bundle
+            from qdm_deploy.serving.http.translate import Makers
             from qdm_deploy.serving.process_engine import ProcessEngine
 
             opened = Bundle.open(Path(bundle))
+            self._makers = Makers.of_bundle(opened, threads=threads)
             self._settings = HttpSettings(
                 bundle_id=opened.id,
                 precision=precision,
@@ -93,7 +95,7 @@ def application(
             await self._engine.start()
 
         def __serve_build_asgi_app__(self) -> Any:
-            return create_app(self._engine, self._settings)
+            return create_app(self._engine, self._settings, self._makers)
 
         def check_health(self) -> None:
             """Have Ray replace a replica whose engine has given up."""

@@ -223,6 +223,7 @@ def test_spreads_are_over_the_calibration_seeds() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_is_asked_for_and_says_what_it_left_out(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

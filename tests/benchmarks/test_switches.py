@@ -34,6 +34,7 @@ def test_variants_differ(name: str, labels: Case) -> None:
         assert alike or len({str(each) for each in found.values()}) == len(found), target
 
 
+@pytest.mark.slow
 def test_parts_left_out_are_missing(labels: Case) -> None:
     parts = SWITCHES["parts"].variants(labels, "openvino")
     whole = parts["the whole form"]

@@ -86,7 +86,8 @@ def test_a_model_given_as_a_dot_is_named_after_its_folder(
 
 def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     line = (
-        "--int8 m --out o.qdm --force --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 --calib-samples 3 "
+        "--int8 m --out o.qdm --force --prompts p.txt --sampler euler --steps 7 --guidance 2.5 --seed 9 --threads 2 "
+        "--calib-samples 3 "
         "--calib-steps 4 --strategy ndtc --ndtc-mean 0.1 --ndtc-spread 0.2 --ndtc-count 5 --calibration c.safetensors "
         "--save-calibration s.safetensors --conditioning t.safetensors --ranges mse --no-upsample-phases "
         "--no-zero-offset --concat-scales none --step-bins 2 "
@@ -97,7 +98,8 @@ def test_each_option_of_build_arrives(replace: Replace, invoke: Invoke) -> None:
     )
     built = options_of(replace, invoke, "build", line)
     assert built == BuildOptions(
-        out=Path("o.qdm"), model="m", targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
+        out=Path("o.qdm"), model="m", prompts_file=Path("p.txt"),
+        targets=("tensorrt", "onnxruntime"), sampler="euler", steps=7, guidance=2.5,
         strategy="ndtc", calibration_samples=3, calibration_steps=4, ndtc_mean=0.1, ndtc_spread=0.2, ndtc_count=5,
         calibration_file=Path("c.safetensors"), save_calibration=Path("s.safetensors"),
         conditioning_file=Path("t.safetensors"), ranges="mse", upsample_phases=False, zero_offset=False,
@@ -132,7 +134,8 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
             "generate",
             (
                 "b.qdm -n 4 --steps 5 --sampler ddpm --eta 0.5 --seed 3 --label 7 --guidance 2 --guidance-rescale 0.5 "
-                "--backend openvino --precision float --batch-size 2 --conditioning c --out o --force --threads 1"
+                "--backend openvino --precision float --batch-size 2 --conditioning c --out o --force --threads 1 "
+                "--negative-prompt n --clip-skip 1 --weighting --output latents"
             ),
             GenerateOptions(
                 bundle=Path("b.qdm"),
@@ -142,7 +145,11 @@ def test_step_bins_are_a_number_or_auto(replace: Replace, invoke: Invoke) -> Non
                 steps=5,
                 eta=0.5,
                 seed=3,
-                label="7",
+                prompt="7",
+                negative_prompt="n",
+                clip_skip=1,
+                weighting=True,
+                output="latents",
                 guidance=2,
                 guidance_rescale=0.5,
                 backend="openvino",
@@ -217,8 +224,10 @@ def test_each_option_of_generate_compare_and_evaluate_arrives(
 ) -> None:
     assert options_of(replace, invoke, verb, line) == expected
     same = {field.name for field in fields(expected) if field.default == getattr(expected, field.name)}
-    # These two are refused unless they exist.
-    assert same - {"inception_weights", "real_images"} == set(), "the line above must change every option"
+    # Two of these are refused unless they exist, and the third beside a prompt.
+    assert same - {"inception_weights", "real_images", "prompts_file"} == set(), (
+        "the line above must change every option"
+    )
 
 
 def test_the_files_for_fid_arrive(replace: Replace, invoke: Invoke, tmp_path: Path) -> None:

@@ -58,4 +58,4 @@ def test_versions_are_those_of_the_suite(name: str, locks: dict, repository: Pat
 
 @pytest.mark.parametrize("name", ["cpu", "gpu-tensorrt", "gpu-tensorrt-rtx"])
 def test_what_serves_holds_no_build_library(name: str, locks: dict) -> None:
-    assert set(locks[name]) & {"torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "huggingface-hub"} == set()
+    assert set(locks[name]) & {"torch", "onnx", "onnx-ir", "onnxscript", "diffusers", "transformers"} == set()

@@ -1,8 +1,9 @@
 """Every configuration that people ship goes through whole: exported, planned, rewritten for each target, and run.
 
 Of the published configurations, what makes each of them itself is kept (block types, layers, transformer depths, heads,
-kinds of projections, added inputs); widths, sample sizes and states are small, and weights are random. Sources: the
-config.json files of the repositories that are named.
+kinds of projections, added inputs); widths, sample sizes and states are small, and weights are random. What differs
+from Stable Diffusion 1.5 or XL in one thing has fewer levels and layers. Sources: the config.json files of the
+repositories that are named.
 """
 
 import json
@@ -46,10 +47,19 @@ _SDXL: dict[str, Any] = {
     "sample_size": 16, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (16, 32, 32), "transformer_layers_per_block": (1, 2, 3), "attention_head_dim": (2, 4, 4),
+    "block_out_channels": (16, 32, 32), "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (2, 4, 4),
     "cross_attention_dim": 24, "use_linear_projection": True, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8,
 }  # fmt: skip
+
+# Half the levels and one layer: for what is Stable Diffusion 1.5 but for one thing.
+_SMALL: dict[str, Any] = {
+    **_SD,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+}
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     # google/ddpm-cifar10-32
@@ -69,7 +79,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     # cin256-v2 of CompVis/latent-diffusion: a label is one token of states
     "ldm-class-conditional": {
-        "kind": "UNet2DConditionModel", "sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+        "kind": "UNet2DConditionModel", "sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 1,
         "block_out_channels": (16, 32, 32), "norm_num_groups": 4, "attention_head_dim": 1, "cross_attention_dim": 24,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
     },
@@ -77,7 +87,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "sd-1.5": {"kind": "UNet2DConditionModel", **_SD},
     # stabilityai/stable-diffusion-2-1: linear projections, heads by level
     "sd-2.1": {
-        "kind": "UNet2DConditionModel", **_SD, "attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True,
+        "kind": "UNet2DConditionModel", **_SMALL, "attention_head_dim": (2, 4), "use_linear_projection": True,
         "dual_cross_attention": False, "upcast_attention": True,
     },
     # stabilityai/stable-diffusion-xl-base-1.0
@@ -88,10 +98,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": (16, 32, 32, 32), "transformer_layers_per_block": 2, "attention_head_dim": (2, 4, 4, 4),
-        "projection_class_embeddings_input_dim": 16 + 5 * 8,
+        "layers_per_block": 1, "projection_class_embeddings_input_dim": 16 + 5 * 8,
     },
     # SimianLuo/LCM_Dreamshaper_v7: SD 1.5 that is told its guidance
-    "lcm": {"kind": "UNet2DConditionModel", **_SD, "time_cond_proj_dim": 20},
+    "lcm": {"kind": "UNet2DConditionModel", **_SMALL, "time_cond_proj_dim": 20},
     # segmind/SSD-1B: SDXL without some transformers and without the middle's
     "ssd-1b": {
         "kind": "UNet2DConditionModel", **_SDXL, "mid_block_type": "UNetMidBlock2D",
@@ -105,7 +115,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "block_out_channels": (16, 32, 32),
     },
     # runwayml/stable-diffusion-inpainting: mask and masked latents beside the sample
-    "sd-inpainting": {"kind": "UNet2DConditionModel", **_SD, "in_channels": 9, "sample_size": 16},
+    "sd-inpainting": {"kind": "UNet2DConditionModel", **_SMALL, "in_channels": 9},
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = [ROOT / "qdm_deploy", ROOT / "calibration/qdm_calibration", ROOT / "export/qdm_export"]
 BUILD_LIBRARIES = {
     "diffusers", "huggingface_hub", "onnx", "onnx_ir", "onnxscript", "qdm_calibration", "qdm_export", "scipy", "torch",
+    "transformers",
 }  # fmt: skip
 ENGINE_LIBRARIES = {"cuda", "openvino", "tensorrt", "tensorrt_rtx"}
 

@@ -46,7 +46,7 @@ def test_core_requirements_need_no_build_library(wheel: Path) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         requirements = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist", [])
     core = {requirement.split("<")[0].split(">")[0] for requirement in requirements if "extra ==" not in requirement}
-    assert core == {"click", "numpy", "onnxruntime", "pillow", "pydantic", "rich", "safetensors"}
+    assert core == {"click", "numpy", "onnxruntime", "pillow", "pydantic", "rich", "safetensors", "tokenizers"}
 
 
 @pytest.mark.parametrize("folder", [".", "calibration", "export", "docker", "tests", "benchmarks"])

@@ -35,6 +35,12 @@ QuickBuild = Callable[..., BuildResult]
 
 
 @pytest.fixture(scope="session")
+def quick_options() -> dict[str, Any]:
+    """``BuildOptions`` of a build that takes seconds; add ``out`` and ``model``."""
+    return QUICK
+
+
+@pytest.fixture(scope="session")
 def quick_build(tiny: Any) -> QuickBuild:
     """Builds one of the tiny models; keywords are those of ``BuildOptions``."""
 

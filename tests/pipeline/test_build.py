@@ -176,7 +176,9 @@ def test_building_needs_the_build_extra(tmp_path: Path, monkeypatch: pytest.Monk
     import qdm_deploy.building.bundle_from_checkpoint as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentProblem, match=r"building needs torch, diffusers, onnx.*qdm-deploy\[build\]"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"building needs torch, diffusers, transformers, onnx.*qdm-deploy\[build\]"
+    ):
         build(BuildOptions(out=tmp_path / "x.qdm"))
     assert list(tmp_path.iterdir()) == []
 

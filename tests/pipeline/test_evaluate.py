@@ -241,6 +241,12 @@ def test_the_cache_lies_where_engines_do(tmp_path: Path, monkeypatch: pytest.Mon
     assert SampleCache({}).folder.parent == tmp_path / "xdg" / "qdm-deploy" / "evaluations"
 
 
+def test_samples_of_other_options_are_not_taken_from_the_cache(labels: Path, tmp_path: Path) -> None:
+    together = [evaluate(options(labels, tmp_path / "one", sampler="ddim", eta=eta)) for eta in (0.0, 1.0)]
+    alone = evaluate(options(labels, tmp_path / "other", sampler="ddim", eta=1.0))
+    assert together[1].paired == alone.paired != together[0].paired
+
+
 def test_another_bundle_may_be_the_reference(labels: Path, tmp_path: Path, reseal: Any) -> None:
     other = tmp_path / "other.qdm"
     shutil.copytree(labels, other)

@@ -43,10 +43,10 @@ def test_one_picture_per_seed_with_how_it_was_made(labels_build: BuildResult, tm
 
 
 def test_a_label_is_a_name_in_any_case_or_a_number(labels: Path, tmp_path: Path) -> None:
-    by_name, by_number = make(labels, tmp_path / "name", label="BOOT"), make(labels, tmp_path / "number", label="2")
+    by_name, by_number = make(labels, tmp_path / "name", prompt="BOOT"), make(labels, tmp_path / "number", prompt="2")
     assert files(tmp_path / "name") == files(tmp_path / "number")
     assert [read_metadata(path).label for path in (*by_name.images, *by_number.images)] == ["boot"] * 6
-    make(labels, tmp_path / "bag", label="bag")
+    make(labels, tmp_path / "bag", prompt="bag")
     assert files(tmp_path / "bag")["00000.png"] != files(tmp_path / "name")["00000.png"]
 
 
@@ -59,8 +59,8 @@ def test_a_picture_does_not_depend_on_the_batch_it_was_made_in(labels: Path, tmp
 
 
 def test_a_picture_depends_on_its_own_seed_only(labels: Path, tmp_path: Path) -> None:
-    make(labels, tmp_path / "four", count=4, seed=7, label="bag")
-    make(labels, tmp_path / "two", count=2, seed=9, label="bag")
+    make(labels, tmp_path / "four", count=4, seed=7, prompt="bag")
+    make(labels, tmp_path / "two", count=2, seed=9, prompt="bag")
     four, two = files(tmp_path / "four"), files(tmp_path / "two")
     assert (two["00009.png"], two["00010.png"]) == (four["00009.png"], four["00010.png"])
     assert four["00007.png"] != four["00008.png"]
@@ -72,7 +72,7 @@ def pixels(folder: Path) -> Any:
 
 def test_guidance_moves_away_from_the_null_label(labels: Path, tmp_path: Path) -> None:
     for scale in (0.0, 1.0, 3.0):
-        make(labels, tmp_path / str(scale), label="boot", guidance=scale, precision="float")
+        make(labels, tmp_path / str(scale), prompt="boot", guidance=scale, precision="float")
     none, plain, strong = (pixels(tmp_path / str(scale)) for scale in (0.0, 1.0, 3.0))
     assert np.abs(plain - none).max() > 0
     assert np.abs(strong - none).mean() > np.abs(plain - none).mean()
@@ -104,15 +104,15 @@ def test_an_unconditional_model_makes_pictures_without_labels(rgb: Path, tmp_pat
     [
         (
             "labels",
-            {"label": "boots"},
+            {"prompt": "boots"},
             r"unknown label 'boots' \(did you mean boot\?\); choose one of shirt, bag, boot",
         ),
-        ("labels", {"label": "3"}, r"unknown label '3'"),
+        ("labels", {"prompt": "3"}, r"unknown label '3'"),
         ("labels", {"backend": "onxruntime"}, r"backend 'onxruntime' is unknown; choose one of auto, onnxruntime"),
         ("labels", {"precision": "int4"}, r"precision 'int4' is unknown; choose auto, int8 or float"),
         ("labels", {"threads": 0}, r"0 threads cannot run anything"),
         ("labels", {"steps": 1001}, r"1001"),
-        ("rgb", {"label": "7"}, r"rgb is unconditional and was asked for '7'; leave that out"),
+        ("rgb", {"prompt": "7"}, r"rgb is unconditional and was asked for '7'; leave that out"),
         ("rgb", {"guidance": 2.0}, r"the model is unconditional, so there is nothing to guide"),
     ],
 )

@@ -435,3 +435,13 @@ def test_an_offset_beyond_the_last_timestep_is_refused() -> None:
 def test_a_repeated_timestep_is_refused(spacing: str) -> None:
     with pytest.raises(InputError, match=f"1000 steps with '{spacing}' spacing visit a timestep twice"):
         step_table(config(timestep_spacing=spacing), "dpmpp-2m", 1000)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-a", "lms"])
+def test_a_graph_of_whole_timesteps_gets_whole_ones_where_nobody_names_a_spacing(sampler: str) -> None:
+    silent, named = config(), config(timestep_spacing="linspace")
+    assert not step_table(silent, sampler, 7).has_whole_timesteps
+    found = step_table(silent, sampler, 7, whole_timesteps=True)
+    np.testing.assert_array_equal(found.timesteps, step_table(silent, sampler, 7, timestep_spacing="leading").timesteps)
+    # Who names one gets it, and hears of what does not fit.
+    assert not step_table(named, sampler, 7, whole_timesteps=True).has_whole_timesteps

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from qdm_deploy.artifacts.record import installed_version
+from qdm_deploy.components.encoders import open_encoder
 from qdm_deploy.serving.contract import Engine
 from qdm_deploy.serving.http.errors import ApiError, ErrorDocument, error_response, of_status, of_validation
 from qdm_deploy.serving.http.guard import Guard
@@ -20,6 +21,7 @@ from qdm_deploy.serving.http.metrics import Metrics
 from qdm_deploy.serving.http.page_route import page_router
 from qdm_deploy.serving.http.service import Service
 from qdm_deploy.serving.http.settings import HttpSettings, check_servable
+from qdm_deploy.serving.http.translate import Makers
 
 __all__ = ["create_app"]
 
@@ -27,19 +29,20 @@ __all__ = ["create_app"]
 _COMMON = (400, 401, 403, 408, 413, 415)
 
 
-def create_app(engine: Engine, settings: HttpSettings) -> FastAPI:
+def create_app(engine: Engine, settings: HttpSettings, makers: Makers | None = None) -> FastAPI:
     """The HTTP side of an engine.
 
     Args:
         engine: started by the caller, before or after; until it is ready, requests get 503.
         settings: limits and access.
+        makers: of conditions and pictures; None serves models of pixels that take no prompts.
 
     Raises:
         InputError: the HTTP side cannot make pictures of this model.
     """
     check_servable(engine.model)
     metrics = Metrics(engine, settings.bundle_id)
-    service = Service(engine, settings, metrics)
+    service = Service(engine, settings, metrics, makers or Makers(open_encoder(engine.model)))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

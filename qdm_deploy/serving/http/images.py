@@ -18,7 +18,7 @@ from qdm_deploy.serving.contract import AdmissionRefused, Finished, Generation, 
 from qdm_deploy.serving.http.bodies import GenerationBody, ImageDocument, ImagesDocument
 from qdm_deploy.serving.http.errors import ApiError, ErrorDocument, error_response, of_bug, of_failure, of_refusal
 from qdm_deploy.serving.http.service import Service
-from qdm_deploy.serving.http.translate import Order, order_of, size_of
+from qdm_deploy.serving.http.translate import Order, size_of
 
 __all__ = ["images_router"]
 
@@ -49,7 +49,7 @@ def images_router(service: Service) -> APIRouter:
         summary="Generate images",
     )
     async def generate(body: GenerationBody, request: Request) -> Response:
-        generation, order = _submit(service, body, request)
+        generation, order = await _submit(service, body, request)
         if order.stream:
 
             async def left(message: Message) -> None:
@@ -81,9 +81,9 @@ def images_router(service: Service) -> APIRouter:
     return router
 
 
-def _submit(service: Service, body: GenerationBody, request: Request) -> tuple[Generation, Order]:
+async def _submit(service: Service, body: GenerationBody, request: Request) -> tuple[Generation, Order]:
     """Admit a request or say why not; nothing expensive has happened until then."""
-    order = order_of(body, service.engine.model, service.settings, uuid.uuid4().hex)
+    order = await service.order(body, uuid.uuid4().hex)
     request.state.generation_id = order.request.request_id
     try:
         return service.engine.submit(order.request), order

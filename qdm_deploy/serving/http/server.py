@@ -20,6 +20,7 @@ from qdm_deploy.serving.http.app import create_app
 from qdm_deploy.serving.http.logs import start_logging
 from qdm_deploy.serving.http.protocol import protocol_class
 from qdm_deploy.serving.http.settings import HttpSettings
+from qdm_deploy.serving.http.translate import Makers
 
 __all__ = ["run_server"]
 
@@ -38,7 +39,12 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    engine: Engine, settings: HttpSettings, *, on_listening: Callable[[str], None] | None = None, quiet: bool = False
+    engine: Engine,
+    settings: HttpSettings,
+    *,
+    makers: Makers | None = None,
+    on_listening: Callable[[str], None] | None = None,
+    quiet: bool = False,
 ) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit code.
 
@@ -48,6 +54,7 @@ def run_server(
     Args:
         engine: not started yet.
         settings: where to listen, limits and access.
+        makers: of conditions and pictures, as ``create_app`` takes them.
         on_listening: called with the URL as soon as connections are taken; requests are admitted when the engine is up.
         quiet: log warnings and errors only.
 
@@ -56,7 +63,7 @@ def run_server(
         EnvironmentProblem: the address cannot be listened on.
         QdmError: the engine could not be started.
     """
-    app = create_app(engine, settings)
+    app = create_app(engine, settings, makers)
     listener = _listen(settings)
     start_logging(quiet=quiet)
     config = uvicorn.Config(

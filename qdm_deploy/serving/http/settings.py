@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qdm_deploy.artifacts.pipeline_spec import PipelineSpec, StatesFile
+from qdm_deploy.components.decoder import refuse_latents
 from qdm_deploy.errors import InputError
 
 __all__ = ["HttpSettings", "check_servable", "is_loopback"]
@@ -103,17 +104,14 @@ def check_servable(model: PipelineSpec) -> None:
     """Refuse a model whose pictures the HTTP side cannot make.
 
     Raises:
-        InputError: it makes latents, or is conditioned on text states.
+        InputError: it makes latents and has no decoder, or is conditioned on states that nothing makes.
     """
-    if model.makes == "latents":
-        raise InputError(
-            f"{model.name} makes latents, and this version has no decoder to turn them into pictures; "
-            "serve a pixel model"
-        )
+    refuse_latents(model)
     if isinstance(model.encoder, StatesFile):
         raise InputError(
             f"{model.name} is conditioned on {', '.join(model.encoder.inputs)}, and this version has no encoder that "
             "makes them; serve an unconditional or class-conditional model, or use `qdm-deploy generate --conditioning`"
         )
-    if model.sample_shape[0] not in (1, 3):
-        raise InputError(f"{model.name} makes {model.sample_shape[0]} channels; pictures have 1 or 3")
+    channels = (model.picture_shape or model.sample_shape)[0]
+    if channels not in (1, 3):
+        raise InputError(f"{model.name} makes {channels} channels; pictures have 1 or 3")

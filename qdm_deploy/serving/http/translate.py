@@ -1,21 +1,52 @@
 """From the body of a request to what the engine is asked; every refusal names the field and what is allowed."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
+from qdm_deploy.artifacts.bundle import Bundle
 from qdm_deploy.artifacts.pipeline_spec import LabelTable, PipelineSpec
-from qdm_deploy.components.encoders import open_encoder
+from qdm_deploy.components.decoder import NoDecoder, SampleDecoder, open_decoder
+from qdm_deploy.components.encoders import Encoder, open_encoder
+from qdm_deploy.components.sampling import SamplingOptions, run_settings
 from qdm_deploy.errors import InputError
 from qdm_deploy.serving.contract import GenerationRequest
 from qdm_deploy.serving.http.bodies import MAX_SEED, GenerationBody
 from qdm_deploy.serving.http.errors import ApiError
 from qdm_deploy.serving.http.settings import HttpSettings
 
-__all__ = ["Order", "order_of", "size_of"]
+__all__ = ["Makers", "Order", "order_of", "size_of"]
 
 # Random seeds stay exact in JavaScript, whose numbers end at 2**53.
 _RANDOM_SEEDS = 2**32
 _MANY_LABELS = 50
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What stands between a request and the denoiser, and what is done where a request leaves it open.
+
+    Attributes:
+        encoder: makes conditions.
+        decoder: makes pictures of samples.
+        sampler, guidance: the model's own (``qdm_deploy.components.sampling.run_settings``).
+    """
+
+    encoder: Encoder
+    decoder: SampleDecoder = field(default_factory=NoDecoder)
+    sampler: str = "ddim"
+    guidance: float = 1.0
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, *, threads: int | None = None) -> Self:
+        """Those of a bundle; ``threads`` are the decoder's.
+
+        Raises:
+            InputError: it needs states that nothing makes, or makes latents and has no decoder.
+        """
+        run = run_settings(SamplingOptions(), bundle.pipeline, bundle.scheduler_config())
+        encoder = open_encoder(bundle.pipeline, root=bundle.path)
+        return cls(encoder, open_decoder(bundle, threads=threads), run.sampler, run.guidance)
 
 
 @dataclass(frozen=True)
@@ -25,6 +56,7 @@ class Order:
     Attributes:
         request: for the engine.
         captions: what each image shows; None where there is nothing to say.
+        negatives: what it does not show.
         output_format: png, webp or jpeg.
         quality: of webp and jpeg, 0 .. 100.
         stream: as server-sent events.
@@ -32,6 +64,7 @@ class Order:
 
     request: GenerationRequest
     captions: tuple[str | None, ...]
+    negatives: tuple[str | None, ...]
     output_format: str
     quality: int
     stream: bool
@@ -39,11 +72,13 @@ class Order:
 
 def size_of(model: PipelineSpec) -> str:
     """WIDTHxHEIGHT of the model's pictures."""
-    _, height, width = model.sample_shape
+    _, height, width = model.picture_shape or model.sample_shape
     return f"{width}x{height}"
 
 
-def order_of(body: GenerationBody, model: PipelineSpec, settings: HttpSettings, request_id: str) -> Order:
+def order_of(
+    body: GenerationBody, model: PipelineSpec, settings: HttpSettings, request_id: str, makers: Makers
+) -> Order:
     """Check a body against the model and the limits.
 
     Raises:
@@ -69,11 +104,11 @@ def order_of(body: GenerationBody, model: PipelineSpec, settings: HttpSettings, 
     seeds = tuple(range(first, first + images))
     _check_delivery(body, model)
     prompt = _prompt(body, model, settings)
-    encoder = open_encoder(model)
-    guidance = float(body.guidance_scale) if body.guidance_scale is not None else 1.0
+    encoder = makers.encoder
+    guidance = float(body.guidance_scale) if body.guidance_scale is not None else makers.guidance
     if guidance != 1.0 and not encoder.can_be_guided:
         raise _unusable("guidance_scale", f"{model.name} cannot be guided; leave guidance_scale out, or set it to 1")
-    sampler = body.sampler or "ddim"
+    sampler = body.sampler or makers.sampler
     eta = float(body.eta) if body.eta is not None else 0.0
     if eta != 0.0 and sampler != "ddim":
         raise _unusable("eta", f"eta {eta} means nothing to the sampler {sampler}; leave it out, or ask for ddim")
@@ -81,8 +116,10 @@ def order_of(body: GenerationBody, model: PipelineSpec, settings: HttpSettings, 
     prompts = [prompt] * images
     try:
         # Without a wish it follows from the seed, so that a seed alone says what image it makes.
-        conditioning = encoder.encode(prompts, first=first)
+        negative = [body.negative_prompt] * images if body.negative_prompt else None
+        conditioning = encoder.encode(prompts, negative, first=first)
         captions = encoder.captions(prompts, first=first)
+        negatives = encoder.negatives(prompts, negative, first=first)
     except InputError as error:
         raise _unusable("prompt", str(error)) from error
     request = GenerationRequest(
@@ -97,7 +134,7 @@ def order_of(body: GenerationBody, model: PipelineSpec, settings: HttpSettings, 
         previews=(body.partial_images or 0) if stream else 0,
     )
     quality = body.output_compression if body.output_compression is not None else 100
-    return Order(request, tuple(captions), body.output_format or "png", quality, stream)
+    return Order(request, tuple(captions), tuple(negatives), body.output_format or "png", quality, stream)
 
 
 def _unusable(param: str, message: str) -> ApiError:
@@ -120,11 +157,15 @@ def _check_delivery(body: GenerationBody, model: PipelineSpec) -> None:
 
 def _prompt(body: GenerationBody, model: PipelineSpec, settings: HttpSettings) -> str | None:
     """What the encoder is asked for: the prompt, or the class label, which is a number or a name of its own."""
-    if body.negative_prompt:
+    if body.negative_prompt and not model.text_encoders:
         raise _unusable("negative_prompt", f"{model.name} takes no text; leave negative_prompt out")
     if len(body.prompt) > settings.max_prompt:
         raise _unusable("prompt", f"the prompt has {len(body.prompt)} characters; allowed are {settings.max_prompt}")
     prompt, labels = body.prompt.strip() or None, model.encoder
+    if model.text_encoders:
+        if body.class_label is not None:
+            raise _unusable("class_label", f"{model.name} takes prompts and has no classes; leave class_label out")
+        return body.prompt
     if not isinstance(labels, LabelTable):
         if prompt is not None:
             raise _unusable("prompt", f"{model.name} is unconditional and takes no prompt; send an empty one")

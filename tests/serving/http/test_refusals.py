@@ -269,7 +269,7 @@ def test_models_without_pictures_are_refused_at_the_start(toy: Any) -> None:
         encoders = [StatesFile(inputs=tuple(spec.name for spec in conditions))] if conditions else []
         return PipelineSpec(name=name, components=(denoiser, *encoders), **given)
 
-    with pytest.raises(InputError, match="deep makes latents"):
+    with pytest.raises(InputError, match="the samples of the model 'deep' are latents"):
         check_servable(of("deep", makes="latents"))
     with pytest.raises(InputError, match="wordy is conditioned on encoder_hidden_states"):
         check_servable(of("wordy", TensorSpec(name="encoder_hidden_states", row_shape=(77, 16))))
